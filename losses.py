@@ -1,0 +1,117 @@
+"""Losses: sections 1.3.5 and 3.3, every loss of the thesis and nothing else.
+
+A critic is any callable `critic(x) -> (score (n,), logits (n, 2))`. Cubes are (n, 1, z, y, x) in [-1, 1];
+labels are (n,) integers, 1 = positive (a nodule), 0 = negative. Every term is a mean over the batch.
+"""
+
+from typing import NamedTuple
+
+import torch
+
+
+# 1.3.5 Wasserstein GAN with gradient penalty
+
+def wasserstein_estimate(real_scores, fake_scores):
+    """W ≈ 𝔼_real[f(x)] − 𝔼_fake[f(x)], the dual form at the present critic   [eq_1_3_5_dual]
+
+    real_scores, fake_scores: (n,). Returns a scalar; at the best 1-Lipschitz f it is the distance itself.
+    """
+    return real_scores.mean() - fake_scores.mean()
+
+
+def interpolate(real, fake, epsilon):
+    """x̂ = ε·x_real + (1 − ε)·x_fake   [eq_1_3_5_interpolate]
+
+    real, fake: (n, …); epsilon: (n,), one draw of U[0, 1] per sample, the same for all its voxels.
+    """
+    epsilon = epsilon.reshape(-1, *[1] * (real.dim() - 1))
+    return epsilon * real + (1 - epsilon) * fake
+
+
+def gradient_penalty(critic, real, fake, epsilon):
+    """λ-free penalty (‖∇_x̂ f(x̂)‖₂ − 1)², x̂ = ε·x_real + (1−ε)·x_fake   [eq_1_3_5_gradient_penalty]
+
+    real, fake: (n, 1, z, y, x) in [-1, 1]; epsilon: (n,), one draw per sample.
+    Returns (n,), one penalty per sample, differentiable in the critic's weights. The norm runs over all
+    voxels of one sample; where the gradient is zero the penalty is 1 and its derivative is taken as 0, not NaN.
+    """
+    x_hat = interpolate(real, fake, epsilon).detach().requires_grad_()
+    score, _ = critic(x_hat)
+    gradient, = torch.autograd.grad(score.sum(), x_hat, create_graph=True)   # f(x̂ᵢ) sees sample i alone
+    norm = torch.linalg.vector_norm(gradient.flatten(1), dim=1)
+    return (norm - 1) ** 2
+
+
+# 3.3.1 Critic loss
+
+class CriticLoss(NamedTuple):
+    total: torch.Tensor
+    wasserstein: torch.Tensor
+    penalty: torch.Tensor
+    auxiliary: torch.Tensor
+    real_accuracy: torch.Tensor
+    fake_accuracy: torch.Tensor
+
+
+def auxiliary_cross_entropy(logits, labels):
+    """−Σᵢ yᵢ·log ŷᵢ, ŷ = softmax(logits), y one-hot   [eq_3_3_1_auxiliary]
+
+    logits: (n, 2), before the softmax; labels: (n,). Returns the mean over the batch.
+    """
+    log_probability = torch.log_softmax(logits, dim=1)
+    return -log_probability.gather(1, labels[:, None]).mean()
+
+
+def accuracy(logits, labels):
+    """Share of samples whose largest logit is their label's; logits (n, 2), labels (n,)."""
+    return (logits.argmax(1) == labels).to(logits.dtype).mean()
+
+
+def critic_loss(critic, real, real_labels, fake, fake_labels, epsilon, penalty_scale, auxiliary_scale):
+    """L_f = f(X_fake) − f(X_real) + λ(‖∇_x̂ f(x̂)‖₂ − 1)² − α·Σᵢ yᵢ·log ŷᵢ   [eq_3_3_1_critic_loss]
+
+    The cross-entropy is over X = X_real ∩ X_fake, where ∩ is concatenation   [rule_3_3_1_concatenation].
+    real, fake: (n, 1, z, y, x) in [-1, 1]; *_labels: (n,); epsilon: (n,) from U[0, 1];
+    penalty_scale λ, auxiliary_scale α: numbers. No gradient reaches whatever made `fake`.
+    Returns CriticLoss: `total` is L_f; the other fields are its terms, unscaled (`wasserstein` = −(f(fake) − f(real)),
+    an estimate of the distance), and the class accuracy on reals and on fakes.
+    """
+    fake = fake.detach()
+    score, logits = critic(torch.cat([real, fake]))
+    labels = torch.cat([real_labels, fake_labels])
+    n = len(real)
+    wasserstein = wasserstein_estimate(score[:n], score[n:])
+    penalty = gradient_penalty(critic, real, fake, epsilon).mean()
+    auxiliary = auxiliary_cross_entropy(logits, labels)
+    total = -wasserstein + penalty_scale * penalty + auxiliary_scale * auxiliary
+    return CriticLoss(total, wasserstein, penalty, auxiliary,
+                      accuracy(logits[:n], real_labels), accuracy(logits[n:], fake_labels))
+
+
+# 3.3.2 Generator loss
+
+class GeneratorLoss(NamedTuple):
+    total: torch.Tensor
+    score: torch.Tensor
+    auxiliary: torch.Tensor
+
+
+def generator_loss(critic, fake, labels, auxiliary_scale):
+    """L_G = −f(X_fake) − α·Σᵢ yᵢ·log ŷᵢ, y the desired labels   [eq_3_3_2_generator_loss]
+
+    fake: (n, 1, z, y, x), made by the generator from `labels` (n,); auxiliary_scale α: a number.
+    Returns GeneratorLoss: `total` is L_G, `score` = mean f(X_fake) and `auxiliary` its terms, unscaled.
+    """
+    score, logits = critic(fake)
+    score, auxiliary = score.mean(), auxiliary_cross_entropy(logits, labels)
+    return GeneratorLoss(-score + auxiliary_scale * auxiliary, score, auxiliary)
+
+
+# 3.3.3 Lung nodule detection classifier loss
+
+def classifier_loss(logits, labels):
+    """−Σᵢ yᵢ·log ŷᵢ over the two classes, softmax(logits) = ŷ   [eq_3_3_3_classifier_loss]
+
+    logits: (n, 2); labels: (n,). Returns the mean over the batch.
+    """
+    return auxiliary_cross_entropy(logits, labels)

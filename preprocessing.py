@@ -1,0 +1,683 @@
+"""Preprocessing: section 2, from CT scans to cubes with and without nodules.
+
+    python preprocessing.py --scans LUNA16 --run runs/luna16 --workers 8     # your scans
+    python preprocessing.py                                                  # none at hand: synthetic ones, made first
+
+Reads MetaImage and DICOM (2), brings them to 1×1×1 mm (2.1.1) and [-1, 1] (2.1.2), finds the lungs (2.1.3), cuts
+cubes (2.1.4), splits by patient (2.1.5) and flips (2.1.6). Leaves <run>/prepared: dataset.json; a volume, a picture
+and a record for each scan; figure_2.png, figure_3.png, nodules.png.
+
+Arrays are (z, y, x). Millimetres are (x, y, z) along the patient's axes, LPS: x rises to the left, y to the back, z
+to the head. HU are Hounsfield units.
+"""
+
+import csv
+import functools
+import itertools
+import os
+import time
+import zlib
+from collections import defaultdict
+from concurrent.futures import ProcessPoolExecutor
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+import pydicom
+from pydicom.misc import is_dicom
+from scipy import ndimage
+
+import lungaug
+from lungaug import Refusal, check
+
+AIR, BONE = -1000, 400      # 2.1.2: the range kept, in HU
+
+
+class Scan(NamedTuple):
+    """A CT scan as its file has it: voxel hu[k, j, i] lies at origin + direction · (spacing · (i, j, k))."""
+    seriesuid: str
+    hu: np.ndarray          # (z, y, x), int16, or float32 where the file holds fractions
+    spacing: np.ndarray     # (x, y, z), mm
+    origin: np.ndarray      # (x, y, z), mm, LPS
+    direction: np.ndarray   # 3×3, LPS: its columns are the x, y, z index axes
+
+
+class Volume(NamedTuple):
+    """A scan at 1 mm along the patient's axes: voxel hu[z, y, x] lies at origin + (x, y, z)."""
+    hu: np.ndarray          # (z, y, x)
+    origin: np.ndarray      # (x, y, z), mm, LPS
+
+
+class Source(NamedTuple):
+    """Where a scan lies: one MetaImage header, or the files of one DICOM series."""
+    seriesuid: str
+    patient: str
+    files: tuple
+
+
+class Nodule(NamedTuple):
+    """A row of annotations.csv."""
+    centre: tuple           # (x, y, z), mm, LPS
+    diameter: float         # mm
+
+
+# 2 Dataset: LUNA16's MetaImage, LIDC-IDRI's DICOM
+
+def find_scans(folder):
+    """Every scan in a tree of folders, a Source each, in the order of their series UIDs. Raises Refusal.
+
+    A MetaImage's series UID is its file's name, as in LUNA16. DICOM files are told apart by SeriesInstanceUID,
+    wherever they lie. Files that are neither are passed over; links to folders are not followed.
+    """
+    sources, series = [], defaultdict(list)
+    for path in sorted(Path(root) / name for root, _, names in os.walk(folder) for name in names):
+        if path.suffix.lower() in (".mhd", ".mha"):
+            sources.append(Source(path.stem, path.stem, (path,)))
+        elif path.is_file() and is_dicom(path):
+            tags = read_tags(path, ["SeriesInstanceUID", "PatientID"])
+            series[str(tags.get("SeriesInstanceUID", ""))].append((path, str(tags.get("PatientID") or "")))
+    for uid, files in series.items():
+        sources.append(Source(uid, files[0][1] or uid, tuple(path for path, _ in files)))
+    check(sources, folder, "no MetaImage and no DICOM file in it", "give the folder that holds the scans with --scans")
+    sources.sort(key=lambda source: source.seriesuid)
+    for one, other in itertools.pairwise(sources):
+        check(one.seriesuid != other.seriesuid, other.files[0], f"the series of {one.files[0]} again", "keep one of them")
+    return sources
+
+
+def read_scan(path):
+    """A Scan from a MetaImage header (.mhd, .mha) or from a folder that holds one DICOM series. Raises Refusal."""
+    path = Path(path)
+    sources = find_scans(path) if path.is_dir() else [Source(path.stem, path.stem, (path,))]
+    check(len(sources) == 1, path, f"{len(sources)} scans in it", "name the folder of one")
+    return read_source(sources[0])
+
+
+def read_source(source):
+    """A Source's Scan. Whatever a broken file makes a reader raise becomes one Refusal that names the file."""
+    where = source.files[0]
+    try:
+        scan = (read_metaimage if where.suffix.lower() in (".mhd", ".mha") else read_dicom)(source)
+    except (ArithmeticError, AttributeError, EOFError, LookupError, RuntimeError, TypeError, ValueError, zlib.error) as e:
+        raise Refusal(where, f"does not read ({type(e).__name__}: {e})", "replace the file") from e
+    check(min(scan.hu.shape) > 1, where, f"{scan.hu.shape} voxels", "two at least are wanted along each axis")
+    check(np.isfinite(scan.origin).all(), where, f"origin {scan.origin}", "mend the header")
+    check((scan.spacing > 0).all() and (scan.spacing < 100).all(), where, f"spacing {scan.spacing}",
+          "every spacing must be above 0, in mm")
+    lengths = np.linalg.norm(scan.direction, axis=0)
+    check(np.allclose(lengths, 1, atol=1e-3) and abs(np.linalg.det(scan.direction)) > 0.5, where,
+          f"direction {scan.direction.T.ravel()}", "three axes of length 1 that span the space are wanted")
+    return scan
+
+
+def to_hu(values, where):
+    """Values as int16 HU, or float32 where they have fractions."""
+    if values.dtype.kind != "f":
+        return np.clip(values, -32768, 32767).astype(np.int16) if values.dtype != np.int16 else values
+    check(np.isfinite(values).all(), where, "voxels that are no numbers", "replace the file")
+    return values.astype(np.float32)
+
+
+ELEMENTS = {"MET_CHAR": "i1", "MET_UCHAR": "u1", "MET_SHORT": "i2", "MET_USHORT": "u2", "MET_INT": "i4",
+            "MET_UINT": "u4", "MET_LONG": "i4", "MET_ULONG": "u4", "MET_FLOAT": "f4", "MET_DOUBLE": "f8"}
+SYNONYMS = {"Position": "Offset", "Origin": "Offset", "Rotation": "TransformMatrix", "Orientation": "TransformMatrix",
+            "ElementSize": "ElementSpacing", "ElementByteOrderMSB": "BinaryDataByteOrderMSB"}
+MOST_VOXELS = 2 ** 29       # twice a whole body at 512 × 512
+
+
+def metaimage_header(path):
+    """A MetaImage's keys and values, as text, and where LOCAL data would begin; the last key is ElementDataFile."""
+    with path.open("rb") as file:
+        head = file.read(1 << 16)
+    keys, place = {}, 0
+    for line in head.splitlines(keepends=True):
+        place += len(line)
+        key, _, value = (part.strip() for part in line.decode("latin-1").partition("="))
+        keys.setdefault(SYNONYMS.get(key, key), value)
+        if key == "ElementDataFile":
+            return keys, place
+    raise Refusal(path, "no ElementDataFile in its header", "replace the file: it is cut short, or no MetaImage")
+
+
+def read_metaimage(source):
+    """MetaImage: header and data in one file (.mha, LOCAL) or two (.mhd), compressed or not, either byte order.
+
+    TransformMatrix lists the x, y and z index axes one after the other: it is direction, transposed.
+    """
+    path, = source.files
+    keys, start = metaimage_header(path)
+
+    def numbers(key, count, default=""):
+        values = np.array(keys.get(key, default).split(), float)
+        check(len(values) == count and np.isfinite(values).all(), path, f"{key} = {keys.get(key)}", f"{count} numbers are wanted")
+        return values
+
+    for key, default, known in (("ElementType", "", ELEMENTS), ("ElementNumberOfChannels", "1", ["1"]), ("BinaryData", "True", ["True"])):
+        check(keys.get(key, default) in known, path, f"{key} = {keys.get(key)}", f"{', '.join(known)} is read here")
+    element = np.dtype(ELEMENTS[keys["ElementType"]]).newbyteorder(">" if keys.get("BinaryDataByteOrderMSB") == "True" else "<")
+    shape = numbers("DimSize", 3)[::-1].astype(int)
+    check(shape.min() >= 1 and np.prod(shape, dtype=float) <= MOST_VOXELS, path, f"DimSize = {keys['DimSize']}",
+          f"three whole numbers above 0, and {MOST_VOXELS:,} voxels at most, are wanted")
+    local = keys["ElementDataFile"] == "LOCAL"
+    data = path if local else path.parent / keys["ElementDataFile"]
+    check(local or Path(keys["ElementDataFile"]).name == keys["ElementDataFile"], path,
+          f"ElementDataFile = {keys['ElementDataFile']}", "LOCAL, or the name of one file beside the header, is read here")
+    check(data.is_file(), data, "is not there", f"{path.name} names it as its data")
+    found = read_voxels(data, start if local else int(keys.get("HeaderSize", 0)), int(shape.prod()) * element.itemsize,
+                        keys.get("CompressedData") == "True")
+    values = np.frombuffer(found, element).reshape(shape)
+    return Scan(source.seriesuid, to_hu(values.astype(element.newbyteorder("="), copy=False), data), numbers("ElementSpacing", 3),
+                numbers("Offset", 3, "0 0 0"), numbers("TransformMatrix", 9, "1 0 0 0 1 0 0 0 1").reshape(3, 3).T)
+
+
+def read_voxels(path, start, wanted, compressed):
+    """The `wanted` bytes of a MetaImage's voxels from `start` on (−1: the file's last). Raises Refusal before it
+    takes memory for more than the file can hold."""
+    size = path.stat().st_size
+    start = size - wanted if start == -1 else start
+    held = (size - start) * (1032 if compressed else 1)      # zlib packs 1032 to 1 at best
+    check(0 <= start and wanted <= held, path, f"{size:,} bytes", f"DimSize and ElementType make {wanted:,}; mend the header or replace the data")
+    with path.open("rb") as file:
+        file.seek(start)
+        found = zlib.decompressobj(wbits=47).decompress(file.read(), wanted + 1) if compressed else file.read(wanted + 1)
+    check(len(found) == wanted, path, f"{len(found):,} bytes of voxels, or more", f"DimSize and ElementType make {wanted:,}; mend the header or replace the data")
+    return found
+
+
+def read_tags(path, names=None):
+    """A DICOM file's header, all of it or the named tags; an empty one where it does not read."""
+    try:
+        return pydicom.dcmread(path, stop_before_pixels=True, specific_tags=names)
+    except Exception:       # what a broken DICOM file raises has no bounds; its caller passes it over for want of tags
+        return pydicom.Dataset()
+
+
+def read_dicom(source):
+    """A DICOM series as one volume: spacing along z from the positions, not from SliceThickness; HU slice by slice.
+
+    Under a gantry tilt the third index axis is not normal to the slices; direction says so, and resampling honours it.
+    """
+    slices = stack(source)
+    step = (position(slices[-1]) - position(slices[0])) / (len(slices) - 1)
+    between = round(float(np.linalg.norm(step)), 6)         # positions are decimal strings: 1.8, not 1.7999999999999
+    row, column = np.array(slices[0].ImageOrientationPatient, float).reshape(2, 3)
+    hu = np.stack([slice_hu(tags.filename) for tags in slices])
+    return Scan(source.seriesuid, to_hu(hu, source.files[0]), np.array([*slices[0].PixelSpacing[::-1], between], float),
+                position(slices[0]), np.stack([row, column, np.round(step / between, 6)], axis=1))
+
+
+def position(tags):
+    """ImagePositionPatient: where a slice's first voxel lies, (x, y, z) in mm, LPS."""
+    return np.array(tags.ImagePositionPatient, float)
+
+
+def stack(source):
+    """The headers of the series' one volume, in the order of their positions along its normal   [rule_2_dicom_geometry]
+
+    Geometry says which files belong together (orientation, size, pixel spacing): a localizer may carry the series'
+    own UID and is left out. Raises Refusal; a missing or doubled slice is named by its place.
+    """
+    where, groups = source.files[0].parent, defaultdict(list)
+    for tags in map(read_tags, source.files):
+        if all(name in tags for name in ("ImagePositionPatient", "ImageOrientationPatient", "PixelSpacing", "Rows", "Columns")):
+            plane = np.round(np.array([*tags.ImageOrientationPatient, *tags.PixelSpacing], float), 3)
+            groups[tags.Rows, tags.Columns, *plane].append(tags)
+    slices, *others = sorted(groups.values(), key=len, reverse=True) or [[]]
+    check(len(slices) > 2, where, f"{len(source.files)} DICOM files, no three of one geometry", "a CT series is wanted")
+    check(not others or len(others[0]) < len(slices) / 4, where, f"two stacks under one series UID, of {len(slices)} and of "
+          f"{len(others[0]) if others else 0} slices", "keep the files of one")
+    normal = np.cross(*np.array(slices[0].ImageOrientationPatient, float).reshape(2, 3))
+    slices.sort(key=lambda tags: position(tags) @ normal)
+    places = np.array([position(tags) for tags in slices])
+    steps = np.diff(places @ normal)
+    usual = np.median(steps)
+    for place, step in zip(places, steps):
+        check(0.5 * usual < step < 1.5 * usual, where, f"the slice after the one at {place} mm lies {step:.2f} mm on, not {usual:.2f}",
+              "restore the missing slices" if step > usual else "keep one of each")
+    even = np.linspace(places[0], places[-1], len(places))
+    check(np.abs(even - places).max() < usual / 4, where, "slices are not evenly placed on a line", "a CT series is wanted")
+    return slices
+
+
+def slice_hu(path):
+    """HU = slope · stored + intercept, each slice's own   [rule_2_rescale]; (y, x), int16 where both are whole"""
+    tags = pydicom.dcmread(path)
+    slope, intercept = float(tags.RescaleSlope), float(tags.RescaleIntercept)
+    pixels = tags.pixel_array
+    if slope.is_integer() and intercept.is_integer():
+        return np.clip(int(slope) * pixels.astype(np.int32) + int(intercept), -32768, 32767).astype(np.int16)
+    return (slope * pixels + intercept).astype(np.float32)
+
+
+COLUMNS = ["seriesuid", "coordX", "coordY", "coordZ", "diameter_mm"]
+
+
+def read_annotations(path):
+    """LUNA16's annotations.csv: series UID → its Nodules, each once. Raises Refusal, naming the line."""
+    nodules = defaultdict(dict)
+    try:
+        with open(path, newline="", encoding="utf-8-sig") as file:
+            rows = csv.reader(file)
+            check(next(rows, None) == COLUMNS, path, "another first line", f"{','.join(COLUMNS)} is wanted")
+            for row in filter(None, rows):
+                numbers = [float(cell) for cell in row[1:]]
+                check(len(numbers) == 4 and np.isfinite(numbers).all() and numbers[3] > 0, f"{path}, line {rows.line_num}",
+                      ",".join(row), "a series UID, three finite coordinates and a diameter above 0 are wanted")
+                nodules[row[0].strip()][Nodule(tuple(numbers[:3]), numbers[3])] = None
+    except (ValueError, csv.Error) as error:
+        raise Refusal(path, f"does not read ({error})", "LUNA16's annotations, a text with commas, are wanted") from None
+    return {uid: list(found) for uid, found in nodules.items()}
+
+
+# 2.1.1 Aspect ratio
+
+def affine(scan):
+    """The 3×3 matrix that takes an index (i, j, k) along x, y, z to millimetres from the origin."""
+    return scan.direction * scan.spacing
+
+
+def reorient(scan):
+    """The same scan, its index axes in the order and sense of the patient's as far as they go; a view.
+
+    A mirrored axis of n voxels takes index i to n − 1 − i, and the origin to its other end.
+    """
+    order = max(itertools.permutations(range(3)), key=lambda p: np.abs(scan.direction[range(3), p]).sum())
+    axes, spacing = scan.direction[:, order], scan.spacing[list(order)]
+    hu = scan.hu.transpose([2 - order[axis] for axis in (2, 1, 0)])
+    back = np.diag(axes) < 0
+    far = axes * spacing @ np.where(back, np.array(hu.shape[::-1]) - 1, 0)
+    return scan._replace(hu=flip(hu, back[::-1]), spacing=spacing, origin=scan.origin + far, direction=np.where(back, -axes, axes))
+
+
+def grid(scan):
+    """The 1 mm grid on the patient's axes, from the corner-most voxel centre on, exactly   [rule_2_1_1_exact_grid]
+
+    Returns origin (x, y, z) in mm and shape (z, y, x).
+    """
+    last = np.array(scan.hu.shape[::-1]) - 1
+    corners = np.array(list(itertools.product((0, 1), repeat=3))) * last @ affine(scan).T + scan.origin
+    return corners.min(0), np.floor(np.ptp(corners, axis=0) + 1e-6).astype(int)[::-1] + 1
+
+
+def resample(scan, step=1, origin=None, shape=None):
+    """HU at 1×1×1 mm by linear interpolation: index = (direction·spacing)⁻¹ · (x − origin)   [rule_2_1_1_resample]
+
+    origin (x, y, z) in mm and shape (z, y, x): the part of the grid to fill (default: all); step: mm between points.
+    Returns Volume(hu (z, y, x) in the scan's dtype, origin); outside the scan lies air. Linear, because a higher
+    order overshoots at bone and metal.
+    """
+    scan = reorient(scan)
+    origin, shape = (origin, shape) if origin is not None else grid(scan)
+    inverse = np.linalg.inv(affine(scan))[::-1, ::-1]
+    matrix, offset = inverse * step, inverse @ (origin - scan.origin)[::-1]
+    if np.count_nonzero(inverse) == 3:
+        matrix = np.diag(matrix)        # the axes agree: many times quicker
+    hu = ndimage.affine_transform(scan.hu, matrix, offset, tuple(shape), order=1, mode="grid-constant", cval=AIR)
+    return Volume(hu, origin)
+
+
+# 2.1.2 Hounsfield unit normalization
+
+def clip_hu(hu):
+    """min(max(HU, -1000), 400)   [rule_2_1_2_clip]; any shape, dtype kept"""
+    return np.clip(hu, AIR, BONE)
+
+
+def normalize(hu):
+    """x = 2·(HU + 1000)/1400 − 1, HU clipped to [-1000, 400]   [eq_2_1_2_normalize]; any shape → float32 in [-1, 1]"""
+    return (clip_hu(np.asarray(hu, np.float32)) - AIR) * np.float32(2 / (BONE - AIR)) - 1
+
+
+def denormalize(x):
+    """HU = 1400·(x + 1)/2 − 1000   [eq_2_1_2_denormalize]; x in [-1, 1], any shape → float32"""
+    return (np.asarray(x, np.float32) + 1) * np.float32((BONE - AIR) / 2) + AIR
+
+
+# 2.1.3 Lung segmentation
+
+CLOSING_RADIUS = 10     # mm: takes in vessels, and nodules at the pleura
+THIN_WALL = 2           # mm: through less, noise lets the lungs leak into gas in the bowel
+
+
+def close_ball(mask, radius):
+    """(M ⊕ B) ⊖ B, closing by nearly a ball of `radius` voxels   [rule_2_1_3_closing]
+
+    mask: bool (z, y, x). Small elements in turn are far quicker than one large one.
+    """
+    cross, cube = (ndimage.generate_binary_structure(3, n) for n in (1, 3))
+    cubes = round(radius / 3)       # crosses alone make a pointed octahedron, cubes alone a cube
+    mask = np.pad(mask, radius)
+    for operation in (ndimage.binary_dilation, ndimage.binary_erosion):
+        mask = operation(mask, cross, iterations=radius - cubes)
+        mask = operation(mask, cube, iterations=cubes) if cubes else mask
+    return mask[(slice(radius, -radius),) * 3]
+
+
+def lung_mask(hu, step=1):
+    """HU < -500, the room's air dropped; the largest component; closed, its holes filled   [rule_2_1_3_lungs]
+
+    hu: (z, y, x) HU, `step` mm apart. Returns bool (z, y, x); all False where there is no such air.
+    The room is air that reaches the border of the axial field of view. Two components are taken where the second has
+    at least a quarter of the first: lungs that do not touch. They are chosen before the closing, which would join
+    them to the stomach's gas, and after an erosion by 2 mm, which parts what meets through a thin wall.
+    """
+    air, thin = hu < -500, max(1, round(THIN_WALL / step))
+    labels, count = ndimage.label(ndimage.binary_erosion(air, iterations=thin, border_value=1))
+    sizes = np.bincount(labels.ravel(), minlength=count + 2)
+    sizes[0] = 0
+    for face in (labels[:, 0], labels[:, -1], labels[:, :, 0], labels[:, :, -1]):
+        sizes[np.unique(face)] = 0
+    second, first = np.argsort(sizes, kind="stable")[-2:]
+    if sizes[first] == 0:
+        return np.zeros(hu.shape, bool)
+    lungs = (labels == first) | (labels == second) & (sizes[second] >= sizes[first] / 4)
+    lungs = ndimage.binary_dilation(lungs, iterations=thin + 1, mask=air)
+    box, = ndimage.find_objects(lungs.astype(np.int8))
+    lungs[box] = ndimage.binary_fill_holes(close_ball(lungs[box], round(CLOSING_RADIUS / step)))
+    return lungs
+
+
+def coarse_lungs(scan):
+    """The lungs at 2 mm, an eighth of the voxels, on the scan's own axes: its field of view ends where the array does.
+
+    Returns HU and mask, (z, y, x), as Scans.
+    """
+    scan = reorient(scan)
+    own = scan._replace(origin=np.zeros(3), direction=np.eye(3))
+    shape = ((np.array(scan.hu.shape) - 1) * scan.spacing[::-1] // 2 + 1).astype(int)
+    hu = resample(own, 2, own.origin, shape).hu
+    return tuple(scan._replace(hu=array, spacing=np.full(3, 2.0)) for array in (hu, lung_mask(hu, 2)))
+
+
+# 2.1.4 Positive and negative cube samples
+
+def nearest_voxel(origin, centre):
+    """The grid point (z, y, x) nearest to `centre`   [rule_2_1_4_centre]; both (x, y, z) in mm, or centre (n, 3)"""
+    return np.floor((np.asarray(centre, float) - origin)[..., ::-1] + 0.5).astype(int)
+
+
+def cut(hu, voxel, side):
+    """The cube whose voxel side//2 is hu[voxel]; beyond the edge lies air, -1000 HU   [rule_2_1_4_padding]
+
+    hu: (z, y, x); voxel: (z, y, x), it may lie outside. Returns (side, side, side), hu's dtype.
+    """
+    cube = np.full((side,) * 3, AIR, hu.dtype)
+    start = np.asarray(voxel) - side // 2
+    low, high = np.maximum(start, 0), np.minimum(start + side, hu.shape)
+    if (low < high).all():
+        cube[tuple(map(slice, low - start, high - start))] = hu[tuple(map(slice, low, high))]
+    return cube
+
+
+def crop_cube(volume, centre, side):
+    """The cube (side, side, side) of a Volume's HU around the voxel nearest to `centre` (x, y, z) in mm."""
+    return cut(volume.hu, nearest_voxel(volume.origin, centre), side)
+
+
+def meets_sphere(voxels, side, centre, radius):
+    """Whether the cube of `side` voxels around each of `voxels` (n, 3) meets the sphere: bool (n,); all in voxels"""
+    low = voxels - side // 2 - 0.5
+    return ((np.clip(centre, low, low + side) - centre) ** 2).sum(1) < radius ** 2
+
+
+def draw_negatives(lungs, nodules, side, count, rng):
+    """Centres uniform over the lungs, rejected where the cube meets a nodule's sphere   [rule_2_1_4_negatives]
+
+    lungs: (m, 3), the mask's voxels of 2 mm; nodules: (centre (3,), radius); all in voxels (z, y, x) of the 1 mm grid.
+    Returns int (n, 3), n ≤ count: fewer where nearly every cube in these lungs meets a nodule.
+    """
+    kept = np.zeros((0, 3), int)
+    for _ in range(50):
+        drawn = np.rint(lungs[rng.integers(len(lungs), size=2 * count)] + rng.uniform(-1, 1, (2 * count, 3))).astype(int)
+        for centre, radius in nodules:
+            drawn = drawn[~meets_sphere(drawn, side, centre, radius)]
+        kept = np.concatenate([kept, drawn])[:count]
+        if len(kept) == count:
+            break
+    return kept
+
+
+# 2.1.5 Train / validation / test split
+
+SPLITS = {"train": 0.7, "validation": 0.1, "test": 0.2}
+
+
+def split_patients(patients, seed):
+    """70% / 10% / 20% of the patients, one each at least: patient → split   [rule_2_1_5_split]
+
+    By patient, so that no cube of a training patient is in validation or test. Raises Refusal below three patients.
+    """
+    patients = sorted(set(patients))
+    check(len(patients) >= 3, "the scans", f"{len(patients)} patients", "training, validation and test want one each at least")
+    validation, test = (max(1, round(SPLITS[split] * len(patients))) for split in ("validation", "test"))
+    order = lungaug.stream(seed, "split").permutation(len(patients))
+    return {patients[i]: "test" if rank < test else "validation" if rank < test + validation else "train" for rank, i in enumerate(order)}
+
+
+# 2.1.6 Conventional data augmentation
+
+FLIPS = tuple(itertools.product((False, True), repeat=3))       # along z, y, x; the first is none
+
+
+def flip(cube, flips):
+    """A cube mirrored along the axes where `flips` (z, y, x) is true   [rule_2_1_6_flip]; a view"""
+    return cube[tuple(slice(None, None, -1 if mirrored else None) for mirrored in flips)]
+
+
+def all_flips(cube):
+    """The eight mirror images of a cube (s, s, s), itself the first   [rule_2_1_6_all_flips]; (8, s, s, s)"""
+    return np.stack([flip(cube, flips) for flips in FLIPS])
+
+
+def with_flips(rows):
+    """Every row of (n, 4) with each of its eight flips: rows (8n, 4), flips (8n,), numbers into FLIPS"""
+    return rows.repeat(8, axis=0), np.tile(np.arange(8), len(rows))
+
+
+# A scan, from its files to its cubes
+
+def scan_name(seriesuid):
+    """A file name for a series, within the folder whatever the UID says: a hostile file may have made it anything."""
+    plain = "".join(c if c.isascii() and (c.isalnum() or c in "-._") else "_" for c in seriesuid)[:100]
+    return plain if plain == seriesuid and plain[:1].isalnum() else f"_{plain}_{zlib.crc32(seriesuid.encode()):08x}"
+
+
+def prepare_scan(source, nodules, folder, parameters):
+    """Read a scan, find its lungs, fill the 1 mm grid around lungs and nodules (half a cube to spare), draw negatives.
+
+    Leaves the volume, a picture and, last, the record in `folder`; returns the record. Raises Refusal.
+    """
+    where, cube = source.files[0], parameters["cube"]
+    scan = read_source(source)
+    scan = scan._replace(hu=clip_hu(scan.hu).astype(np.int16))
+    coarse, mask = coarse_lungs(scan)
+    litres = round(float(mask.hu.sum() * 8e-6), 3)
+    check(1 <= litres <= 12, where, f"{litres} litres of lung", "a chest CT with both lungs in view is wanted")
+    corner, shape = grid(scan)
+    centres = nearest_voxel(corner, np.array([nodule.centre for nodule in nodules]).reshape(-1, 3))
+    for nodule, centre in zip(nodules, centres):
+        check((centre >= 0).all() and (centre < shape).all(), where, f"a nodule at {nodule.centre} mm, outside the scan",
+              "mend the annotations: (x, y, z) in mm, LPS, are wanted")
+    lungs = (np.argwhere(mask.hu)[:, ::-1] @ affine(mask).T + mask.origin - corner)[:, ::-1]
+    reach = np.concatenate([np.rint(lungs).astype(int), centres])
+    start, stop = np.maximum(reach.min(0) - cube // 2, 0), np.minimum(reach.max(0) + cube // 2 + 1, shape)
+    volume = resample(scan, 1, corner + start[::-1], stop - start)
+    spheres = [(centre, nodule.diameter / 2) for centre, nodule in zip(centres, nodules)]
+    negatives = draw_negatives(lungs, spheres, cube, parameters["negatives"], lungaug.stream(parameters["seed"], "negatives", source.seriesuid))
+    name = scan_name(source.seriesuid)
+    lungaug.write_array(folder / f"{name}.npy", volume.hu)
+    marks = (centres[:, ::-1] + corner - coarse.origin) @ np.linalg.inv(affine(coarse)).T
+    lungaug.write_bytes(folder / f"{name}.png", scan_picture(coarse.hu, mask.hu, np.rint(marks[:, ::-1]).astype(int)))
+    record = {"seriesuid": source.seriesuid, "patient": source.patient, "volume": f"{name}.npy", "crc32": zlib.crc32(volume.hu.tobytes()),
+              "origin": volume.origin.tolist(), "litres": litres, "positives": (centres - start).tolist(),
+              "diameters": [nodule.diameter for nodule in nodules], "negatives": (negatives - start).tolist()}
+    lungaug.write_json(folder / f"{name}.json", record)
+    return record
+
+
+def scan_picture(hu, lungs, marks):
+    """A PNG of three planes through the lungs' middle, at 2 mm: their outline in red, the nodules' places in green."""
+    middle, pictures = np.argwhere(lungs).mean(0).astype(int), []
+    for axis in range(3):
+        mask = lungs.take(middle[axis], axis)
+        picture = np.stack([lungaug.grey(normalize(hu.take(middle[axis], axis)))] * 3, axis=-1)
+        picture[mask ^ ndimage.binary_erosion(mask)] = 230, 60, 50
+        for row, column in np.delete(marks, axis, axis=1):
+            picture[max(row - 1, 0):row + 2, max(column - 1, 0):column + 2] = 60, 220, 90
+        pictures.append(picture if axis == 0 else picture[::-1])        # superior is up
+    tall = max(map(len, pictures))
+    return lungaug.png(lungaug.enlarge(np.hstack([np.pad(p, ((0, tall - len(p)), (2, 2), (0, 0))) for p in pictures]), 2))
+
+
+def prepare_or_refuse(source, nodules, folder, parameters):
+    """The scan's record, an earlier run's where its volume still reads back whole, or the Refusal why it has none."""
+    path = folder / f"{scan_name(source.seriesuid)}.json"
+    try:
+        record = lungaug.read_json(path, "") if path.exists() else {}
+        if record and zlib.crc32(np.load(folder / record["volume"]).tobytes()) == record["crc32"]:
+            return record
+    except (Refusal, OSError, ValueError, LookupError, TypeError):
+        pass        # damaged: made again
+    try:
+        return prepare_scan(source, nodules, folder, parameters)
+    except Refusal as refusal:
+        return refusal
+
+
+# The prepared data, as the other stages use them
+
+class Dataset(NamedTuple):
+    """What preprocessing left. A row (scan, z, y, x) is a scan's number in `info` and its cube's centre voxel."""
+    folder: Path
+    info: dict              # dataset.json
+    cube: int
+    positives: dict         # split → rows, int (n, 4)
+    negatives: dict
+
+
+def open_dataset(run):
+    """The Dataset in <run>/prepared. Raises Refusal where there is none to train on."""
+    path = Path(run) / "prepared" / "dataset.json"
+    info = lungaug.read_json(path, f"run python preprocessing.py --run {run} first")
+
+    def rows(kind, split):
+        found = [(i, *centre) for i, scan in enumerate(info["scans"]) if scan["split"] == split for centre in scan[kind]]
+        check(found or split != "train", path, f"training scans without {kind}", "give more scans, or another --seed")
+        return np.array(found, np.int32).reshape(-1, 4)
+
+    return Dataset(path.parent, info, info["parameters"]["cube"], *({split: rows(kind, split) for split in SPLITS} for kind in ("positives", "negatives")))
+
+
+@functools.lru_cache(maxsize=256)
+def open_array(path):
+    """An array on disk, mapped rather than read: only the cubes that are cut come into memory. Raises Refusal."""
+    try:
+        return np.load(path, mmap_mode="r")
+    except (OSError, ValueError, EOFError) as error:
+        raise Refusal(path, f"does not read back ({error})", "run the stage that made it again") from None
+
+
+def read_cubes(dataset, rows, flips=None):
+    """The cubes at `rows` (n, 4), each with its flip of `flips` (n,): float32 (n, 1, c, c, c) in [-1, 1]"""
+    cubes = np.empty((len(rows), 1, *[dataset.cube] * 3), np.int16)
+    for i, (scan, *voxel) in enumerate(rows):
+        cube = cut(open_array(dataset.folder / dataset.info["scans"][scan]["volume"]), voxel, dataset.cube)
+        cubes[i, 0] = cube if flips is None else flip(cube, FLIPS[flips[i]])
+    return normalize(cubes)
+
+
+def draw_batch(dataset, count, rng):
+    """Training cubes, half positive with a random flip each, half negative as they are   [rule_4_1_balanced_batch]
+
+    Returns cubes (count, 1, c, c, c) in [-1, 1] and labels (count,), positives first.
+    """
+    labels = (np.arange(count) < count // 2).astype(np.int64)
+    rows = [part["train"][rng.integers(len(part["train"]), size=n)]
+            for part, n in ((dataset.positives, labels.sum()), (dataset.negatives, count - labels.sum()))]
+    return read_cubes(dataset, np.concatenate(rows), rng.integers(8, size=count) * labels), labels
+
+
+# Table 1, figures 2 and 3
+
+TABLE_1 = {"train": (5712, 406791), "validation": (816, 58113), "test": (1632, 116226)}
+
+
+def table_1(scans):
+    """Table 1: split → positives with their eight flips, as the thesis counts them; nodules; negatives; the thesis'   [num_table_1]"""
+    counts = {split: [sum(len(scan[kind]) for scan in scans if scan["split"] == split) for kind in ("positives", "negatives")] for split in SPLITS}
+    return {split: {"positive": 8 * nodules, "nodules": nodules, "negative": negatives, "thesis": TABLE_1[split]}
+            for split, (nodules, negatives) in counts.items()}
+
+
+def print_table_1(table):
+    print(f"Table 1. Sample counts {'positive':>12}{'(nodules)':>12}{'negative':>12}{'thesis: positive':>20}{'negative':>12}")
+    for split, row in table.items():
+        cells = map(lungaug.shown, (row["positive"], row["nodules"], row["negative"], *row["thesis"]))
+        print(f"  {split.capitalize()} ({SPLITS[split]:.0%})".ljust(23) + "".join(map(str.rjust, cells, (12, 12, 12, 20, 12))))
+
+
+def draw_figures(dataset, shown=3):
+    """Figure 2, positives, and figure 3, negatives, slice by slice; and nodules.png, the middle planes of 24 at most."""
+    for number, rows in ((2, dataset.positives["train"]), (3, dataset.negatives["train"])):
+        cubes = read_cubes(dataset, rows[np.linspace(0, len(rows) - 1, shown).astype(int)])[:, 0]
+        sheet = lungaug.tile([lungaug.slices(cube) for cube in cubes], 1, gap=6, paper=255)
+        lungaug.write_bytes(dataset.folder / f"figure_{number}.png", lungaug.png(lungaug.enlarge(sheet, max(1, 48 // dataset.cube))))
+    cubes = read_cubes(dataset, np.concatenate(list(dataset.positives.values()))[:24])[:, 0]
+    sheet = lungaug.tile([lungaug.planes(cube) for cube in cubes], 4, gap=6, paper=255)
+    lungaug.write_bytes(dataset.folder / "nodules.png", lungaug.png(lungaug.enlarge(sheet, 2)))
+
+
+def find_annotations(scans):
+    """annotations.csv in the scans' folder, or in the nearest folder above it. Raises Refusal."""
+    for folder in (scans.resolve(), *scans.resolve().parents):
+        if (folder / "annotations.csv").is_file():
+            return folder / "annotations.csv"
+    raise Refusal(scans, "no annotations.csv in it or above it", "give it with --annotations")
+
+
+def prepare(sources, annotations, folder, parameters, arguments):
+    """Every scan's record, from --workers processes, and the Refusals of those that cannot be used."""
+    results = []
+    with ProcessPoolExecutor(arguments.workers) as pool:
+        jobs = [pool.submit(prepare_or_refuse, source, annotations.get(source.seriesuid, []), folder, parameters) for source in sources]
+        step = lungaug.progress("scans", len(jobs))
+        for source, job in zip(sources, jobs):
+            results.append(job.result())
+            if arguments.strict and isinstance(results[-1], Refusal):
+                pool.shutdown(cancel_futures=True)
+                raise results[-1]
+            step(len(results), source.seriesuid)
+    left_out = [{"seriesuid": s.seriesuid, "reason": str(r)} for s, r in zip(sources, results) if isinstance(r, Refusal)]
+    for row in left_out:
+        print(f"left out: {row['reason'].removeprefix('lungaug: ')}")
+    return [r for r in results if not isinstance(r, Refusal)], left_out
+
+
+def main():
+    arguments, start = lungaug.parse(__doc__.split("\n")[0], "preprocessing"), time.monotonic()
+    synthetic = arguments.scans is None
+    run = arguments.run = lungaug.default_run(arguments.run, arguments.scans)
+    lungaug.settle(arguments, "preprocessing", "demo" if synthetic else "thesis")
+    print(f"Preset {arguments.preset}: {'synthetic scans' if synthetic else 'your scans'}.", flush=True)
+    scans, folder = arguments.scans or run / "scans", run / "prepared"
+    if synthetic and not (scans / "annotations.csv").exists():
+        lungaug.stage("tests/phantom.py", "--run", run, "--seed", arguments.seed, "--workers", arguments.workers)
+    parameters = {"scans": "synthetic" if synthetic else str(scans.resolve()), "cube": arguments.cube, "negatives": arguments.negatives, "seed": arguments.seed}
+    lungaug.claim(folder, parameters, arguments.overwrite)
+    annotations, sources = read_annotations(arguments.annotations or find_annotations(scans)), find_scans(scans)
+    records, left_out = prepare(sources, annotations, folder, parameters, arguments)
+    check(records, scans, "none of its scans can be used", "see the reasons above")
+    splits = split_patients([record["patient"] for record in records], arguments.seed)
+    records = [record | {"split": splits[record["patient"]]} for record in records]
+    lungaug.write_json(folder / "dataset.json", {"parameters": parameters, "preset": arguments.preset, "synthetic": synthetic,
+                                                 "table_1": table_1(records), "left_out": left_out, "scans": records})
+    dataset = open_dataset(run)
+    draw_figures(dataset)
+    print_table_1(dataset.info["table_1"])
+    print(f"{len(records)} scans, {len(left_out)} left out, lungs of {min(r['litres'] for r in records):.1f} to "
+          f"{max(r['litres'] for r in records):.1f} litres; pictures in {folder}: one a scan, figure_2.png, figure_3.png, nodules.png")
+    lungaug.record_stage(folder, arguments, time.monotonic() - start)
+
+
+if __name__ == "__main__":
+    lungaug.command(main)

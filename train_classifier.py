@@ -1,0 +1,270 @@
+"""Augmentation and classifier training: sections 4.2, 4.3 and 4.4.
+
+    python train_classifier.py --run runs/demo       # after train_gan.py
+
+The GAN generates cubes, its critic scores them, the best are selected (4.3); then three classifiers are trained
+(4.4, 5.2): on real data with conventional augmentation, on real and generated data mixed, on generated data alone.
+Leaves <run>/classifiers: generated/{positive,negative}.npy, {real,mixed,fake}/checkpoint.pt and log.jsonl, figure_8.svg.
+"""
+
+import time
+
+import numpy as np
+import torch
+
+import lungaug
+import preprocessing
+from losses import classifier_loss
+from lungaug import Refusal, check
+from models import LATENT, Classifier, Critic, Generator, conditional_latent
+
+ARMS = ("real", "mixed", "fake")
+BETAS = (0.9, 0.999)    # 4.4.1   [num_4_4_adam]
+
+
+# 4.2 Conventional augmentation: the eight flips of each positive; no noise, which would blur the Hounsfield scale
+
+def conventional_positives(dataset, split):
+    """Every positive of a split with each of its eight flips   [rule_4_2_flips]: rows (8n, 4), flips (8n,)"""
+    return preprocessing.with_flips(dataset.positives[split])
+
+
+# 4.3 Generative augmentation: generate, score, select
+
+def select(scores, probabilities, score_threshold, class_probability):
+    """f(x) ≥ threshold and ŷ(class) ≥ p: real enough, and surely of its class   [rule_4_3_select]
+
+    scores f(x), probabilities ŷ of the wanted class: (n,). Returns bool (n,). A critic loss below some threshold, as
+    the thesis says it, is a score above one: the loss is −f(x).
+    """
+    return (scores >= score_threshold) & (probabilities >= class_probability)
+
+
+@torch.no_grad()
+def score_reals(critic, dataset, label, device, most=2048):
+    """Critic scores of the training reals of one class, evenly chosen where there are more than `most`: (n,)"""
+    if label == 1:
+        rows, flips = conventional_positives(dataset, "train")
+    else:
+        rows, flips = dataset.negatives["train"], np.zeros(len(dataset.negatives["train"]), int)
+    chosen = np.unique(np.linspace(0, len(rows) - 1, most).astype(int))
+    cubes = lambda part: preprocessing.read_cubes(dataset, rows[chosen[part]], flips[chosen[part]])
+    return lungaug.predict(lambda x: critic(x)[0], cubes, len(chosen), device)
+
+
+@torch.no_grad()
+def generate(generator, critic, label, wanted, threshold, arguments, device):
+    """Generate cubes of one class, score them, keep the best until `wanted` are kept   [rule_4_3_generate_score_select]
+
+    Returns (cubes int16 HU (n, c, c, c), attempts, accepted): n = accepted, or fewer than wanted where --attempts runs
+    out; `spare` holds the best-scored of the rest, for the pictures of a GAN that delivers none.
+    """
+    noise = lungaug.torch_stream(arguments.seed, "generate", label)
+    kept, spare, attempts = [], [], 0
+    step = lungaug.progress(f"generated {'negatives' if label == 0 else 'positives'}", wanted)
+    while sum(map(len, kept)) < wanted and attempts < wanted * arguments.attempts:
+        labels = torch.full((min(64, wanted * arguments.attempts - attempts),), label)
+        latent = conditional_latent(torch.randn(len(labels), LATENT, generator=noise), labels)
+        cubes = generator(latent.to(device))
+        scores, logits = critic(cubes)
+        chosen = select(scores, logits.softmax(1)[:, label], threshold, arguments.class_probability).cpu()
+        cubes = np.rint(preprocessing.denormalize(cubes[:, 0].cpu().numpy())).astype(np.int16)
+        kept.append(cubes[chosen.numpy()])
+        attempts += len(labels)
+        step(min(wanted, sum(map(len, kept))), f"{attempts} attempts")
+        best = int(scores.argmax())
+        spare.append((float(scores[best]), attempts, cubes[best]))
+        spare = sorted(spare, key=lambda s: s[:2])[-12:]
+    kept = np.concatenate(kept)
+    rate = len(kept) / attempts
+    return kept[:wanted], np.stack([s[2] for s in spare[::-1]]), rate
+
+
+def load_gan(run, device):
+    """Generator and critic from <run>/gan/checkpoint.pt, as they are after training. Raises Refusal."""
+    path = run / "gan" / "checkpoint.pt"
+    state = lungaug.load_checkpoint(path, f"run python train_gan.py --run {run} first")
+    try:
+        networks = [build(state["settings"]["cube"], state["settings"]["width"]) for build in (Generator, Critic)]
+        for network, name in zip(networks, ("generator", "critic")):
+            network.load_state_dict(state[name])
+    except (KeyError, ValueError, RuntimeError, TypeError, AttributeError) as error:
+        raise Refusal(path, f"does not fit ({error})", "train the GAN again with --overwrite") from None
+    return [network.eval().requires_grad_(False).to(device) for network in networks]
+
+
+def generate_classes(run, dataset, arguments, device):
+    """Generate both classes as often as there are real positives counted with flips, or read them back; returns what was delivered."""
+    folder, wanted = run / "classifiers" / "generated", 8 * len(dataset.positives["train"])
+    path = folder / "generated.json"
+    asked = {key: getattr(arguments, key) for key in ("seed", "score_quantile", "class_probability", "attempts")}
+    asked["gan_crc32"] = lungaug.file_crc(run / "gan" / "checkpoint.pt", f"run python train_gan.py --run {run} first")
+    if path.exists() and not arguments.overwrite:
+        found = lungaug.read_json(path, "start again with --overwrite")
+        lungaug.same_settings(path, found.get("settings"), asked)
+        return found
+    generator, critic = load_gan(run, device)
+    classes = {}
+    for label, name in ((1, "positive"), (0, "negative")):
+        threshold = float(np.quantile(score_reals(critic, dataset, label, device), arguments.score_quantile))
+        cubes, spare, rate = generate(generator, critic, label, wanted, threshold, arguments, device)
+        for kind, array in ((name, cubes), (f"{name}_rejected", spare)):
+            lungaug.write_array(folder / f"{kind}.npy", array)
+        classes[name] = {"wanted": wanted, "accepted": len(cubes), "rate": rate, "score_threshold": threshold}
+        print(f"Generated {name}s: {len(cubes)} of {wanted} wanted, acceptance rate {rate:.1%} (score ≥ {threshold:.2f}, "
+              f"class probability ≥ {arguments.class_probability}).", flush=True)
+        if len(cubes) < wanted:
+            print(f"  The GAN does not deliver: {arguments.attempts} attempts for each one wanted gave {len(cubes)}. Train it longer, "
+                  f"or lower --score-quantile (now {arguments.score_quantile}) or --class-probability.", flush=True)
+    lungaug.write_json(path, {"settings": asked, "classes": classes})
+    return lungaug.read_json(path, "")
+
+
+# 4.4 Lung nodule detection classifier
+
+class Pool:
+    """Cubes of one class to train on: real ones (rows and flips of a dataset), then generated ones (int16 HU)."""
+
+    def __init__(self, dataset, rows, flips, generated):
+        self.dataset, self.rows, self.flips, self.generated = dataset, rows, flips, generated
+
+    def __len__(self):
+        return len(self.rows) + len(self.generated)
+
+    def read(self, chosen):
+        """Cubes (n, 1, c, c, c) in [-1, 1] at the numbers `chosen` (n,), each below len(self)."""
+        real = chosen[chosen < len(self.rows)]
+        made = self.generated[np.sort(chosen[chosen >= len(self.rows)]) - len(self.rows)]
+        return np.concatenate([preprocessing.read_cubes(self.dataset, self.rows[real], self.flips[real]),
+                               preprocessing.normalize(made)[:, None]])
+
+
+def arm_pools(arm, run, dataset):
+    """The positives and the negatives of an arm   [rule_5_2_arms]: real; real with generated positives; generated alone."""
+    none = np.zeros((0, *[dataset.cube] * 3), np.int16)
+    generated = {name: none if arm == "real" else preprocessing.open_array(run / "classifiers" / "generated" / f"{name}.npy")
+                 for name in ("positive", "negative")}
+    rows, flips = conventional_positives(dataset, "train")
+    negatives = dataset.negatives["train"]
+    if arm == "fake":
+        return [Pool(dataset, rows[:0], flips[:0], generated["positive"]), Pool(dataset, negatives[:0], flips[:0], generated["negative"])]
+    return [Pool(dataset, rows, flips, generated["positive"]), Pool(dataset, negatives, np.zeros(len(negatives), int), none)]
+
+
+def learning_rate(epoch, early, late, decay):
+    """10⁻³, and 10⁻⁴ from epoch 30 on   [rule_4_4_decay]; epoch counts from 0"""
+    return early if epoch < decay else late
+
+
+def balanced_batches(positives, negatives, size, rng):
+    """Numbers of an epoch's batches, half positive, half negative   [rule_4_4_balanced]
+
+    An epoch passes over the positives once, in a new order; as many negatives are drawn from all of them.
+    """
+    order = rng.permutation(positives)
+    for i in range(0, positives, size // 2):
+        part = order[i:i + size // 2]
+        yield part, rng.integers(negatives, size=len(part))
+
+
+def f1_score(labels, predictions):
+    """F1 = 2·TP/(2·TP + FP + FN); labels, predictions (n,) of 0 and 1; 0 where there is neither a positive nor a false alarm"""
+    hits = (labels * predictions).sum()
+    return float(2 * hits / max(1, labels.sum() + predictions.sum()))
+
+
+def validate(classifier, dataset, device):
+    """F1 and cross-entropy on the validation set, positives with their flips; the loss is the mean of the classes' means, as the
+    training batches are balanced."""
+    rows, flips = conventional_positives(dataset, "validation")
+    labels = np.repeat([1, 0], [len(rows), len(dataset.negatives["validation"])])
+    rows = np.concatenate([rows, dataset.negatives["validation"]])
+    flips = np.concatenate([flips, np.zeros(len(labels) - len(flips), int)])
+    classifier.eval()
+    logits = lungaug.predict(classifier, lambda part: preprocessing.read_cubes(dataset, rows[part], flips[part]), len(rows), device)
+    classifier.train()
+    losses = [classifier_loss(torch.from_numpy(logits[labels == y]), torch.from_numpy(labels[labels == y])).item() for y in (0, 1) if (labels == y).any()]
+    return f1_score(labels, logits.argmax(1)), float(np.mean(losses))
+
+
+def settings(arguments):
+    """What a checkpoint must agree on with the command that resumes it."""
+    return {key: getattr(arguments, key) for key in ("seed", "batch_size", "learning_rate", "late_learning_rate", "decay_epoch")}
+
+
+def train_arm(arm, run, dataset, arguments, delivered, device):
+    """Train one classifier and keep the epoch of the best validation F1, ties by the lower loss   [rule_5_2_best_kept]
+
+    Every epoch is a checkpoint, so that a stopped run goes on and ends with the same bytes.
+    """
+    a, folder = arguments, run / "classifiers" / arm
+    positives, negatives = arm_pools(arm, run, dataset)
+    if arm != "real" and not len(positives.generated) or not len(negatives):
+        print(f"{arm}: no generated samples to train on; left out.")
+        return
+    torch.manual_seed(int(lungaug.stream(a.seed, "classifier weights").integers(2 ** 62)))      # the arms start alike
+    classifier, draws = Classifier(dataset.cube).to(device), lungaug.stream(a.seed, "classifier batches", arm)
+    optimizer = torch.optim.Adam(classifier.parameters(), a.learning_rate, BETAS)
+    epoch, best = 0, {"f1": -1.0, "loss": float("inf"), "epoch": -1, "classifier": None}
+    path, asked = folder / "checkpoint.pt", settings(a) | {"delivered": delivered}
+    if path.exists() and not a.overwrite:
+        state = lungaug.load_checkpoint(path, "")
+        lungaug.same_settings(path, state.get("settings"), asked)
+        epoch, best = state["epoch"], state["best"]
+        classifier.load_state_dict(state["classifier"])
+        optimizer.load_state_dict(state["optimizer"])
+        lungaug.restore_stream(draws, state["draws"])
+    lungaug.rewind_log(folder / "log.jsonl", epoch)
+    step = lungaug.progress(f"{arm} epochs", a.epochs)
+    while epoch < a.epochs:
+        for group in optimizer.param_groups:
+            group["lr"] = learning_rate(epoch, a.learning_rate, a.late_learning_rate, a.decay_epoch)
+        losses = []
+        for some, others in balanced_batches(len(positives), len(negatives), a.batch_size, draws):
+            cubes = torch.from_numpy(np.concatenate([positives.read(some), negatives.read(others)])).to(device)
+            labels = torch.from_numpy(np.repeat([1, 0], [len(some), len(others)])).to(device)
+            loss = classifier_loss(classifier(cubes), labels)
+            optimizer.zero_grad()
+            loss.backward()
+            optimizer.step()
+            losses.append(loss.item())
+        epoch += 1
+        f1, loss = validate(classifier, dataset, device)
+        check(np.isfinite(loss), path, f"a loss that is no number in epoch {epoch}", "lower --learning-rate; the last checkpoint is kept")
+        if (f1, -loss) > (best["f1"], -best["loss"]):
+            best = {"f1": f1, "loss": loss, "epoch": epoch, "classifier": {key: value.clone() for key, value in classifier.state_dict().items()}}
+        lungaug.append_log(folder / "log.jsonl", {"epoch": epoch, "train_loss": float(np.mean(losses)), "validation_loss": loss, "validation_f1": f1})
+        lungaug.save_checkpoint(path, {"settings": asked, "epoch": epoch, "best": best, "classifier": classifier.state_dict(),
+                                       "optimizer": optimizer.state_dict(), "draws": lungaug.stream_state(draws)})
+        step(epoch, f"loss {np.mean(losses):.3f}, validation F1 {f1:.3f}")
+    print(f"{arm}: {len(positives)} positives, {len(negatives)} negatives; best validation F1 {best['f1']:.3f} at epoch {best['epoch']}.", flush=True)
+
+
+def figure_8(run):
+    """Training and validation loss of each classifier, one SVG."""
+    pictures = []
+    for arm in ARMS:
+        rows = lungaug.read_log(run / "classifiers" / arm / "log.jsonl")
+        if rows:
+            epochs = [row["epoch"] for row in rows]
+            pictures.append(lungaug.curves(f"Classifier on {arm} data", [(name, epochs, [row[f"{name}_loss"] for row in rows], None)
+                                                                      for name in ("train", "validation")], "epoch", "cross-entropy"))
+    return lungaug.beside(*pictures, columns=3)
+
+
+def main():
+    arguments, start = lungaug.parse(__doc__.split("\n")[0], "train_classifier"), time.monotonic()
+    run = arguments.run = lungaug.default_run(arguments.run)
+    dataset = preprocessing.open_dataset(run)
+    lungaug.settle(arguments, "train_classifier", dataset.info["preset"])
+    device = lungaug.pick_device(arguments.device)
+    print(f"Preset {arguments.preset}, cube {dataset.cube}, on {device}.", flush=True)
+    generated = generate_classes(run, dataset, arguments, device)
+    for arm in ARMS:
+        train_arm(arm, run, dataset, arguments, generated["classes"] if arm != "real" else None, device)
+    lungaug.write_text(run / "classifiers" / "figure_8.svg", figure_8(run))
+    lungaug.record_stage(run / "classifiers", arguments, time.monotonic() - start)
+
+
+if __name__ == "__main__":
+    lungaug.command(main)

@@ -1,0 +1,245 @@
+"""GAN training: section 4.1, the auxiliary classifier Wasserstein GAN with gradient penalty.
+
+    python train_gan.py                              # nothing prepared yet: synthetic scans first, then the demo preset
+    python train_gan.py --run runs/luna16            # the thesis preset on your prepared scans
+    python train_gan.py --run runs/demo --epochs 600 # goes on from the checkpoint, to epoch 600
+
+An epoch is five critic iterations and one generator iteration. Leaves <run>/gan: checkpoint.pt, log.jsonl (every term
+of every epoch), figure_7.svg (loss curves) and progression.png (a fixed z through the training). Stopped at any time,
+the same command goes on from the checkpoint and ends with the same bytes.
+"""
+
+import time
+
+import numpy as np
+import torch
+
+import lungaug
+import preprocessing
+from losses import critic_loss, generator_loss
+from lungaug import Refusal, check
+from models import LATENT, Critic, Generator, conditional_latent, sides
+
+BETAS = (0.0, 0.9)      # 4.1.1   [num_4_1_adam]
+FIXED = 4               # samples of each class drawn from the z that stays fixed
+MOMENTS = 8             # times that they are drawn through the training, and once before
+
+
+def auxiliary_scale(epoch, epochs, early, late):
+    """α = 1 at the beginning, 10 at the end: late from the last quarter on   [rule_4_1_alpha]; epoch counts from 0"""
+    return early if epoch < 0.75 * epochs else late
+
+
+def draw_latent(labels, noise):
+    """z ~ 𝒩(0, 1) with the labels' one-hot in front; labels (n,), noise a torch Generator → (n, 128) on the labels' device"""
+    return conditional_latent(torch.randn(len(labels), LATENT, generator=noise).to(labels.device), labels)
+
+
+def draw_labels(count, noise, device):
+    """y_fake, uniform over the two classes   [rule_3_3_1_random_labels]; (count,) int64"""
+    return torch.randint(0, 2, (count,), generator=noise).to(device)
+
+
+def draw_epsilon(count, noise, device):
+    """ε ~ U[0, 1], one a sample   [rule_3_3_1_epsilon]; (count,)"""
+    return torch.rand(count, generator=noise).to(device)
+
+
+class Trainer:
+    """All that training changes: two networks, two optimizers, two sources of randomness. `state` and `restore` are its checkpoint."""
+
+    def __init__(self, arguments, cube, device):
+        self.arguments, self.device, self.epoch, self.seconds, self.moments = arguments, device, 0, 0.0, []
+        torch.manual_seed(int(lungaug.stream(arguments.seed, "gan weights").integers(2 ** 62)))
+        layout = dict(device=device, memory_format=torch.channels_last_3d)
+        self.generator = Generator(cube, arguments.width).to(**layout)
+        self.critic = Critic(cube, arguments.width).to(**layout)
+        self.generator_step, self.critic_step = (torch.optim.Adam(network.parameters(), arguments.learning_rate, BETAS)
+                                                 for network in (self.generator, self.critic))
+        self.noise = lungaug.torch_stream(arguments.seed, "gan noise")
+        self.draws = lungaug.stream(arguments.seed, "gan batches")
+        self.fixed_labels = torch.arange(2).repeat_interleave(FIXED).to(device)
+        self.fixed_latent = draw_latent(self.fixed_labels, lungaug.torch_stream(arguments.seed, "gan fixed z"))
+
+    def parts(self):
+        return {"generator": self.generator, "critic": self.critic, "generator_step": self.generator_step, "critic_step": self.critic_step}
+
+    def state(self):
+        return {"settings": settings(self.arguments), "epoch": self.epoch, "seconds": self.seconds, "moments": self.moments,
+                "noise": self.noise.get_state(), "draws": lungaug.stream_state(self.draws)} | {name: part.state_dict() for name, part in self.parts().items()}
+
+    def restore(self, state):
+        self.epoch, self.seconds, self.moments = state["epoch"], state["seconds"], state["moments"]
+        self.noise.set_state(state["noise"])
+        lungaug.restore_stream(self.draws, state["draws"])
+        for name, part in self.parts().items():
+            part.load_state_dict(state[name])
+
+
+def settings(arguments):
+    """What a checkpoint must agree on with the command that resumes it."""
+    return {key: getattr(arguments, key) for key in ("seed", "cube", "width", "batch_size", "learning_rate", "penalty_scale", "auxiliary_scale",
+                                                     "late_auxiliary_scale", "critic_iterations", "precision")}
+
+
+def half_precision(trainer):
+    """Autocast to bfloat16 under --precision bfloat16, nothing under float32; weights, losses and optimizers stay float32."""
+    return torch.autocast(trainer.device.type, torch.bfloat16, enabled=trainer.arguments.precision == "bfloat16")
+
+
+def parts_of(count, most):
+    """Slices of at most `most` samples that cover `count` (a micro-batch each), with their share of the batch."""
+    return [(slice(i, min(i + most, count)), (min(i + most, count) - i) / count) for i in range(0, count, most)]
+
+
+def mean_of_parts(parts):
+    """The batch's loss terms from its micro-batches' (share, terms): every term is a mean over samples, so the shares weigh it."""
+    return {key: sum(share * getattr(terms, key).item() for share, terms in parts) for key in parts[0][1]._fields}
+
+
+def critic_iteration(trainer, real, labels, scale):
+    """One Adam step down L_f on fresh reals and fresh fakes, which no gradient leaves   [rule_4_1_critic_step]; returns its terms"""
+    a, device, parts = trainer.arguments, trainer.device, []
+    fake_labels = draw_labels(len(real), trainer.noise, device)
+    latent, epsilon = draw_latent(fake_labels, trainer.noise), draw_epsilon(len(real), trainer.noise, device)
+    trainer.critic_step.zero_grad()
+    for part, share in parts_of(len(real), a.micro_batch or len(real)):
+        with half_precision(trainer):
+            with torch.no_grad():
+                fake = trainer.generator(latent[part]).float()
+            terms = critic_loss(trainer.critic, real[part], labels[part], fake, fake_labels[part], epsilon[part], a.penalty_scale, scale)
+        (share * terms.total).backward()
+        parts.append((share, terms))
+    trainer.critic_step.step()
+    return mean_of_parts(parts)
+
+
+def generator_iteration(trainer, count, scale):
+    """One Adam step down L_G on fresh z and fresh labels; the critic stays as it is   [rule_4_1_generator_step]; returns its terms"""
+    a, parts = trainer.arguments, []
+    labels = draw_labels(count, trainer.noise, trainer.device)
+    latent = draw_latent(labels, trainer.noise)
+    trainer.generator_step.zero_grad()
+    trainer.critic.requires_grad_(False)
+    for part, share in parts_of(count, a.micro_batch or count):
+        with half_precision(trainer):
+            terms = generator_loss(trainer.critic, trainer.generator(latent[part]), labels[part], scale)
+        (share * terms.total).backward()
+        parts.append((share, terms))
+    trainer.critic.requires_grad_(True)
+    trainer.generator_step.step()
+    return mean_of_parts(parts)
+
+
+def train_epoch(trainer, dataset):
+    """Five critic iterations, then one of the generator   [rule_4_1_five_to_one]; returns the epoch's row of the log"""
+    a = trainer.arguments
+    scale = auxiliary_scale(trainer.epoch, a.epochs, a.auxiliary_scale, a.late_auxiliary_scale)
+    rounds = []
+    for _ in range(a.critic_iterations):
+        real, labels = preprocessing.draw_batch(dataset, a.batch_size, trainer.draws)
+        rounds.append(critic_iteration(trainer, torch.from_numpy(real).to(trainer.device), torch.from_numpy(labels).to(trainer.device), scale))
+    generator = generator_iteration(trainer, a.batch_size, scale)
+    trainer.epoch += 1
+    critic = {key: sum(terms[key] for terms in rounds) / len(rounds) for key in rounds[0]}
+    return {"epoch": trainer.epoch, "alpha": scale, "critic": critic, "generator": generator}
+
+
+def is_finite(row):
+    return all(np.isfinite(value) for terms in (row["critic"], row["generator"]) for value in terms.values())
+
+
+@torch.no_grad()
+def sample_fixed(trainer):
+    """G(z) for the z that stays fixed   [rule_4_1_fixed_z]: uint8 grey (2·FIXED, c, c, c), negatives first, kept in `moments`"""
+    cubes = torch.cat([trainer.generator(z) for z in trainer.fixed_latent.split(2)])
+    trainer.moments.append((trainer.epoch, torch.from_numpy(lungaug.grey(cubes[:, 0].float().cpu().numpy()))))
+
+
+def draw_pictures(folder, trainer):
+    """Figure 7 from the log, and the progression of the fixed z: a row a moment, the middle slice of each sample."""
+    rows = lungaug.read_log(folder / "log.jsonl")
+    lungaug.write_text(folder / "figure_7.svg", figure_7(rows))
+    images = [cube[cube.shape[0] // 2].numpy() for _, cubes in trainer.moments for cube in cubes]
+    sheet = lungaug.tile(images, 2 * FIXED)
+    lungaug.write_bytes(folder / "progression.png", lungaug.png(lungaug.enlarge(sheet, 96 // images[0].shape[0] or 1)))
+
+
+def figure_7(rows):
+    """Loss curves of the log's rows, smoothed, with their 95% bands, as one SVG: estimate, cross-entropy, penalty, accuracy."""
+    epochs, window = [row["epoch"] for row in rows], max(3, len(rows) // 40)
+
+    def line(name, key, part="critic"):
+        middle, band = lungaug.smooth([row[part][key] for row in rows], window)
+        return name, epochs, middle, band
+
+    return lungaug.beside(
+        lungaug.curves("Wasserstein distance estimate", [line("f(real) − f(fake)", "wasserstein")], "epoch", "estimate"),
+        lungaug.curves("Auxiliary classification", [line("critic, reals and fakes", "auxiliary"), line("generator, fakes", "auxiliary", "generator")],
+                       "epoch", "cross-entropy"),
+        lungaug.curves("Gradient penalty", [line("(‖∇f‖ − 1)²", "penalty")], "epoch", "penalty"),
+        lungaug.curves("Class accuracy of the critic", [line("on reals", "real_accuracy"), line("on fakes", "fake_accuracy")], "epoch", "accuracy"))
+
+
+def load_or_start(folder, arguments, cube, device):
+    """A Trainer at its checkpoint, or a new one where there is none or under --overwrite."""
+    trainer, path = Trainer(arguments, cube, device), folder / "checkpoint.pt"
+    if arguments.overwrite or not path.exists():
+        lungaug.rewind_log(folder / "log.jsonl", -1)
+        return trainer
+    state = lungaug.load_checkpoint(path, "")
+    lungaug.same_settings(path, state.get("settings"), settings(arguments))
+    try:
+        trainer.restore(state)
+    except (KeyError, ValueError, RuntimeError, TypeError, AttributeError) as error:
+        raise Refusal(path, f"does not fit ({error})", "start again with --overwrite") from None
+    lungaug.rewind_log(folder / "log.jsonl", trainer.epoch)
+    return trainer
+
+
+def train(trainer, dataset, folder):
+    """Draw, criticise five times, generate, log, save; a checkpoint every --checkpoint-minutes and at the end."""
+    a = trainer.arguments
+    step, start, saved = lungaug.progress("epochs", a.epochs), time.monotonic() - trainer.seconds, time.monotonic()
+    moments = {round(a.epochs * i / MOMENTS) for i in range(MOMENTS + 1)}
+    if trainer.epoch == 0:
+        sample_fixed(trainer)
+    while trainer.epoch < a.epochs:
+        row = train_epoch(trainer, dataset)
+        check(is_finite(row), folder / "log.jsonl", f"a loss that is no number in epoch {trainer.epoch}",
+              "lower --learning-rate; the last checkpoint is kept")
+        lungaug.append_log(folder / "log.jsonl", row)
+        if trainer.epoch in moments:
+            sample_fixed(trainer)
+            draw_pictures(folder, trainer)
+        step(trainer.epoch, f"W {row['critic']['wasserstein']:.2f}, class accuracy {row['critic']['real_accuracy']:.2f} reals {row['critic']['fake_accuracy']:.2f} fakes")
+        trainer.seconds = time.monotonic() - start
+        if time.monotonic() - saved > 60 * a.checkpoint_minutes or trainer.epoch == a.epochs:
+            lungaug.save_checkpoint(folder / "checkpoint.pt", trainer.state())
+            saved = time.monotonic()
+
+
+def main():
+    arguments = lungaug.parse(__doc__.split("\n")[0], "train_gan")
+    run = arguments.run = lungaug.default_run(arguments.run)
+    if not (run / "prepared" / "dataset.json").exists():
+        print(f"Nothing prepared in {run}: synthetic scans first.")
+        lungaug.stage("preprocessing.py", "--run", run, *(["--seed", arguments.seed] if arguments.seed is not None else []))
+    dataset = preprocessing.open_dataset(run)
+    lungaug.settle(arguments, "train_gan", dataset.info["preset"])
+    arguments.cube = dataset.cube
+    device = lungaug.pick_device(arguments.device)
+    folder = run / "gan"
+    trainer = load_or_start(folder, arguments, dataset.cube, device)
+    print(f"Preset {arguments.preset}, cube {dataset.cube}, width {arguments.width}, on {device}; epochs {trainer.epoch} to {arguments.epochs}.", flush=True)
+    train(trainer, dataset, folder)
+    draw_pictures(folder, trainer)
+    rows = lungaug.read_log(folder / "log.jsonl")
+    wasserstein = [row["critic"]["wasserstein"] for row in rows]
+    print(f"Wasserstein estimate: peak {max(wasserstein):.2f}, now {np.mean(wasserstein[-20:]):.2f}; {lungaug.duration(trainer.seconds)}; "
+          f"pictures: {folder / 'figure_7.svg'}, {folder / 'progression.png'}")
+    lungaug.record_stage(folder, arguments, trainer.seconds)
+
+
+if __name__ == "__main__":
+    lungaug.command(main)
