@@ -183,14 +183,14 @@ def tables(dataset, scores):
     return out
 
 
-def print_tables(results):
-    for number, table in results.items():
-        columns = [table.get("flips"), table.get("nodules"), table["thesis"]]
-        print(f"\nTable {number}. {table['title']}\n{'':<14}{'this run, flips':>18}{'this run, nodules':>20}{'thesis':>12}")
-        for kind in ("confusion", "metrics"):
-            for key in table["thesis"][kind]:
-                cells = [lungaug.shown(column[kind][key]) if column else "–" for column in columns]
-                print(f"  {key if kind == 'metrics' else key.upper():<12}{cells[0]:>18}{cells[1]:>20}{cells[2]:>12}")
+TABLE_HEAD = ("", "positives with flips", "positives as nodules", "thesis")
+
+
+def table_cells(table):
+    """One of Tables 2–5 as rows of text; – where the arm was not trained."""
+    return [(key if part == "metrics" else key.upper(),
+             *(lungaug.shown(table[column][part][key]) if column in table else "–" for column in ("flips", "nodules", "thesis")))
+            for part in ("confusion", "metrics") for key in table["thesis"][part]]
 
 
 # Figures 9–14 and the samples
@@ -248,6 +248,19 @@ def draw_samples(folder, run, dataset, count=16):
     lungaug.write_bytes(folder / "samples.png", lungaug.png(lungaug.enlarge(lungaug.tile(lungaug.grey(np.concatenate(lines)), count), 48 // dataset.cube or 1)))
 
 
+def page(results):
+    """What the report shows of section 5."""
+    pictures = [(f"Figure {row['figure']}. l2 distance {row['distance']:.1f}."
+                 + ("" if row["accepted"] else " Not accepted in 4.3; shown for want of one that was."), f"figure_{row['figure']}.png")
+                for row in results["novelty"]["generated"]]
+    held_out = ", ".join(f"{distance:.1f}" for distance in results["novelty"]["held_out_distances"])
+    return ["5.1 Generated samples",
+            ("Middle axial slices, a row each: real positives, generated positives, real negatives, generated negatives.", "samples.png"),
+            f"Generated (left), nearest real training sample (right). A copy would lie at 0; real test positives lie at {held_out}",
+            *pictures, "5.2 Classification metrics",
+            *((f"Table {number}. {table['title']}.", TABLE_HEAD, table_cells(table)) for number, table in results["tables"].items())]
+
+
 def main():
     arguments, start = lungaug.parse(__doc__.split("\n")[0], "evaluate"), time.monotonic()
     run = arguments.run = lungaug.default_run(arguments.run)
@@ -256,14 +269,14 @@ def main():
     device, folder = lungaug.pick_device(arguments.device), run / "evaluation"
     scores = score_test(load_networks(run, device), dataset, device)
     write_scores(folder / "scores.csv", dataset, scores)
-    results = {"tables": tables(dataset, scores)}
-    print_tables(results["tables"])
-    results["novelty"] = draw_novelty(folder, run, dataset)
+    results = {"tables": tables(dataset, scores), "novelty": draw_novelty(folder, run, dataset)}
+    for number, table in results["tables"].items():
+        lungaug.print_table(f"Table {number}. {table['title']}", TABLE_HEAD, table_cells(table))
+    print("\nl2 distance to the nearest training cube: generated " + ", ".join(f"{row['distance']:.1f}" for row in results["novelty"]["generated"])
+          + "; real test positives " + ", ".join(f"{distance:.1f}" for distance in results["novelty"]["held_out_distances"]))
     draw_samples(folder, run, dataset)
     lungaug.write_json(folder / "results.json", results)
-    print("\nl2 distance to the nearest training cube: generated " + ", ".join(f"{row['distance']:.1f}" for row in results["novelty"]["generated"])
-          + "; real test positives " + ", ".join(f"{d:.1f}" for d in results["novelty"]["held_out_distances"]))
-    lungaug.record_stage(folder, arguments, time.monotonic() - start)
+    lungaug.record_stage(folder, arguments, time.monotonic() - start, page(results))
 
 
 if __name__ == "__main__":

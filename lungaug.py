@@ -54,8 +54,8 @@ PRESETS = (
     Preset("train_gan", "late-auxiliary-scale", 10.0, 10.0, "α", "4.1.1, at the end"),
     Preset("train_gan", "critic-iterations", 5, 5, "an epoch", "4.1.1, then one of the generator"),
     Preset("train_gan", "epochs", 20000, 300, "of 5 + 1 iterations", "4.1.1 [num_4_1_epochs]; 300 take five minutes"),
-    Preset("train_classifier", "score-quantile", 0.5, 0.5, "of the reals' scores", "4.3, “some threshold”: real enough is the median real"),
-    Preset("train_classifier", "class-probability", 0.9, 0.9, "", "4.3, “confident above a threshold”"),
+    Preset("train_classifier", "score-quantile", 0.5, 0.5, "share of the reals' scores", "4.3, “some threshold”: real enough is the median real"),
+    Preset("train_classifier", "class-probability", 0.9, 0.9, "share", "4.3, “confident above a threshold”"),
     Preset("train_classifier", "attempts", 20, 20, "for each one wanted", "a GAN that cannot deliver must not run for ever"),
     Preset("train_classifier", "batch-size", 64, 64, "cubes, half positive", "4.4.1 [num_4_4_batch_size]"),
     Preset("train_classifier", "learning-rate", 1e-3, 1e-3, "", "4.4.1 [num_4_4_learning_rate]"),
@@ -65,66 +65,75 @@ PRESETS = (
 )
 
 
+STAGES = ("preprocessing", "train_gan", "train_classifier", "evaluate")
+
+
 def whole(least):
     """A parser of whole numbers from `least` on, for argparse."""
     def parse(text):
-        value = int(text)
-        if value < least:
-            raise argparse.ArgumentTypeError(f"{value} is below {least}")
-        return value
-    parse.__name__ = "whole number"
+        if int(text) < least:
+            raise argparse.ArgumentTypeError(f"{text} is below {least}")
+        return int(text)
     return parse
 
 
-def number(text):
-    """A finite number, not negative, for argparse."""
-    value = float(text)
-    if not 0 <= value < float("inf"):
-        raise argparse.ArgumentTypeError(f"{text} is not a number from 0 on")
-    return value
+def number(text, most=float("inf")):
+    """A number from 0 on, for argparse."""
+    if not 0 <= float(text) <= most or float(text) == float("inf"):
+        raise argparse.ArgumentTypeError(f"{text} is not a number from 0 to {most}")
+    return float(text)
 
 
-STAGES = ("preprocessing", "train_gan", "train_classifier", "evaluate")
+def share(text):
+    """A number from 0 to 1, for argparse."""
+    return number(text, most=1)
 
-OPTIONS = (     # stages, name, default, settings for argparse
-    (STAGES, "--run", None, dict(type=Path, help="the folder the run lives in (default runs/demo, or runs/<the name of --scans>)")),
-    (STAGES, "--preset", None, dict(choices=("demo", "thesis"), help="the defaults (default: demo for synthetic scans, thesis for yours)")),
+
+OPTIONS = (     # stages, name, default, settings for argparse; PRESETS holds the others
+    (STAGES, "--run", None, dict(type=Path, help="the run's folder (default runs/demo, or runs/<name of --scans>)")),
+    (STAGES, "--preset", None, dict(choices=("demo", "thesis"), help="default: demo for synthetic scans, thesis for yours")),
     (STAGES, "--seed", 0, dict(type=whole(0), help="the one source of all randomness (default 0)")),
-    (STAGES, "--device", "auto", dict(help="auto, cpu, cuda, cuda:1, … (default auto)")),
-    (STAGES[:1], "--scans", None, dict(type=Path, help="a tree of folders with MetaImage or DICOM scans (default: synthetic ones)")),
-    (STAGES[:1], "--annotations", None, dict(type=Path, help="annotations.csv (default: the one in or above --scans)")),
-    (STAGES[:1], "--workers", min(os.cpu_count() or 1, 8), dict(type=whole(1), help="processes, each with a scan in memory (default: one a core, at most 8)")),
+    (STAGES, "--device", "auto", dict(help="auto, cpu, cuda, cuda:1, … (default auto: a GPU where there is one)")),
+    (STAGES[:1], "--scans", None, dict(type=Path, help="a tree with MetaImage or DICOM scans (default: synthetic)")),
+    (STAGES[:1], "--annotations", None, dict(type=Path, help="default: annotations.csv in or above --scans")),
+    (STAGES[:1], "--workers", min(os.cpu_count() or 1, 8), dict(
+        type=whole(1), help="processes, each with a scan in memory (default: one a core, 8 at most)")),
     (STAGES[:1], "--strict", False, dict(action="store_true", help="stop at the first scan that cannot be used")),
-    (STAGES[1:2], "--precision", "float32", dict(choices=("float32", "bfloat16"), help="bfloat16 halves memory and time on a GPU that has it")),
-    (STAGES[1:2], "--micro-batch", None, dict(type=whole(1), help="cubes at a time where the batch does not fit in memory; the gradients are the same")),
-    (STAGES[1:2], "--checkpoint-minutes", 5.0, dict(type=number, help="minutes between checkpoints (default 5)")),
+    (STAGES[1:2], "--precision", "float32", dict(choices=("float32", "bfloat16"), help="bfloat16: quicker on a GPU")),
+    (STAGES[1:2], "--micro-batch", None, dict(
+        type=whole(1), help="cubes at a time, where a batch does not fit in memory; the gradients are the same")),
+    (STAGES[1:2], "--checkpoint-minutes", 5.0, dict(type=number, help="between checkpoints (default 5)")),
     (STAGES[:3], "--overwrite", False, dict(action="store_true", help="start again, from nothing")),
 )
 
 
 def rows_of(stage):
-    """A stage's options as (name, default, settings for argparse): its rows of OPTIONS and of PRESETS."""
-    presets = [(f"--{row.name}", None, dict(type=whole(1) if isinstance(row.thesis, int) else number, metavar=row.name.split("-")[-1].upper(),
-                                            help=f"{row.unit} (thesis {row.thesis}, demo {row.demo})".lstrip())) for row in PRESETS if row.stage == stage]
-    return [row[1:] for row in OPTIONS if stage in row[0]] + presets
+    """A stage's options, of OPTIONS and of PRESETS: (name, (demo's, thesis' default), settings for argparse)."""
+    rows = [(name, (default, default), settings) for stages, name, default, settings in OPTIONS if stage in stages]
+    for row in PRESETS:
+        if row.stage == stage:
+            kind = whole(2 if row.name == "batch-size" else 1) if isinstance(row.thesis, int) else number
+            settings = dict(type=share if row.unit.startswith("share") else kind, metavar=row.name.split("-")[-1].upper(),
+                            help=f"{row.unit} (thesis {row.thesis}, demo {row.demo})".lstrip())
+            rows.append((f"--{row.name}", (row.demo, row.thesis), settings))
+    return rows
 
 
 def parse(description, *stages, words=None):
     """What was typed: a Namespace with an attribute for each option of the stages, None where it was not typed."""
     parser = argparse.ArgumentParser(description=description, allow_abbrev=False)
-    for name, (_, settings) in {row[0]: row[1:] for stage in stages[::-1] for row in rows_of(stage)}.items():
+    for name, settings in {name: settings for stage in stages[::-1] for name, _, settings in rows_of(stage)}.items():
         parser.add_argument(name, default=None, **settings)
     return parser.parse_args(words)
 
 
 def settle(arguments, stage, preset):
-    """Fill what was not typed: from OPTIONS' defaults, then from the preset. Returns the same Namespace."""
+    """Fill in what was not typed, from the preset typed or else from `preset`. Returns the same Namespace."""
     arguments.preset = arguments.preset or preset
-    for name, default, _ in rows_of(stage):
+    for name, defaults, _ in rows_of(stage):
         key = name[2:].replace("-", "_")
         if getattr(arguments, key) is None:
-            row = next((row for row in PRESETS if (row.stage, f"--{row.name}") == (stage, name)), None)
-            setattr(arguments, key, getattr(row, arguments.preset) if row else default)
+            setattr(arguments, key, defaults[arguments.preset == "thesis"])
     return arguments
 
 
@@ -317,12 +326,16 @@ def rewind_log(path, epoch):
     write_text(path, "".join(json.dumps(row) + "\n" for row in rows))
 
 
-def record_stage(folder, arguments, seconds):
-    """Leave the options and the time of a stage in <folder>/options.json, for the report."""
-    shown = {key: str(value) if isinstance(value, Path) else value for key, value in vars(arguments).items()}
-    versions = {"python": platform.python_version(), "torch": torch.__version__, "numpy": np.__version__}
-    write_json(Path(folder) / "options.json", {"command": shlex.join(["python", Path(sys.argv[0]).name, *sys.argv[1:]]), "options": shown,
-                                               "seconds": round(seconds, 1), "versions": versions})
+def record_stage(folder, arguments, seconds, page):
+    """Leave a stage's options, time and page in <folder>/options.json, for the report.
+
+    page: in order, headings (text), figures (caption, file in the folder) and tables (caption, head, rows).
+    """
+    write_json(folder / "options.json", {
+        "page": page,
+        "command": shlex.join(["python", Path(sys.argv[0]).name, *sys.argv[1:]]), "seconds": round(seconds, 1),
+        "options": {key: str(value) if isinstance(value, Path) else value for key, value in vars(arguments).items()},
+        "versions": {"python": platform.python_version(), "torch": torch.__version__, "numpy": np.__version__}})
 
 
 def file_crc(path, do):
@@ -335,26 +348,30 @@ def file_crc(path, do):
 
 @torch.no_grad()
 def predict(network, cubes, count, device, size=256):
-    """network over `count` cubes, `size` at a time; cubes(indices) → (n, 1, c, c, c) float32. Returns a numpy array (count, …)."""
-    parts = [network(torch.from_numpy(cubes(part)).to(device)).float().cpu().numpy() for part in np.split(np.arange(count), range(size, count, size))]
-    return np.concatenate(parts)
+    """network over `count` cubes, `size` at a time; cubes(numbers) → (n, 1, c, c, c) float32. Returns numpy (count, …)."""
+    parts = np.split(np.arange(count), range(size, count, size))
+    return np.concatenate([network(torch.from_numpy(cubes(part)).to(device)).float().cpu().numpy() for part in parts])
 
 
 # Progress
 
 def progress(label, total, every=15.0):
-    """A function `step(done, text="")` that shows done/total, rate and time left: one line on a terminal, a line now and then elsewhere."""
-    start, shown, first = time.monotonic(), [0.0], []
+    """A function step(done, text="") that shows done/total, rate and time left.
+
+    On a terminal it renews one line; elsewhere it prints a line every `every` seconds, and the last.
+    """
+    start, first, shown = time.monotonic(), None, 0.0
 
     def step(done, text=""):
+        nonlocal first, shown
         now, live = time.monotonic(), sys.stderr.isatty()
-        first.append(done) if not first else None
-        if done < total and now - shown[0] < (0.2 if live else every):
+        first = done if first is None else first
+        if done < total and now - shown < (0.2 if live else every):
             return
-        shown[0] = now
-        rate = (done - first[0]) / max(now - start, 1e-9)
-        left = f", {duration((total - done) / rate)} left" if rate > 0 and done < total else ""
-        line = f"{label} {done}/{total}  {f'{rate:.1f}/s' if rate >= 1 else f'{rate * 60:.1f}/min'}{left}  {text}"
+        shown, rate = now, (done - first) / max(now - start, 1e-9)
+        left = f", {duration((total - done) / rate)} left" if rate and done < total else ""
+        speed = f"{rate:.1f}/s" if rate >= 1 else f"{rate * 60:.1f}/min"
+        line = f"{label} {done}/{total}  {speed}{left}  {text}"
         print(f"\r\x1b[K{line}" if live else line, end="" if live and done < total else "\n", file=sys.stderr, flush=True)
 
     return step
@@ -362,25 +379,40 @@ def progress(label, total, every=15.0):
 
 def duration(seconds):
     """45 s, 12 min, 3.4 h, 2.1 days."""
-    for size, unit in ((86400, "days"), (3600, "h")):
-        if seconds >= 2 * size or (unit == "h" and seconds >= size):
+    for least, size, unit in ((172800, 86400, "days"), (3600, 3600, "h")):
+        if seconds >= least:
             return f"{seconds / size:.1f} {unit}"
     return f"{seconds / 60:.0f} min" if seconds >= 120 else f"{seconds:.0f} s"
+
+
+def shown(value):
+    """A number as a table prints it: three decimals, or a whole number with commas; – for none."""
+    if value is None or value != value:
+        return "–"
+    return f"{value:.3f}" if isinstance(value, float) else f"{value:,}"
+
+
+def print_table(title, head, rows):
+    """A table of text on the terminal: the first column to the left, the others to the right."""
+    widths = [max(len(row[i]) for row in (head, *rows)) for i in range(len(head))]
+    print(f"\n{title}")
+    for row in (head, *rows):
+        print("  " + row[0].ljust(widths[0]) + "".join("  " + cell.rjust(width) for cell, width in zip(row[1:], widths[1:])))
 
 
 # Drawing: PNG with zlib, SVG with strings
 
 def png(pixels):
-    """A PNG file's bytes. pixels: uint8, (rows, columns) grey or (rows, columns, 3) red-green-blue."""
-    pixels = np.ascontiguousarray(pixels, np.uint8)
+    """A PNG file's bytes. pixels: uint8, (rows, columns) grey or (rows, columns, 3) red, green, blue."""
     height, width = pixels.shape[:2]
-    rows = np.concatenate([np.zeros((height, 1), np.uint8), pixels.reshape(height, -1)], axis=1)
+    rows = np.pad(pixels.reshape(height, -1), ((0, 0), (1, 0)))     # each row begins with its filter: none
 
     def chunk(name, data):
         return struct.pack(">I", len(data)) + name + data + struct.pack(">I", zlib.crc32(name + data))
 
     header = struct.pack(">IIBBBBB", width, height, 8, 2 if pixels.ndim == 3 else 0, 0, 0, 0)
-    return b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", header) + chunk(b"IDAT", zlib.compress(rows.tobytes(), 6)) + chunk(b"IEND", b"")
+    parts = (b"IHDR", header), (b"IDAT", zlib.compress(rows.astype(np.uint8).tobytes())), (b"IEND", b"")
+    return b"\x89PNG\r\n\x1a\n" + b"".join(chunk(*part) for part in parts)
 
 
 def grey(x):
@@ -389,14 +421,13 @@ def grey(x):
 
 
 def tile(images, columns, gap=2, paper=40):
-    """Equal-sized images (n, rows, columns[, 3]) side by side in reading order, `gap` pixels of grey `paper` between them."""
-    images = np.asarray(images)
+    """Equal-sized images (n, rows, columns[, 3]) in reading order, `gap` pixels of grey `paper` around each."""
+    height, width = images[0].shape[0] + gap, images[0].shape[1] + gap
     lines = -(-len(images) // columns)
-    height, width = images.shape[1] + gap, images.shape[2] + gap
-    sheet = np.full((lines * height + gap, columns * width + gap, *images.shape[3:]), paper, np.uint8)
+    sheet = np.full((lines * height + gap, columns * width + gap, *images[0].shape[2:]), paper, np.uint8)
     for i, image in enumerate(images):
-        top, left = (i // columns) * height + gap, (i % columns) * width + gap
-        sheet[top:top + images.shape[1], left:left + images.shape[2]] = image
+        top, left = i // columns * height + gap, i % columns * width + gap
+        sheet[top:top + height - gap, left:left + width - gap] = image
     return sheet
 
 
@@ -414,55 +445,59 @@ def slices(cube, columns=12):
 
 
 def planes(cube):
-    """The three middle planes (axial, coronal, sagittal) of a cube (z, y, x) in [-1, 1], superior up, side by side."""
+    """The middle planes of a cube (z, y, x) in [-1, 1]: axial, coronal, sagittal, superior up, side by side; uint8."""
     c = cube.shape[0] // 2
     return tile(grey(np.stack([cube[c], cube[::-1, c], cube[::-1, :, c]])), 3, gap=1)
 
 
 COLOURS = ("#1f77b4", "#d62728", "#2ca02c", "#9467bd")
+CURVES = 460, 270       # width and height of one chart
 
 
-def curves(title, lines, x_label, y_label, width=460, height=270):
-    """An SVG of curves. lines: (name, x, y, (low, high) or None); the band between low and high is shaded."""
-    lines = [(name, *(np.asarray(v, float) for v in (x, y)), band) for name, x, y, band in lines]
-    seen = np.concatenate([v for _, _, y, band in lines for v in (y, *(band or ()))])
-    seen, right = seen[np.isfinite(seen)], max(x[-1] for _, x, _, _ in lines)
-    left, low, high = min(x[0] for _, x, _, _ in lines), *((seen.min(), seen.max()) if len(seen) else (0, 1))
-    low, high = (low - 0.5, high + 0.5) if high - low < 1e-12 else (low, high)
+def curves(title, lines, x_label, y_label):
+    """An SVG chart. lines: (name, x (n,), y (n,), band), the band (low (n,), high (n,)) shaded, or None."""
+    (width, height), right, bottom = CURVES, CURVES[0] - 14, CURVES[1] - 42
+    values = np.concatenate([np.ravel(part) for _, _, y, band in lines for part in (y, *(band or ()))])
+    values = values[np.isfinite(values)] if np.isfinite(values).any() else np.zeros(1)
+    low, high = values.min(), values.max()
+    low, high = (low, high) if high - low > 1e-12 else (low - 0.5, high + 0.5)
+    first, last = min(x[0] for _, x, _, _ in lines), max(x[-1] for _, x, _, _ in lines)
 
     def place(x, y):
-        return 58 + (x - left) / max(right - left, 1e-12) * (width - 72), height - 42 - (y - low) / (high - low) * (height - 74)
+        return 58 + (x - first) / max(last - first, 1e-12) * (right - 58), bottom - (y - low) / (high - low) * (bottom - 32)
 
-    def path(x, y):
-        return " ".join(f"{a:.1f},{b:.1f}" for a, b in zip(*place(x, y)) if np.isfinite(b))
+    def points(x, y):
+        return " ".join(f"{a:.1f},{b:.1f}" for a, b in (place(*point) for point in zip(x, y)) if np.isfinite(b))
 
-    out = [f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {width} {height}" width="{width}" height="{height}" '
-           f'font-family="sans-serif" font-size="11"><rect width="100%" height="100%" fill="#fff"/>'
-           f'<text x="{width / 2}" y="15" text-anchor="middle" font-size="13">{html.escape(title)}</text>']
+    def text(x, y, words, anchor="middle", more=""):
+        return f'<text x="{x:.1f}" y="{y:.1f}" text-anchor="{anchor}" {more}>{html.escape(words)}</text>'
+
+    out = [text(width / 2, 15, title), text(width / 2, height - 8, x_label),
+           text(0, 0, y_label, more=f'transform="translate(13 {height / 2}) rotate(-90)"')]
     for value in ticks(low, high):
-        y = place(left, value)[1]
-        out.append(f'<path d="M58 {y:.1f}H{width - 14}" stroke="#ddd"/><text x="53" y="{y + 4:.1f}" text-anchor="end">{value:g}</text>')
-    for value in ticks(left, right):
-        x = place(value, low)[0]
-        out.append(f'<text x="{x:.1f}" y="{height - 27}" text-anchor="middle">{value:g}</text>')
+        y = place(first, value)[1]
+        out.append(f'<path d="M58 {y:.1f}H{right}" stroke="#ddd"/>' + text(53, y + 4, f"{value:g}", "end"))
+    out += [text(place(value, low)[0], bottom + 15, f"{value:g}") for value in ticks(first, last)]
     for i, (name, x, y, band) in enumerate(lines):
         colour = COLOURS[i % len(COLOURS)]
         if band:
-            out.append(f'<polygon fill="{colour}" fill-opacity=".2" points="{path(x, band[1])} {path(x[::-1], np.asarray(band[0])[::-1])}"/>')
-        out.append(f'<polyline fill="none" stroke="{colour}" stroke-width="1.6" points="{path(x, y)}"/>'
-                   f'<text x="{width - 18}" y="{33 + 14 * i}" text-anchor="end" fill="{colour}">{html.escape(name)}</text>')
-    out.append(f'<text x="{width / 2}" y="{height - 8}" text-anchor="middle">{html.escape(x_label)}</text>'
-               f'<text transform="translate(13 {height / 2}) rotate(-90)" text-anchor="middle">{html.escape(y_label)}</text></svg>')
-    return "".join(out)
+            around = f"{points(x, band[1])} {points(x[::-1], band[0][::-1])}"
+            out.append(f'<polygon fill="{colour}" fill-opacity=".2" points="{around}"/>')
+        out.append(f'<polyline fill="none" stroke="{colour}" stroke-width="1.6" points="{points(x, y)}"/>')
+        out.append(text(right - 4, 33 + 14 * i, name, "end", f'fill="{colour}"'))
+    return svg(width, height, f'<rect width="100%" height="100%" fill="#fff"/>{"".join(out)}')
 
 
-def beside(*pictures, columns=2):
-    """SVGs of one size as one SVG, in reading order."""
-    width, height = (int(re.search(f'{side}="([0-9]+)"', pictures[0])[1]) for side in ("width", "height"))
-    lines = -(-len(pictures) // columns)
-    inner = "".join(f'<g transform="translate({i % columns * width} {i // columns * height})">{picture}</g>' for i, picture in enumerate(pictures))
-    return (f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {columns * width} {lines * height}" '
-            f'width="{columns * width}" height="{lines * height}">{inner}</svg>')
+def svg(width, height, inside):
+    return (f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {width} {height}" width="{width}" height="{height}" '
+            f'font-family="sans-serif" font-size="11">{inside}</svg>')
+
+
+def beside(*charts, columns=2):
+    """Charts of `curves` as one SVG, in reading order."""
+    width, height = CURVES
+    moved = [f'<g transform="translate({i % columns * width} {i // columns * height})">{c}</g>' for i, c in enumerate(charts)]
+    return svg(min(columns, len(charts)) * width, -(-len(charts) // columns) * height, "".join(moved))
 
 
 def ticks(low, high):
@@ -493,7 +528,7 @@ def default_run(run, scans=None):
 
 
 def stage(script, *arguments):
-    """Print the command, run it, and stop where it fails, with its exit status."""
+    """Print a stage's command, run it, and stop where it fails, with its exit status."""
     words = [str(word) for word in (script, *arguments)]
     print(f"\n$ python {shlex.join(words)}", flush=True)
     status = subprocess.run([sys.executable, HERE / words[0], *words[1:]]).returncode
@@ -501,85 +536,53 @@ def stage(script, *arguments):
         sys.exit(status)
 
 
-def shown(value):
-    """A number as a table prints it: three decimals or a whole number with commas; – for none."""
-    if value is None or value != value:
-        return "–"
-    return f"{value:.3f}" if isinstance(value, float) else f"{value:,}"
+# The report: one page that needs nothing else
 
-
-# The report
-
+TITLE = "Generative adversarial data augmentation for lung nodule detection"
 STYLE = """body{font:15px/1.5 system-ui,sans-serif;max-width:1000px;margin:2em auto;padding:0 1em;color:#222;background:#fff}
 h1{font-size:1.5em}h2{font-size:1.15em;border-bottom:1px solid #ccc;margin-top:2em}table{border-collapse:collapse;margin:.6em 0}
-td,th{padding:.15em .8em;text-align:right;border-bottom:1px solid #eee}td:first-child,th:first-child{text-align:left}
-img,svg{max-width:100%;height:auto}img{image-rendering:pixelated}figure{margin:1em 0}figcaption,.note{color:#555;font-size:.9em}"""
+td,th{padding:.15em .8em;text-align:right;border-bottom:1px solid #eee;overflow-wrap:anywhere}
+td:first-child,th:first-child{text-align:left}img,svg{max-width:100%;height:auto}img{image-rendering:pixelated}
+figure{margin:1em 0}figcaption{color:#555;font-size:.9em}"""
 
 
-def table_html(head, rows):
-    lines = [f"<tr>{''.join(f'<{tag}>{html.escape(str(cell))}</{tag}>' for cell in cells)}</tr>" for tag, cells in [("th", head), *(("td", row) for row in rows)]]
-    return f"<table>{''.join(lines)}</table>"
+def table_html(caption, head, rows):
+    """A table; every cell is escaped, for a file may have named itself anything."""
+    lines = ["".join(f"<{tag}>{html.escape(printable(cell))}</{tag}>" for cell in row)
+             for tag, row in [("th", head), *(("td", row) for row in rows)]]
+    return f"<p>{html.escape(caption)}</p><table>{''.join(f'<tr>{line}</tr>' for line in lines)}</table>"
 
 
 def figure_html(path, caption):
-    """The picture inline, with its caption; a line that says so where the stage left none."""
+    """A picture, inline, with its caption; a line that says so where no stage made it."""
     if not path.exists():
-        return f'<p class="note">{html.escape(caption)}: no picture ({html.escape(path.name)} was not made).</p>'
+        return f"<p>{html.escape(caption)} (Not made in this run.)</p>"
     data = path.read_bytes()
-    image = data.decode() if path.suffix == ".svg" else f'<img alt="{html.escape(caption)}" src="data:image/png;base64,{base64.b64encode(data).decode()}">'
-    return f"<figure>{image}<figcaption>{html.escape(caption)}</figcaption></figure>"
+    picture = data.decode() if path.suffix == ".svg" else f'<img src="data:image/png;base64,{base64.b64encode(data).decode()}">'
+    return f"<figure>{picture}<figcaption>{html.escape(caption)}</figcaption></figure>"
 
 
 def report(run):
-    """Draw <run>/report.html, one page that needs nothing else, from what the stages left in the run; returns its path."""
-    do = f"run python lungaug.py --run {run} first"
-    dataset, results = read_json(run / "prepared" / "dataset.json", do), read_json(run / "evaluation" / "results.json", do)
-    stages = [(name, read_json(run / name / "options.json", do)) for name in ("prepared", "gan", "classifiers", "evaluation")]
-    generated = read_json(run / "classifiers" / "generated" / "generated.json", do)["classes"]
-    kind = "Synthetic scans: these numbers say that the program works, nothing about patients." if dataset["synthetic"] else "Your scans."
-    page = ["<h1>Generative adversarial data augmentation for lung nodule detection</h1>",
-            f'<p>Preset {dataset["preset"]}, {len(dataset["scans"])} scans, cube {dataset["parameters"]["cube"]}. <b>{kind}</b></p>',
-            "<h2>2 Dataset</h2><p>Table 1. Sample counts; positives with their eight flips, as the thesis counts them.</p>",
-            table_html(("", "positive", "nodules", "negative", "thesis positive", "thesis negative"),
-                       [(name, *map(shown, (row["positive"], row["nodules"], row["negative"], *row["thesis"]))) for name, row in dataset["table_1"].items()])]
-    if dataset["left_out"]:
-        page += [f"<p>{len(dataset['left_out'])} scans were left out.</p>", table_html(("series", "reason"), [(r["seriesuid"], r["reason"]) for r in dataset["left_out"]])]
-    folder = run / "prepared"
-    first = max(dataset["scans"], key=lambda scan: len(scan["positives"]))
-    page += [figure_html(folder / first["volume"].replace(".npy", ".png"), f"Scan {first['seriesuid']} at 1 mm: axial, coronal, sagittal; the lung mask's outline in red, nodules in green."),
-             figure_html(folder / "nodules.png", "Nodules, each in its three middle planes: axial, coronal, sagittal."),
-             figure_html(folder / "figure_2.png", "Figure 2. Positive samples, slice by slice from superior to inferior."),
-             figure_html(folder / "figure_3.png", "Figure 3. Negative samples, slice by slice from superior to inferior."),
-             "<h2>4.1 Wasserstein GAN</h2>",
-             figure_html(run / "gan" / "figure_7.svg", "Figure 7. Loss curves, smoothed, with 95% bands."),
-             figure_html(run / "gan" / "progression.png", "A fixed z through the training, a row a moment from the start to the end: four negatives, then four positives; middle axial slice."),
-             "<h2>4.3 Generative augmentation</h2>",
-             table_html(("class", "wanted", "accepted", "acceptance rate", "score at least"),
-                        [(name, *map(shown, (row["wanted"], row["accepted"], row["rate"], row["score_threshold"]))) for name, row in generated.items()]),
-             figure_html(run / "evaluation" / "samples.png", "Middle axial slices, a row each: real positives, generated positives, real negatives, generated negatives."),
-             "<h2>4.4 Classifier</h2>", figure_html(run / "classifiers" / "figure_8.svg", "Figure 8. Training and validation loss."),
-             "<h2>5.2 Classification metrics</h2>"]
-    for number, table in results["tables"].items():
-        rows = [(key, *(shown(table[column][part][key]) if column in table else "–" for column in ("flips", "nodules", "thesis")))
-                for part in ("confusion", "metrics") for key in table["thesis"][part]]
-        page += [f"<p>Table {number}. {table['title']}</p>", table_html(("", "this run, with flips", "this run, nodules", "thesis"), rows)]
-    page.append("<h2>5.1 Novelty: generated (left), nearest real training sample (right)</h2>")
-    for row in results["novelty"]["generated"]:
-        note = "" if row["accepted"] else " Not accepted by 4.3: the best-scored of the rejected."
-        page.append(figure_html(run / "evaluation" / f"figure_{row['figure']}.png", f"Figure {row['figure']}. l2 distance {row['distance']:.1f}.{note}"))
-    page += ["<p>For scale, real test positives lie " + ", ".join(f"{d:.1f}" for d in results["novelty"]["held_out_distances"]) + " from their nearest training sample.</p>",
-             "<h2>This run</h2>", table_html(("stage", "seconds", "command"), [(name, shown(s["seconds"]), s["command"]) for name, s in stages]),
-             table_html(("option", "value"), [(f"{name}: {key}", value) for name, s in stages for key, value in s["options"].items()])]
-    write_text(run / "report.html", f'<!doctype html><html lang="en"><meta charset="utf-8"><title>lungaug: {html.escape(str(run))}</title>'
-                                    f"<style>{STYLE}</style><body>{''.join(page)}</body></html>\n")
+    """Draw <run>/report.html from the page that each stage left in its options.json; returns its path. Raises Refusal."""
+    body, rows = [], []
+    for folder in (run / name for name in ("prepared", "gan", "classifiers", "evaluation")):
+        left = read_json(folder / "options.json", f"run python lungaug.py --run {run} first")
+        for item in left["page"]:
+            if isinstance(item, str):
+                body.append(f"<h2>{html.escape(item)}</h2>")
+            else:
+                body.append(figure_html(folder / item[1], item[0]) if len(item) == 2 else table_html(*item))
+        rows.append(("seconds", shown(left["seconds"]), left["command"]))
+        rows += [("", key, value) for key, value in (left["options"] | left["versions"]).items()]
+    body += ["<h2>This run</h2>", table_html("Each stage's time and options.", ("", "", ""), rows)]
+    write_text(run / "report.html", '<!doctype html><html lang="en"><meta charset="utf-8"><title>lungaug</title>'
+               f"<style>{STYLE}</style><body><h1>{TITLE}</h1>{''.join(body)}</body></html>\n")
     return run / "report.html"
 
 
 def main():
     if sys.argv[1:2] == ["report"]:
-        parser = argparse.ArgumentParser(description="Draw report.html again.", prog="lungaug.py report")
-        parser.add_argument("--run", type=Path, default=default_run(None))
-        print(report(parser.parse_args(sys.argv[2:]).run))
+        print(report(default_run(parse("Draw report.html again.", "evaluate", words=sys.argv[2:]).run)))
         return
     arguments, start = parse(__doc__.split("\n\n")[0], *STAGES), time.monotonic()
     arguments.run = default_run(arguments.run, arguments.scans)

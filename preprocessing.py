@@ -599,6 +599,7 @@ def draw_batch(dataset, count, rng):
 
 # Table 1, figures 2 and 3
 
+TABLE_1_HEAD = ("", "positive", "nodules", "negative", "thesis: positive", "negative")
 TABLE_1 = {"train": (5712, 406791), "validation": (816, 58113), "test": (1632, 116226)}
 
 
@@ -609,11 +610,10 @@ def table_1(scans):
             for split, (nodules, negatives) in counts.items()}
 
 
-def print_table_1(table):
-    print(f"Table 1. Sample counts {'positive':>12}{'(nodules)':>12}{'negative':>12}{'thesis: positive':>20}{'negative':>12}")
-    for split, row in table.items():
-        cells = map(lungaug.shown, (row["positive"], row["nodules"], row["negative"], *row["thesis"]))
-        print(f"  {split.capitalize()} ({SPLITS[split]:.0%})".ljust(23) + "".join(map(str.rjust, cells, (12, 12, 12, 20, 12))))
+def table_1_cells(table):
+    """Table 1 as rows of text."""
+    return [(f"{split.capitalize()} ({SPLITS[split]:.0%})", *map(lungaug.shown, (row["positive"], row["nodules"], row["negative"], *row["thesis"])))
+            for split, row in table.items()]
 
 
 def draw_figures(dataset, shown=3):
@@ -625,6 +625,22 @@ def draw_figures(dataset, shown=3):
     cubes = read_cubes(dataset, np.concatenate(list(dataset.positives.values()))[:24])[:, 0]
     sheet = lungaug.tile([lungaug.planes(cube) for cube in cubes], 4, gap=6, paper=255)
     lungaug.write_bytes(dataset.folder / "nodules.png", lungaug.png(lungaug.enlarge(sheet, 2)))
+
+
+def page(dataset):
+    """What the report shows of section 2."""
+    info = dataset.info
+    most = max(info["scans"], key=lambda scan: len(scan["positives"]))
+    kind = "synthetic scans: their numbers show that the program works, and say nothing of patients" if info["synthetic"] else "your scans"
+    return ["2 Dataset",
+            (f"Table 1. Sample counts, {len(info['scans'])} {kind}. Positives with their eight flips, as the thesis counts them, and as "
+             "nodules.", TABLE_1_HEAD, table_1_cells(info["table_1"])),
+            *([("Scans left out.", ("series", "why"), [(row["seriesuid"], row["reason"]) for row in info["left_out"]])] if info["left_out"] else []),
+            (f"Scan {most['seriesuid']}: axial, coronal and sagittal plane through the middle of the lungs. Red: the lung mask. "
+             "Green: the nodules' places.", most["volume"].replace(".npy", ".png")),
+            ("Nodules, each in its three middle planes: axial, coronal, sagittal.", "nodules.png"),
+            ("Figure 2. Positive samples, slice by slice from superior to inferior.", "figure_2.png"),
+            ("Figure 3. Negative samples, slice by slice from superior to inferior.", "figure_3.png")]
 
 
 def find_annotations(scans):
@@ -673,10 +689,10 @@ def main():
                                                  "table_1": table_1(records), "left_out": left_out, "scans": records})
     dataset = open_dataset(run)
     draw_figures(dataset)
-    print_table_1(dataset.info["table_1"])
+    lungaug.print_table("Table 1. Sample counts", TABLE_1_HEAD, table_1_cells(dataset.info["table_1"]))
     print(f"{len(records)} scans, {len(left_out)} left out, lungs of {min(r['litres'] for r in records):.1f} to "
           f"{max(r['litres'] for r in records):.1f} litres; pictures in {folder}: one a scan, figure_2.png, figure_3.png, nodules.png")
-    lungaug.record_stage(folder, arguments, time.monotonic() - start)
+    lungaug.record_stage(folder, arguments, time.monotonic() - start, page(dataset))
 
 
 if __name__ == "__main__":

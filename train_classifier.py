@@ -20,6 +20,7 @@ from models import LATENT, Classifier, Critic, Generator, conditional_latent
 
 ARMS = ("real", "mixed", "fake")
 BETAS = (0.9, 0.999)    # 4.4.1   [num_4_4_adam]
+SPARE = 16              # rejected samples kept for the pictures
 
 
 # 4.2 Conventional augmentation: the eight flips of each positive; no noise, which would blur the Hounsfield scale
@@ -56,8 +57,8 @@ def score_reals(critic, dataset, label, device, most=2048):
 def generate(generator, critic, label, wanted, threshold, arguments, device):
     """Generate cubes of one class, score them, keep the best until `wanted` are kept   [rule_4_3_generate_score_select]
 
-    Returns (cubes int16 HU (n, c, c, c), attempts, accepted): n = accepted, or fewer than wanted where --attempts runs
-    out; `spare` holds the best-scored of the rest, for the pictures of a GAN that delivers none.
+    Returns cubes, int16 HU (n, c, c, c), n < wanted where --attempts runs out; the best-scored of the rejected, for the
+    pictures of a GAN that delivers none; and the acceptance rate.
     """
     noise = lungaug.torch_stream(arguments.seed, "generate", label)
     kept, spare, attempts = [], [], 0
@@ -72,12 +73,11 @@ def generate(generator, critic, label, wanted, threshold, arguments, device):
         kept.append(cubes[chosen.numpy()])
         attempts += len(labels)
         step(min(wanted, sum(map(len, kept))), f"{attempts} attempts")
-        best = int(scores.argmax())
-        spare.append((float(scores[best]), attempts, cubes[best]))
-        spare = sorted(spare, key=lambda s: s[:2])[-12:]
+        spare += [(float(score), cube) for score, cube, taken in zip(scores, cubes, chosen) if not taken]
+        spare = sorted(spare, key=lambda pair: -pair[0])[:SPARE]
     kept = np.concatenate(kept)
-    rate = len(kept) / attempts
-    return kept[:wanted], np.stack([s[2] for s in spare[::-1]]), rate
+    rejected = np.array([cube for _, cube in spare], np.int16).reshape(-1, *kept.shape[1:])
+    return kept[:wanted], rejected, len(kept) / attempts
 
 
 def load_gan(run, device):
@@ -263,7 +263,12 @@ def main():
     for arm in ARMS:
         train_arm(arm, run, dataset, arguments, generated["classes"] if arm != "real" else None, device)
     lungaug.write_text(run / "classifiers" / "figure_8.svg", figure_8(run))
-    lungaug.record_stage(run / "classifiers", arguments, time.monotonic() - start)
+    rows = [(name, *map(lungaug.shown, (row["wanted"], row["accepted"], row["rate"], row["score_threshold"])))
+            for name, row in generated["classes"].items()]
+    lungaug.record_stage(run / "classifiers", arguments, time.monotonic() - start, [
+        "4.3 Generative augmentation",
+        ("Generated, scored, selected.", ("class", "wanted", "accepted", "acceptance rate", "score at least"), rows),
+        "4.4 Classifier", ("Figure 8. Training and validation loss.", "figure_8.svg")])
 
 
 if __name__ == "__main__":

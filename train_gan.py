@@ -238,7 +238,10 @@ def main():
     wasserstein = [row["critic"]["wasserstein"] for row in rows]
     print(f"Wasserstein estimate: peak {max(wasserstein):.2f}, now {np.mean(wasserstein[-20:]):.2f}; {lungaug.duration(trainer.seconds)}; "
           f"pictures: {folder / 'figure_7.svg'}, {folder / 'progression.png'}")
-    lungaug.record_stage(folder, arguments, trainer.seconds)
+    lungaug.record_stage(folder, arguments, trainer.seconds, [
+        "4.1 Wasserstein GAN", ("Figure 7. Loss curves, smoothed, with 95% bands.", "figure_7.svg"),
+        ("The same z from the start of the training (top) to its end: four negatives, then four positives, each the middle axial slice.",
+         "progression.png")])
 
 
 if __name__ == "__main__":
