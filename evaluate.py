@@ -37,12 +37,13 @@ def nearest_neighbours(queries, references):
 
 
 def nearest_training(queries, dataset, rows, flips, size=128):
-    """The nearest of the dataset's cubes at `rows`, `flips` for each query (n, c, c, c), read `size` at a time; as nearest_neighbours."""
+    """nearest_neighbours of queries (n, c, c, c) among the dataset's cubes at `rows`, `flips`, read `size` at a time."""
     best, where = np.full(len(queries), np.inf), np.zeros(len(queries), int)
     step = lungaug.progress("nearest neighbours", len(rows))
     for start in range(0, len(rows), size):
         part = slice(start, start + size)
-        indices, distances = nearest_neighbours(queries, preprocessing.read_cubes(dataset, rows[part], flips[part])[:, 0])
+        cubes = preprocessing.read_cubes(dataset, rows[part], flips[part])[:, 0]
+        indices, distances = nearest_neighbours(queries, cubes)
         nearer = distances < best
         best[nearer], where[nearer] = distances[nearer], start + indices[nearer]
         step(min(start + size, len(rows)))
@@ -66,7 +67,10 @@ class Metrics(NamedTuple):
 
 
 def confusion_matrix(labels, predictions):
-    """Counts of (truth, prediction): TP (1, 1), FP (0, 1), FN (1, 0), TN (0, 0)   [eq_5_2_confusion]; labels, predictions (n,), 1 = positive"""
+    """Counts of (label, prediction): TP (1, 1), FP (0, 1), FN (1, 0), TN (0, 0)   [eq_5_2_confusion]
+
+    labels, predictions: (n,), 1 = positive.
+    """
     labels, predictions = np.asarray(labels, bool), np.asarray(predictions, bool)
     return Confusion(*(int(n) for n in ((labels & predictions).sum(), (~labels & predictions).sum(),
                                         (labels & ~predictions).sum(), (~labels & ~predictions).sum())))
@@ -105,16 +109,16 @@ def metrics(confusion):
 # Tables 2–5: arm, title, and the thesis' matrix
 
 TABLES = {
-    2: ("real", "Conventional augmentation baseline", Confusion(1583, 2776, 50, 113451)),
-    3: ("mixed", "Generative augmentation mixed with real data", Confusion(1377, 750, 256, 115477)),
-    4: ("fake", "Completely fake data", Confusion(919, 8539, 714, 107688)),
-    5: ("critic", "Critic auxiliary classifier, no fine-tuning", Confusion(1215, 815, 418, 115412)),
+    2: ("real", "Conventional augmentation baseline", Confusion(1583, 2776, 50, 113451)),      # [num_table_2]
+    3: ("mixed", "Generative augmentation mixed with real data", Confusion(1377, 750, 256, 115477)),      # [num_table_3]
+    4: ("fake", "Completely fake data", Confusion(919, 8539, 714, 107688)),      # [num_table_4]
+    5: ("critic", "Critic auxiliary classifier, no fine-tuning", Confusion(1215, 815, 418, 115412)),      # [num_table_5]
 }
 
 
 def load_networks(run, device):
-    """arm → a function of cubes that gives class logits (n, 2), for each arm that was trained; the critic's head as it is. Raises Refusal."""
-    networks = {}
+    """arm → a function of cubes that gives class logits (n, 2), for each arm that was trained. Raises Refusal."""
+    networks, cube = {}, preprocessing.open_dataset(run).cube
     for arm, *_ in TABLES.values():
         path = run / ("gan" if arm == "critic" else f"classifiers/{arm}") / "checkpoint.pt"
         if arm in ("mixed", "fake") and not path.exists():
@@ -122,9 +126,9 @@ def load_networks(run, device):
         state = lungaug.load_checkpoint(path, f"run python train_classifier.py --run {run} first")
         try:
             if arm == "critic":
-                network, weights = Critic(state["settings"]["cube"], state["settings"]["width"]), state["critic"]
+                network, weights = Critic(cube, state["settings"]["width"]), state["critic"]
             else:
-                network, weights = Classifier(lungaug.read_json(run / "prepared" / "dataset.json", "")["parameters"]["cube"]), state["best"]["classifier"]
+                network, weights = Classifier(cube), state["best"]["classifier"]
             network.load_state_dict(weights)
         except (KeyError, ValueError, RuntimeError, TypeError, AttributeError) as error:
             raise Refusal(path, f"does not fit ({error})", "train it again with --overwrite") from None
@@ -133,47 +137,41 @@ def load_networks(run, device):
     return networks
 
 
-def test_cubes(dataset):
-    """The test set: rows (n, 4), flips (n,), labels (n,); positives first, each with its eight flips as the thesis counts them."""
-    rows, flips = preprocessing.with_flips(dataset.positives["test"])
-    negatives = dataset.negatives["test"]
-    labels = np.repeat([1, 0], [len(rows), len(negatives)])
-    return np.concatenate([rows, negatives]), np.concatenate([flips, np.zeros(len(negatives), int)]), labels
-
-
 def score_test(networks, dataset, device):
     """arm → probability of the positive class for each test cube (n,)   [rule_5_2_argmax]; positive above ½"""
-    rows, flips, _ = test_cubes(dataset)
+    rows, flips, _ = preprocessing.labelled(dataset, "test")
 
     def every(x):
         return torch.stack([network(x).softmax(1)[:, 1] for network in networks.values()], dim=1)
 
-    scores = lungaug.predict(every, lambda part: preprocessing.read_cubes(dataset, rows[part], flips[part]), len(rows), device)
+    scores = lungaug.predict(every, lambda part: preprocessing.read_cubes(dataset, rows[part], flips[part]),
+                             len(rows), device)
     return dict(zip(networks, scores.T))
 
 
 def write_scores(path, dataset, scores):
-    """scores.csv: one line a test cube: series UID, centre (x, y, z) in mm, flip (0–7), label, and each arm's probability."""
-    rows, flips, labels = test_cubes(dataset)
+    """scores.csv: a test cube's series UID, centre (x, y, z) in mm, flip (0–7), label, and each arm's probability."""
+    rows, flips, labels = preprocessing.labelled(dataset, "test")
     text = io.StringIO()
     table = csv.writer(text, lineterminator="\n")
     table.writerow(["seriesuid", "x", "y", "z", "flip", "label", *scores])
     for i, (scan, *voxel) in enumerate(rows.tolist()):
         info = dataset.info["scans"][scan]
         centre = np.array(info["origin"]) + voxel[::-1]
-        table.writerow([info["seriesuid"], *(f"{v:.2f}" for v in centre), flips[i], labels[i], *(f"{p[i]:.6f}" for p in scores.values())])
+        table.writerow([info["seriesuid"], *(f"{v:.2f}" for v in centre), flips[i], labels[i],
+                        *(f"{probability[i]:.6f}" for probability in scores.values())])
     lungaug.write_text(path, text.getvalue())
 
 
 def both(confusion):
     """A Confusion and its Metrics as JSON holds them: nan is null."""
-    return {"confusion": confusion._asdict(),
-            "metrics": {key: None if math.isnan(value) else value for key, value in metrics(confusion)._asdict().items()}}
+    numbers = {key: None if math.isnan(value) else value for key, value in metrics(confusion)._asdict().items()}
+    return {"confusion": confusion._asdict(), "metrics": numbers}
 
 
 def tables(dataset, scores):
-    """Tables 2–5 as results.json holds them: confusion and metrics with positives counted with flips and as nodules, and the thesis'."""
-    _, flips, labels = test_cubes(dataset)
+    """Tables 2–5 as results.json holds them, with positives counted with their flips, as nodules, and the thesis'."""
+    _, flips, labels = preprocessing.labelled(dataset, "test")
     out = {}
     for number, (arm, title, thesis) in TABLES.items():
         out[number] = {"arm": arm, "title": title, "thesis": both(thesis)}
@@ -189,29 +187,28 @@ TABLE_HEAD = ("", "positives with flips", "positives as nodules", "thesis")
 def table_cells(table):
     """One of Tables 2–5 as rows of text; – where the arm was not trained."""
     return [(key if part == "metrics" else key.upper(),
-             *(lungaug.shown(table[column][part][key]) if column in table else "–" for column in ("flips", "nodules", "thesis")))
+             *(lungaug.shown(table[column][part][key] if column in table else None)
+               for column in ("flips", "nodules", "thesis")))
             for part in ("confusion", "metrics") for key in table["thesis"][part]]
 
 
 # Figures 9–14 and the samples
 
 def load_generated(run, name):
-    """Generated cubes of a class, int16 HU (n, c, c, c): the accepted ones, then the best-scored of the rejected; and how many are accepted."""
+    """Generated cubes of a class, int16 HU (n, c, c, c): the accepted, and the best-scored of the rejected."""
     folder = run / "classifiers" / "generated"
     accepted, rejected = (preprocessing.open_array(folder / f"{name}{kind}.npy") for kind in ("", "_rejected"))
     return accepted, rejected
 
 
 def pair(left, right):
-    """Two cubes in [-1, 1] side by side: the three middle planes, enlarged, over all slices from superior to inferior."""
-    columns = 6 if left.shape[0] % 6 == 0 else 8
+    """Two cubes in [-1, 1] side by side: their middle planes, enlarged, over all slices, superior to inferior."""
     halves = []
     for cube in (left, right):
-        sheet, middle = lungaug.slices(cube, columns), lungaug.planes(cube)
-        middle = lungaug.enlarge(middle, sheet.shape[1] // middle.shape[1] or 1)
+        sheet, middle = lungaug.slices(cube), lungaug.enlarge(lungaug.planes(cube), 3)
         middle = np.pad(middle, ((0, 3), (0, sheet.shape[1] - middle.shape[1])), constant_values=40)
         halves.append(np.concatenate([middle, sheet]))
-    return lungaug.enlarge(lungaug.tile(halves, 2, gap=8, paper=255), 72 // left.shape[0] or 1)
+    return lungaug.enlarge(lungaug.tile(halves, 2, gap=8, paper=255), 48 // left.shape[0] or 1)
 
 
 def draw_novelty(folder, run, dataset, count=6):
@@ -221,44 +218,52 @@ def draw_novelty(folder, run, dataset, count=6):
     same distance is taken for as many real test positives: a copy of training data would be far nearer than they are.
     """
     accepted, rejected = load_generated(run, "positive")
-    chosen = accepted[np.unique(np.linspace(0, len(accepted) - 1, min(count, len(accepted))).astype(int))] if len(accepted) else accepted[:0]
+    chosen = accepted[np.linspace(0, len(accepted) - 1, min(count, len(accepted))).astype(int)]
     queries = preprocessing.normalize(np.concatenate([chosen, rejected])[:count])
     test = dataset.positives["test"][:count]
     held_out = preprocessing.read_cubes(dataset, test)[:, 0] if len(test) else queries[:0]
-    rows, flips = preprocessing.with_flips(dataset.positives["train"])
-    positives = len(rows)
-    rows = np.concatenate([rows, dataset.negatives["train"]])
-    flips = np.concatenate([flips, np.zeros(len(rows) - len(flips), int)])
+    rows, flips, labels = preprocessing.labelled(dataset, "train")
     where, distances = nearest_training(np.concatenate([queries, held_out]), dataset, rows, flips)
     nearest = preprocessing.read_cubes(dataset, rows[where[:len(queries)]], flips[where[:len(queries)]])[:, 0]
     for i, (left, right) in enumerate(zip(queries, nearest)):
         lungaug.write_bytes(folder / f"figure_{9 + i}.png", lungaug.png(pair(left, right)))
-    found = [{"figure": 9 + i, "accepted": i < len(chosen), "distance": float(distances[i]), "nearest_is_positive": bool(where[i] < positives),
-              "nearest_seriesuid": dataset.info["scans"][rows[where[i], 0]]["seriesuid"]} for i in range(len(queries))]
+    found = [{"figure": 9 + i, "accepted": i < len(chosen), "distance": float(distances[i]),
+              "nearest_label": int(labels[where[i]]),
+              "nearest_seriesuid": dataset.info["scans"][rows[where[i], 0]]["seriesuid"]}
+             for i in range(len(queries))]
     return {"generated": found, "held_out_distances": distances[len(queries):].tolist()}
 
 
 def draw_samples(folder, run, dataset, count=16):
-    """samples.png: middle axial slices, a row each: real positives, generated positives, real negatives, generated negatives."""
-    lines = []
+    """samples.png: middle axial slices, a row each: real and generated positives, real and generated negatives."""
+    middles = []
     for name, rows in (("positive", dataset.positives["train"]), ("negative", dataset.negatives["train"])):
         real = preprocessing.read_cubes(dataset, rows[np.linspace(0, len(rows) - 1, count).astype(int)])[:, 0]
         made = preprocessing.normalize(np.concatenate([part[:count] for part in load_generated(run, name)])[:count])
-        lines += [cubes[:, dataset.cube // 2] for cubes in (real, np.concatenate([made, -np.ones((count - len(made), *made.shape[1:]), np.float32)]))]
-    lungaug.write_bytes(folder / "samples.png", lungaug.png(lungaug.enlarge(lungaug.tile(lungaug.grey(np.concatenate(lines)), count), 48 // dataset.cube or 1)))
+        made = np.concatenate([made, -np.ones((count - len(made), *made.shape[1:]), np.float32)])
+        middles += [real[:, dataset.cube // 2], made[:, dataset.cube // 2]]
+    sheet = lungaug.tile(lungaug.grey(np.concatenate(middles)), count)
+    lungaug.write_bytes(folder / "samples.png", lungaug.png(lungaug.enlarge(sheet, 48 // dataset.cube or 1)))
+
+
+def distances(values):
+    return ", ".join(f"{value:.1f}" for value in values)
 
 
 def page(results):
     """What the report shows of section 5."""
-    pictures = [(f"Figure {row['figure']}. l2 distance {row['distance']:.1f}."
-                 + ("" if row["accepted"] else " Not accepted in 4.3; shown for want of one that was."), f"figure_{row['figure']}.png")
+    pictures = [(f"Figure {row['figure']}. Generated{'' if row['accepted'] else ', not accepted in 4.3'} (left); the nearest "
+                 f"training sample, l2 distance {row['distance']:.1f} (right).", f"figure_{row['figure']}.png")
                 for row in results["novelty"]["generated"]]
-    held_out = ", ".join(f"{distance:.1f}" for distance in results["novelty"]["held_out_distances"])
+    captioned = [(f"Table {number}. {table['title']}.", TABLE_HEAD, table_cells(table))
+                 for number, table in results["tables"].items()]
+    held_out = [(distances(results["novelty"]["held_out_distances"]),)]
     return ["5.1 Generated samples",
-            ("Middle axial slices, a row each: real positives, generated positives, real negatives, generated negatives.", "samples.png"),
-            f"Generated (left), nearest real training sample (right). A copy would lie at 0; real test positives lie at {held_out}",
-            *pictures, "5.2 Classification metrics",
-            *((f"Table {number}. {table['title']}.", TABLE_HEAD, table_cells(table)) for number, table in results["tables"].items())]
+            ("Middle axial slices, a row each: real and generated positives, real and generated negatives.",
+             "samples.png"),
+            *pictures,
+            ("For scale: a copy would lie at 0, and real test positives lie at", ("l2 distance",), held_out),
+            "5.2 Classification metrics", *captioned]
 
 
 def main():
@@ -272,8 +277,9 @@ def main():
     results = {"tables": tables(dataset, scores), "novelty": draw_novelty(folder, run, dataset)}
     for number, table in results["tables"].items():
         lungaug.print_table(f"Table {number}. {table['title']}", TABLE_HEAD, table_cells(table))
-    print("\nl2 distance to the nearest training cube: generated " + ", ".join(f"{row['distance']:.1f}" for row in results["novelty"]["generated"])
-          + "; real test positives " + ", ".join(f"{distance:.1f}" for distance in results["novelty"]["held_out_distances"]))
+    generated, held_out = results["novelty"].values()
+    print(f"\nl2 distance to the nearest training cube: generated {distances(row['distance'] for row in generated)}; "
+          f"real test positives {distances(held_out)}.")
     draw_samples(folder, run, dataset)
     lungaug.write_json(folder / "results.json", results)
     lungaug.record_stage(folder, arguments, time.monotonic() - start, page(results))

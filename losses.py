@@ -73,8 +73,8 @@ def critic_loss(critic, real, real_labels, fake, fake_labels, epsilon, penalty_s
     The cross-entropy is over X = X_real ∩ X_fake, where ∩ is concatenation   [rule_3_3_1_concatenation].
     real, fake: (n, 1, z, y, x) in [-1, 1]; *_labels: (n,); epsilon: (n,) from U[0, 1];
     penalty_scale λ, auxiliary_scale α: numbers. No gradient reaches whatever made `fake`.
-    Returns CriticLoss: `total` is L_f; the other fields are its terms, unscaled (`wasserstein` = −(f(fake) − f(real)),
-    an estimate of the distance), and the class accuracy on reals and on fakes.
+    Returns CriticLoss: `total` is L_f; the others are its terms, unscaled (`wasserstein` = f(real) − f(fake), an
+    estimate of the distance), and the class accuracy on reals and on fakes.
     """
     fake = fake.detach()
     score, logits = critic(torch.cat([real, fake]))

@@ -3,6 +3,7 @@
     python lungaug.py                                      # no data at hand: synthetic scans, demo preset, report.html
     python lungaug.py --scans LUNA16 --run runs/luna16     # the thesis, on your scans
     python lungaug.py report --run runs/demo               # draw report.html again
+    python lungaug.py audit                                # check every equation, by its id
 
 Any option of a stage (`python train_gan.py --help`) may be given here and goes to the stages that know it.
 In this file: presets, errors, randomness, safe files, checkpoints and logs, progress, drawing, the report.
@@ -29,6 +30,11 @@ from typing import NamedTuple
 import numpy as np
 import torch
 
+try:
+    import fcntl
+except ImportError:     # Windows has no such lock
+    fcntl = None
+
 HERE = Path(__file__).resolve().parent
 
 
@@ -46,22 +52,23 @@ class Preset(NamedTuple):
 PRESETS = (
     Preset("preprocessing", "cube", 48, 24, "voxels of 1 mm", "2.1.4 [num_2_1_4_cube]; 24 is an eighth of the work"),
     Preset("preprocessing", "negatives", 655, 655, "a scan", "Table 1: 581,130 in 888 scans [num_2_1_4_negatives]"),
-    Preset("train_gan", "width", 16, 2, "channels at full size", "lost with figures 4–6; 2 learns in minutes on two cores"),
+    Preset("preprocessing", "max-slice-mm", 2.5, 2.5, "mm", "2: LUNA16 keeps scans up to it [num_2_slices]"),
+    Preset("train_gan", "width", 16, 2, "channels at full size", "lost with figures 4–6; 2 learns in minutes"),
     Preset("train_gan", "batch-size", 64, 16, "cubes", "4.1.1 [num_4_1_batch_size]; 16 gives more steps a minute"),
-    Preset("train_gan", "learning-rate", 1e-4, 1e-3, "", "4.1.1 [num_4_1_learning_rate]; a small network for a few minutes bears 1e-3"),
+    Preset("train_gan", "learning-rate", 1e-4, 1e-3, "", "4.1.1 [num_4_1_learning_rate]; 1e-3 learns in minutes"),
     Preset("train_gan", "penalty-scale", 10.0, 10.0, "λ", "4.1.1 [num_4_1_lambda]"),
-    Preset("train_gan", "auxiliary-scale", 1.0, 10.0, "α", "4.1.1, at the beginning; few epochs learn the classes only under 10"),
+    Preset("train_gan", "auxiliary-scale", 1.0, 10.0, "α", "4.1.1, first; 300 epochs learn classes only under 10"),
     Preset("train_gan", "late-auxiliary-scale", 10.0, 10.0, "α", "4.1.1, at the end"),
     Preset("train_gan", "critic-iterations", 5, 5, "an epoch", "4.1.1, then one of the generator"),
     Preset("train_gan", "epochs", 20000, 300, "of 5 + 1 iterations", "4.1.1 [num_4_1_epochs]; 300 take five minutes"),
-    Preset("train_classifier", "score-quantile", 0.5, 0.5, "share of the reals' scores", "4.3, “some threshold”: real enough is the median real"),
+    Preset("train_classifier", "score-quantile", 0.5, 0.1, "share of the reals", "4.3, “some threshold”; few epochs reach few reals"),
     Preset("train_classifier", "class-probability", 0.9, 0.9, "share", "4.3, “confident above a threshold”"),
-    Preset("train_classifier", "attempts", 20, 20, "for each one wanted", "a GAN that cannot deliver must not run for ever"),
+    Preset("train_classifier", "attempts", 20, 20, "for each one wanted", "a GAN may not deliver: the cap on its tries"),
     Preset("train_classifier", "batch-size", 64, 64, "cubes, half positive", "4.4.1 [num_4_4_batch_size]"),
     Preset("train_classifier", "learning-rate", 1e-3, 1e-3, "", "4.4.1 [num_4_4_learning_rate]"),
     Preset("train_classifier", "late-learning-rate", 1e-4, 1e-4, "", "4.4.1"),
     Preset("train_classifier", "decay-epoch", 30, 10, "", "4.4.1: half-way"),
-    Preset("train_classifier", "epochs", 60, 20, "over the positives", "4.4.1 [num_4_4_epochs]; 20 do for a few hundred cubes"),
+    Preset("train_classifier", "epochs", 60, 20, "over the positives", "4.4.1 [num_4_4_epochs]; 20 do for so few cubes"),
 )
 
 
@@ -84,6 +91,14 @@ def number(text, most=float("inf")):
     return float(text)
 
 
+def part(text):
+    """2/8 → (2, 8), for argparse."""
+    one, of = map(int, text.split("/"))
+    if not 1 <= one <= of:
+        raise argparse.ArgumentTypeError(f"{text} is not like 2/8")
+    return one, of
+
+
 def share(text):
     """A number from 0 to 1, for argparse."""
     return number(text, most=1)
@@ -91,7 +106,7 @@ def share(text):
 
 OPTIONS = (     # stages, name, default, settings for argparse; PRESETS holds the others
     (STAGES, "--run", None, dict(type=Path, help="the run's folder (default runs/demo, or runs/<name of --scans>)")),
-    (STAGES, "--preset", None, dict(choices=("demo", "thesis"), help="default: demo for synthetic scans, thesis for yours")),
+    (STAGES, "--preset", None, dict(choices=("demo", "thesis"), help="default: demo for synthetic scans, else thesis")),
     (STAGES, "--seed", 0, dict(type=whole(0), help="the one source of all randomness (default 0)")),
     (STAGES, "--device", "auto", dict(help="auto, cpu, cuda, cuda:1, … (default auto: a GPU where there is one)")),
     (STAGES[:1], "--scans", None, dict(type=Path, help="a tree with MetaImage or DICOM scans (default: synthetic)")),
@@ -99,6 +114,7 @@ OPTIONS = (     # stages, name, default, settings for argparse; PRESETS holds th
     (STAGES[:1], "--workers", min(os.cpu_count() or 1, 8), dict(
         type=whole(1), help="processes, each with a scan in memory (default: one a core, 8 at most)")),
     (STAGES[:1], "--strict", False, dict(action="store_true", help="stop at the first scan that cannot be used")),
+    (STAGES[:1], "--part", (1, 1), dict(type=part, help="2/8: this machine's share of the scans; parts join in one --run")),
     (STAGES[1:2], "--precision", "float32", dict(choices=("float32", "bfloat16"), help="bfloat16: quicker on a GPU")),
     (STAGES[1:2], "--micro-batch", None, dict(
         type=whole(1), help="cubes at a time, where a batch does not fit in memory; the gradients are the same")),
@@ -113,9 +129,9 @@ def rows_of(stage):
     for row in PRESETS:
         if row.stage == stage:
             kind = whole(2 if row.name == "batch-size" else 1) if isinstance(row.thesis, int) else number
-            settings = dict(type=share if row.unit.startswith("share") else kind, metavar=row.name.split("-")[-1].upper(),
-                            help=f"{row.unit} (thesis {row.thesis}, demo {row.demo})".lstrip())
-            rows.append((f"--{row.name}", (row.demo, row.thesis), settings))
+            rows.append((f"--{row.name}", (row.demo, row.thesis), dict(
+                type=share if row.unit.startswith("share") else kind, metavar=row.name.split("-")[-1].upper(),
+                help=f"{row.unit} (thesis {row.thesis}, demo {row.demo})".lstrip())))
     return rows
 
 
@@ -142,6 +158,7 @@ def typed(arguments, stage):
     words = []
     for name, *_ in rows_of(stage):
         value = getattr(arguments, name[2:].replace("-", "_"))
+        value = "/".join(map(str, value)) if isinstance(value, tuple) else value
         words += [] if value is None else [name] if value is True else [name, value]
     return words
 
@@ -178,8 +195,8 @@ def command(main):
     except Refusal as refusal:
         print(refusal, file=sys.stderr)
     except OSError as error:
-        print(Refusal(error.filename or "the file system", error.strerror or error, "make room or mend the path, then run it again"),
-              file=sys.stderr)
+        where, found = error.filename or "the file system", error.strerror or error
+        print(Refusal(where, found, "mend it, then run the same command again"), file=sys.stderr)
     except KeyboardInterrupt:
         print("\nlungaug: stopped — the same command goes on from the last checkpoint", file=sys.stderr)
         sys.exit(130)
@@ -194,7 +211,7 @@ def stream(seed, *names):
 
 
 def torch_stream(seed, *names):
-    """A torch Generator on the CPU (the same numbers whatever the device) that depends on the seed and the names alone."""
+    """A torch Generator of the same kind; on the CPU, for the same numbers whatever the device."""
     return torch.Generator().manual_seed(int(stream(seed, *names).integers(2 ** 62)))
 
 
@@ -215,7 +232,7 @@ def pick_device(name):
         device = torch.device(name)
         torch.zeros(1, device=device)
     except (RuntimeError, AssertionError, NotImplementedError) as error:
-        raise Refusal(f"--device {name}", str(error).splitlines()[0], "use --device cpu, or a device that this torch has") from None
+        raise Refusal(f"--device {name}", str(error).splitlines()[0], "give --device cpu, or one that is there") from None
     return device
 
 
@@ -266,14 +283,25 @@ def read_json(path, do):
 
 
 def claim(folder, parameters, overwrite):
-    """Make the folder, for output with these parameters alone: Refusal where it holds other output; --overwrite empties it."""
+    """Keep a folder for output of these parameters alone: Refusal where it holds others', unless --overwrite."""
     path = Path(folder) / "parameters.json"
-    if overwrite:
-        for old in (path for path in Path(folder).glob("*") if path.suffix in (".npy", ".png", ".json")):
-            old.unlink()
-    elif path.exists():
-        same_settings(path, read_json(path, "remove the folder"), parameters)
+    if path.exists() and not overwrite:
+        same_settings(path, read_json(path, "start again with --overwrite"), parameters)
     write_json(path, parameters)
+
+
+@contextmanager
+def alone(folder, work):
+    """Hold a folder for one work; Refusal where another process is at the same. The lock ends with the process."""
+    path = Path(folder) / f".{work.replace(' ', '_')}.lock"
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with open(path, "w") as file:
+        try:
+            if fcntl:
+                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise Refusal(folder, f"another process is at {work} here", "wait for it, or give another --run") from None
+        yield
 
 
 # Checkpoints and logs
@@ -292,7 +320,7 @@ def load_checkpoint(path, do):
     except OSError:
         raise
     except Exception as error:      # a damaged file raises anything: pickle, zip, runtime, key, attribute errors
-        raise Refusal(path, f"does not read back ({type(error).__name__})", "remove it, or start again with --overwrite") from None
+        raise Refusal(path, f"does not read back ({type(error).__name__})", "start again with --overwrite") from None
 
 
 def same_settings(path, found, asked):
@@ -348,7 +376,7 @@ def file_crc(path, do):
 
 @torch.no_grad()
 def predict(network, cubes, count, device, size=256):
-    """network over `count` cubes, `size` at a time; cubes(numbers) → (n, 1, c, c, c) float32. Returns numpy (count, …)."""
+    """network over `count` cubes, `size` at a time; cubes(numbers) → (n, 1, c, c, c) float32. Returns (count, …)."""
     parts = np.split(np.arange(count), range(size, count, size))
     return np.concatenate([network(torch.from_numpy(cubes(part)).to(device)).float().cpu().numpy() for part in parts])
 
@@ -372,7 +400,8 @@ def progress(label, total, every=15.0):
         left = f", {duration((total - done) / rate)} left" if rate and done < total else ""
         speed = f"{rate:.1f}/s" if rate >= 1 else f"{rate * 60:.1f}/min"
         line = f"{label} {done}/{total}  {speed}{left}  {text}"
-        print(f"\r\x1b[K{line}" if live else line, end="" if live and done < total else "\n", file=sys.stderr, flush=True)
+        line, end = (f"\r\x1b[K{line}", "" if done < total else "\n") if live else (line, "\n")
+        print(line, end=end, file=sys.stderr, flush=True)
 
     return step
 
@@ -397,7 +426,8 @@ def print_table(title, head, rows):
     widths = [max(len(row[i]) for row in (head, *rows)) for i in range(len(head))]
     print(f"\n{title}")
     for row in (head, *rows):
-        print("  " + row[0].ljust(widths[0]) + "".join("  " + cell.rjust(width) for cell, width in zip(row[1:], widths[1:])))
+        cells = [cell.rjust(width) for cell, width in zip(row[1:], widths[1:])]
+        print("  ".join(["", row[0].ljust(widths[0]), *cells]))
 
 
 # Drawing: PNG with zlib, SVG with strings
@@ -464,7 +494,8 @@ def curves(title, lines, x_label, y_label):
     first, last = min(x[0] for _, x, _, _ in lines), max(x[-1] for _, x, _, _ in lines)
 
     def place(x, y):
-        return 58 + (x - first) / max(last - first, 1e-12) * (right - 58), bottom - (y - low) / (high - low) * (bottom - 32)
+        across, up = (x - first) / max(last - first, 1e-12), (y - low) / (high - low)
+        return 58 + across * (right - 58), bottom - up * (bottom - 32)
 
     def points(x, y):
         return " ".join(f"{a:.1f},{b:.1f}" for a, b in (place(*point) for point in zip(x, y)) if np.isfinite(b))
@@ -496,7 +527,8 @@ def svg(width, height, inside):
 def beside(*charts, columns=2):
     """Charts of `curves` as one SVG, in reading order."""
     width, height = CURVES
-    moved = [f'<g transform="translate({i % columns * width} {i // columns * height})">{c}</g>' for i, c in enumerate(charts)]
+    moved = [f'<g transform="translate({i % columns * width} {i // columns * height})">{chart}</g>'
+             for i, chart in enumerate(charts)]
     return svg(min(columns, len(charts)) * width, -(-len(charts) // columns) * height, "".join(moved))
 
 
@@ -504,7 +536,7 @@ def ticks(low, high):
     """Four to eight round numbers within [low, high]."""
     step = 10 ** np.floor(np.log10(max(high - low, 1e-12)))
     step *= next(f for f in (0.1, 0.2, 0.5, 1, 2) if (high - low) / (step * f) <= 8)
-    return [round(float(v), 10) for v in np.arange(np.ceil(low / step), np.floor(high / step) + 1) * step]
+    return [float(value) for value in np.arange(np.ceil(low / step), np.floor(high / step) + 1) * step + 0.0]
 
 
 def smooth(values, window):
@@ -539,8 +571,9 @@ def stage(script, *arguments):
 # The report: one page that needs nothing else
 
 TITLE = "Generative adversarial data augmentation for lung nodule detection"
-STYLE = """body{font:15px/1.5 system-ui,sans-serif;max-width:1000px;margin:2em auto;padding:0 1em;color:#222;background:#fff}
-h1{font-size:1.5em}h2{font-size:1.15em;border-bottom:1px solid #ccc;margin-top:2em}table{border-collapse:collapse;margin:.6em 0}
+STYLE = """body{font:15px/1.5 system-ui,sans-serif;max-width:1000px;margin:2em auto;padding:0 1em;color:#222}
+h1{font-size:1.5em}h2{font-size:1.15em;border-bottom:1px solid #ccc;margin-top:2em}
+table{border-collapse:collapse;margin:.6em 0}
 td,th{padding:.15em .8em;text-align:right;border-bottom:1px solid #eee;overflow-wrap:anywhere}
 td:first-child,th:first-child{text-align:left}img,svg{max-width:100%;height:auto}img{image-rendering:pixelated}
 figure{margin:1em 0}figcaption{color:#555;font-size:.9em}"""
@@ -557,13 +590,13 @@ def figure_html(path, caption):
     """A picture, inline, with its caption; a line that says so where no stage made it."""
     if not path.exists():
         return f"<p>{html.escape(caption)} (Not made in this run.)</p>"
-    data = path.read_bytes()
-    picture = data.decode() if path.suffix == ".svg" else f'<img src="data:image/png;base64,{base64.b64encode(data).decode()}">'
+    picture = path.read_text() if path.suffix == ".svg" else \
+        f'<img src="data:image/png;base64,{base64.b64encode(path.read_bytes()).decode()}">'
     return f"<figure>{picture}<figcaption>{html.escape(caption)}</figcaption></figure>"
 
 
 def report(run):
-    """Draw <run>/report.html from the page that each stage left in its options.json; returns its path. Raises Refusal."""
+    """Draw <run>/report.html from the page that each stage left in its options.json; returns its path."""
     body, rows = [], []
     for folder in (run / name for name in ("prepared", "gan", "classifiers", "evaluation")):
         left = read_json(folder / "options.json", f"run python lungaug.py --run {run} first")
@@ -581,6 +614,8 @@ def report(run):
 
 
 def main():
+    if sys.argv[1:2] == ["audit"]:
+        return stage("tests/audit.py", *sys.argv[2:])
     if sys.argv[1:2] == ["report"]:
         print(report(default_run(parse("Draw report.html again.", "evaluate", words=sys.argv[2:]).run)))
         return

@@ -14,14 +14,14 @@ from torch.nn import functional as F
 
 CLASSES = 2
 LATENT = 128
+CUBES = (6, 12, 24, 48, 96, 192)        # 3·2^k
 
 
 def sides(cube):
-    """3, 6, …, cube: the side of every level, smallest first. Raises ValueError unless cube = 3·2^k, k ≥ 1."""
-    levels = [3 * 2 ** k for k in range(9)]
-    if cube not in levels[1:]:
-        raise ValueError(f"a cube's side is one of {', '.join(map(str, levels[1:]))}, not {cube}")
-    return levels[:levels.index(cube) + 1]
+    """3, 6, …, cube: the side of every level, smallest first. Raises ValueError unless cube is one of CUBES."""
+    if cube not in CUBES:
+        raise ValueError(f"a cube's side is one of {CUBES}, not {cube}")
+    return [3, *CUBES[:CUBES.index(cube) + 1]]
 
 
 def channels(cube, width, side):
@@ -72,7 +72,7 @@ def downsample(x):
 
 
 def mean_of_shifts(weight):
-    """The 4³ kernel that is the mean of the 3³ kernel's eight shifts by 0 or 1; (out, into, 3, 3, 3) → (…, 4, 4, 4)"""
+    """The mean of a 3³ kernel's eight shifts by 0 or 1, a 4³ kernel; (out, into, 3, 3, 3) → (out, into, 4, 4, 4)"""
     return F.avg_pool3d(F.pad(weight, [1] * 6), 2, stride=1)
 
 
@@ -151,6 +151,11 @@ class Generator(nn.Module):
         return torch.tanh(self.conv(self.blocks(x)))
 
 
+def at_least_float32(x):
+    """x, or its float32 copy where autocast made it bfloat16: a mean over the batch wants more than 8 bits."""
+    return x.to(torch.promote_types(x.dtype, torch.float32))
+
+
 class Critic(nn.Module):
     """Cube (n, 1, c, c, c) → score f(x) (n,) and class logits (n, 2)   [rule_3_1_critic]
 
@@ -171,7 +176,7 @@ class Critic(nn.Module):
     def forward(self, x):
         x = x.contiguous(memory_format=torch.channels_last_3d)
         trunk = self.flatten(self.blocks(self.act(self.norm(self.conv(x)))))
-        return self.score(trunk)[:, 0], self.logits(trunk)
+        return at_least_float32(self.score(trunk)[:, 0]), at_least_float32(self.logits(trunk))
 
 
 # 3.2 Lung nodule detection classifier
@@ -201,7 +206,7 @@ class Classifier(nn.Module):
 # Figures 4–6, as tables
 
 def layer_table(network, x):
-    """Each layer that network(x) runs, in the order it runs: (name, layer, shape of one sample's output, parameters)."""
+    """Each layer that network(x) runs, in that order: (name, layer, shape of one sample's output, parameters)."""
     rows, hooks = [], []
     for name, layer in network.named_modules():
         if not list(layer.children()):
@@ -215,17 +220,18 @@ def layer_table(network, x):
 
 
 def main():
-    parser = argparse.ArgumentParser(description="Generator, critic and classifier, layer by layer: what the lost figures 4–6 showed.")
-    parser.add_argument("--cube", type=int, default=48, choices=[3 * 2 ** k for k in range(1, 7)], help="the cube's side (default 48)")
+    parser = argparse.ArgumentParser(description="The networks, layer by layer: the lost figures 4–6.")
+    parser.add_argument("--cube", type=int, default=48, choices=CUBES, help="the cube's side (default 48)")
     parser.add_argument("--width", type=int, default=16, help="channels at full size (default 16)")
     a = parser.parse_args()
     if a.width < 1:
         parser.error("--width is 1 at least")
     cube = torch.zeros(1, 1, *[a.cube] * 3)
-    for figure, title, network, x in ((4, "Generator", Generator(a.cube, a.width), torch.zeros(1, LATENT)),
-                                      (4, "Critic", Critic(a.cube, a.width), cube), (6, "Classifier", Classifier(a.cube), cube)):
+    generator, critic, classifier = Generator(a.cube, a.width), Critic(a.cube, a.width), Classifier(a.cube)
+    for figure, network, x in ((4, generator, torch.zeros(1, LATENT)), (4, critic, cube), (6, classifier, cube)):
         rows = layer_table(network, x)
-        print(f"\nFigure {figure}. {title}, cube {a.cube}, width {a.width}: {sum(p.numel() for p in network.parameters()):,} parameters")
+        print(f"\nFigure {figure}. {type(network).__name__}, cube {a.cube}, width {a.width}: "
+              f"{sum(row[-1] for row in rows):,} parameters")
         print(f"{'name':<16}{'output':<16}{'parameters':>11}  layer")
         for name, layer, shape, parameters in rows:
             print(f"{name:<16}{shape:<16}{parameters:>11,}  {layer}")

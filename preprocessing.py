@@ -15,10 +15,12 @@ import csv
 import functools
 import itertools
 import os
+import signal
 import time
 import zlib
 from collections import defaultdict
 from concurrent.futures import ProcessPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
 from pathlib import Path
 from typing import NamedTuple
 
@@ -30,7 +32,8 @@ from scipy import ndimage
 import lungaug
 from lungaug import Refusal, check
 
-AIR, BONE = -1000, 400      # 2.1.2: the range kept, in HU
+AIR, BONE = -1000, 400              # 2.1.2: the range kept, in HU
+CUBES = (6, 12, 24, 48, 96, 192)    # 3·2^k, the sides that the networks halve to 3
 
 
 class Scan(NamedTuple):
@@ -81,7 +84,7 @@ def find_scans(folder):
     check(sources, folder, "no MetaImage and no DICOM file in it", "give the folder that holds the scans with --scans")
     sources.sort(key=lambda source: source.seriesuid)
     for one, other in itertools.pairwise(sources):
-        check(one.seriesuid != other.seriesuid, other.files[0], f"the series of {one.files[0]} again", "keep one of them")
+        check(one.seriesuid != other.seriesuid, other.files[0], f"the series of {one.files[0]}", "keep one of them")
     return sources
 
 
@@ -93,13 +96,16 @@ def read_scan(path):
     return read_source(sources[0])
 
 
+BROKEN = (ArithmeticError, AttributeError, EOFError, LookupError, RuntimeError, TypeError, ValueError, zlib.error)
+
+
 def read_source(source):
     """A Source's Scan. Whatever a broken file makes a reader raise becomes one Refusal that names the file."""
     where = source.files[0]
     try:
         scan = (read_metaimage if where.suffix.lower() in (".mhd", ".mha") else read_dicom)(source)
-    except (ArithmeticError, AttributeError, EOFError, LookupError, RuntimeError, TypeError, ValueError, zlib.error) as e:
-        raise Refusal(where, f"does not read ({type(e).__name__}: {e})", "replace the file") from e
+    except BROKEN as error:
+        raise Refusal(where, f"does not read ({type(error).__name__}: {error})", "replace the file") from error
     check(min(scan.hu.shape) > 1, where, f"{scan.hu.shape} voxels", "two at least are wanted along each axis")
     check(np.isfinite(scan.origin).all(), where, f"origin {scan.origin}", "mend the header")
     check((scan.spacing > 0).all() and (scan.spacing < 100).all(), where, f"spacing {scan.spacing}",
@@ -122,6 +128,8 @@ ELEMENTS = {"MET_CHAR": "i1", "MET_UCHAR": "u1", "MET_SHORT": "i2", "MET_USHORT"
             "MET_UINT": "u4", "MET_LONG": "i4", "MET_ULONG": "u4", "MET_FLOAT": "f4", "MET_DOUBLE": "f8"}
 SYNONYMS = {"Position": "Offset", "Origin": "Offset", "Rotation": "TransformMatrix", "Orientation": "TransformMatrix",
             "ElementSize": "ElementSpacing", "ElementByteOrderMSB": "BinaryDataByteOrderMSB"}
+DEFAULTS = {"Offset": "0 0 0", "TransformMatrix": "1 0 0 0 1 0 0 0 1", "HeaderSize": "0", "BinaryData": "True",
+            "BinaryDataByteOrderMSB": "False", "CompressedData": "False", "ElementNumberOfChannels": "1"}
 MOST_VOXELS = 2 ** 29       # twice a whole body at 512 × 512
 
 
@@ -135,7 +143,7 @@ def metaimage_header(path):
         key, _, value = (part.strip() for part in line.decode("latin-1").partition("="))
         keys.setdefault(SYNONYMS.get(key, key), value)
         if key == "ElementDataFile":
-            return keys, place
+            return DEFAULTS | keys, place
     raise Refusal(path, "no ElementDataFile in its header", "replace the file: it is cut short, or no MetaImage")
 
 
@@ -147,27 +155,29 @@ def read_metaimage(source):
     path, = source.files
     keys, start = metaimage_header(path)
 
-    def numbers(key, count, default=""):
-        values = np.array(keys.get(key, default).split(), float)
-        check(len(values) == count and np.isfinite(values).all(), path, f"{key} = {keys.get(key)}", f"{count} numbers are wanted")
+    def numbers(key, count):
+        values = np.array(keys.get(key, "").split(), float)
+        check(len(values) == count and np.isfinite(values).all(), path, f"{key} = {keys.get(key)}",
+              f"{count} numbers are wanted")
         return values
 
-    for key, default, known in (("ElementType", "", ELEMENTS), ("ElementNumberOfChannels", "1", ["1"]), ("BinaryData", "True", ["True"])):
-        check(keys.get(key, default) in known, path, f"{key} = {keys.get(key)}", f"{', '.join(known)} is read here")
-    element = np.dtype(ELEMENTS[keys["ElementType"]]).newbyteorder(">" if keys.get("BinaryDataByteOrderMSB") == "True" else "<")
+    for key, known in (("ElementType", ELEMENTS), ("ElementNumberOfChannels", ["1"]), ("BinaryData", ["True"])):
+        check(keys.get(key) in known, path, f"{key} = {keys.get(key)}", f"{', '.join(known)} is read here")
+    order = ">" if keys["BinaryDataByteOrderMSB"] == "True" else "<"
+    element = np.dtype(ELEMENTS[keys["ElementType"]]).newbyteorder(order)
     shape = numbers("DimSize", 3)[::-1].astype(int)
     check(shape.min() >= 1 and np.prod(shape, dtype=float) <= MOST_VOXELS, path, f"DimSize = {keys['DimSize']}",
           f"three whole numbers above 0, and {MOST_VOXELS:,} voxels at most, are wanted")
     local = keys["ElementDataFile"] == "LOCAL"
     data = path if local else path.parent / keys["ElementDataFile"]
     check(local or Path(keys["ElementDataFile"]).name == keys["ElementDataFile"], path,
-          f"ElementDataFile = {keys['ElementDataFile']}", "LOCAL, or the name of one file beside the header, is read here")
+          f"ElementDataFile = {keys['ElementDataFile']}", "LOCAL, or a file beside the header, is read here")
     check(data.is_file(), data, "is not there", f"{path.name} names it as its data")
-    found = read_voxels(data, start if local else int(keys.get("HeaderSize", 0)), int(shape.prod()) * element.itemsize,
-                        keys.get("CompressedData") == "True")
-    values = np.frombuffer(found, element).reshape(shape)
-    return Scan(source.seriesuid, to_hu(values.astype(element.newbyteorder("="), copy=False), data), numbers("ElementSpacing", 3),
-                numbers("Offset", 3, "0 0 0"), numbers("TransformMatrix", 9, "1 0 0 0 1 0 0 0 1").reshape(3, 3).T)
+    start = start if local else int(keys["HeaderSize"])
+    found = read_voxels(data, start, int(shape.prod()) * element.itemsize, keys["CompressedData"] == "True")
+    values = np.frombuffer(found, element).reshape(shape).astype(element.newbyteorder("="), copy=False)
+    return Scan(source.seriesuid, to_hu(values, data), numbers("ElementSpacing", 3), numbers("Offset", 3),
+                numbers("TransformMatrix", 9).reshape(3, 3).T)
 
 
 def read_voxels(path, start, wanted, compressed):
@@ -176,11 +186,13 @@ def read_voxels(path, start, wanted, compressed):
     size = path.stat().st_size
     start = size - wanted if start == -1 else start
     held = (size - start) * (1032 if compressed else 1)      # zlib packs 1032 to 1 at best
-    check(0 <= start and wanted <= held, path, f"{size:,} bytes", f"DimSize and ElementType make {wanted:,}; mend the header or replace the data")
+    do = f"DimSize and ElementType make {wanted:,}: mend the header or replace the data"
+    check(0 <= start and wanted <= held, path, f"{size:,} bytes", do)
     with path.open("rb") as file:
         file.seek(start)
-        found = zlib.decompressobj(wbits=47).decompress(file.read(), wanted + 1) if compressed else file.read(wanted + 1)
-    check(len(found) == wanted, path, f"{len(found):,} bytes of voxels, or more", f"DimSize and ElementType make {wanted:,}; mend the header or replace the data")
+        unpack = zlib.decompressobj(wbits=47)       # zlib's own header or gzip's
+        found = unpack.decompress(file.read(), wanted + 1) if compressed else file.read(wanted + 1)
+    check(len(found) == wanted, path, f"{len(found):,} bytes of voxels, or more", do)
     return found
 
 
@@ -211,6 +223,9 @@ def position(tags):
     return np.array(tags.ImagePositionPatient, float)
 
 
+GEOMETRY = ("ImagePositionPatient", "ImageOrientationPatient", "PixelSpacing", "Rows", "Columns")
+
+
 def stack(source):
     """The headers of the series' one volume, in the order of their positions along its normal   [rule_2_dicom_geometry]
 
@@ -219,23 +234,23 @@ def stack(source):
     """
     where, groups = source.files[0].parent, defaultdict(list)
     for tags in map(read_tags, source.files):
-        if all(name in tags for name in ("ImagePositionPatient", "ImageOrientationPatient", "PixelSpacing", "Rows", "Columns")):
+        if all(name in tags for name in GEOMETRY):
             plane = np.round(np.array([*tags.ImageOrientationPatient, *tags.PixelSpacing], float), 3)
             groups[tags.Rows, tags.Columns, *plane].append(tags)
     slices, *others = sorted(groups.values(), key=len, reverse=True) or [[]]
     check(len(slices) > 2, where, f"{len(source.files)} DICOM files, no three of one geometry", "a CT series is wanted")
-    check(not others or len(others[0]) < len(slices) / 4, where, f"two stacks under one series UID, of {len(slices)} and of "
-          f"{len(others[0]) if others else 0} slices", "keep the files of one")
+    second = max(map(len, others), default=0)
+    check(second < len(slices) / 4, where, f"stacks of {len(slices)} and {second} slices in a series", "keep one")
     normal = np.cross(*np.array(slices[0].ImageOrientationPatient, float).reshape(2, 3))
     slices.sort(key=lambda tags: position(tags) @ normal)
     places = np.array([position(tags) for tags in slices])
     steps = np.diff(places @ normal)
     usual = np.median(steps)
     for place, step in zip(places, steps):
-        check(0.5 * usual < step < 1.5 * usual, where, f"the slice after the one at {place} mm lies {step:.2f} mm on, not {usual:.2f}",
+        check(0.5 * usual < step < 1.5 * usual, where, f"slice after {place} mm {step:.2f} mm on, not {usual:.2f}",
               "restore the missing slices" if step > usual else "keep one of each")
     even = np.linspace(places[0], places[-1], len(places))
-    check(np.abs(even - places).max() < usual / 4, where, "slices are not evenly placed on a line", "a CT series is wanted")
+    check(np.abs(even - places).max() < usual / 4, where, "slices not even along a line", "a CT series is wanted")
     return slices
 
 
@@ -261,11 +276,12 @@ def read_annotations(path):
             check(next(rows, None) == COLUMNS, path, "another first line", f"{','.join(COLUMNS)} is wanted")
             for row in filter(None, rows):
                 numbers = [float(cell) for cell in row[1:]]
-                check(len(numbers) == 4 and np.isfinite(numbers).all() and numbers[3] > 0, f"{path}, line {rows.line_num}",
-                      ",".join(row), "a series UID, three finite coordinates and a diameter above 0 are wanted")
+                good = len(numbers) == 4 and np.isfinite(numbers).all() and numbers[3] > 0
+                check(good, f"{path}, line {rows.line_num}", ",".join(row),
+                      "a series UID, three finite coordinates and a diameter above 0 are wanted")
                 nodules[row[0].strip()][Nodule(tuple(numbers[:3]), numbers[3])] = None
     except (ValueError, csv.Error) as error:
-        raise Refusal(path, f"does not read ({error})", "LUNA16's annotations, a text with commas, are wanted") from None
+        raise Refusal(path, f"does not read ({error})", "LUNA16's text with commas is wanted") from None
     return {uid: list(found) for uid, found in nodules.items()}
 
 
@@ -286,7 +302,7 @@ def reorient(scan):
     hu = scan.hu.transpose([2 - order[axis] for axis in (2, 1, 0)])
     back = np.diag(axes) < 0
     far = axes * spacing @ np.where(back, np.array(hu.shape[::-1]) - 1, 0)
-    return scan._replace(hu=flip(hu, back[::-1]), spacing=spacing, origin=scan.origin + far, direction=np.where(back, -axes, axes))
+    return Scan(scan.seriesuid, flip(hu, back[::-1]), spacing, scan.origin + far, np.where(back, -axes, axes))
 
 
 def grid(scan):
@@ -324,7 +340,7 @@ def clip_hu(hu):
 
 
 def normalize(hu):
-    """x = 2·(HU + 1000)/1400 − 1, HU clipped to [-1000, 400]   [eq_2_1_2_normalize]; any shape → float32 in [-1, 1]"""
+    """x = 2·(HU + 1000)/1400 − 1, HU clipped first   [eq_2_1_2_normalize]; any shape → float32 in [-1, 1]"""
     return (clip_hu(np.asarray(hu, np.float32)) - AIR) * np.float32(2 / (BONE - AIR)) - 1
 
 
@@ -428,7 +444,8 @@ def draw_negatives(lungs, nodules, side, count, rng):
     """
     kept = np.zeros((0, 3), int)
     for _ in range(50):
-        drawn = np.rint(lungs[rng.integers(len(lungs), size=2 * count)] + rng.uniform(-1, 1, (2 * count, 3))).astype(int)
+        drawn = lungs[rng.integers(len(lungs), size=2 * count)] + rng.uniform(-1, 1, (2 * count, 3))
+        drawn = np.rint(drawn).astype(int)
         for centre, radius in nodules:
             drawn = drawn[~meets_sphere(drawn, side, centre, radius)]
         kept = np.concatenate([kept, drawn])[:count]
@@ -448,10 +465,11 @@ def split_patients(patients, seed):
     By patient, so that no cube of a training patient is in validation or test. Raises Refusal below three patients.
     """
     patients = sorted(set(patients))
-    check(len(patients) >= 3, "the scans", f"{len(patients)} patients", "training, validation and test want one each at least")
+    check(len(patients) >= 3, "the scans", f"{len(patients)} patients", "training, validation and test want one each")
     validation, test = (max(1, round(SPLITS[split] * len(patients))) for split in ("validation", "test"))
-    order = lungaug.stream(seed, "split").permutation(len(patients))
-    return {patients[i]: "test" if rank < test else "validation" if rank < test + validation else "train" for rank, i in enumerate(order)}
+    order = [patients[i] for i in lungaug.stream(seed, "split").permutation(len(patients))]
+    return {patient: "test" if rank < test else "validation" if rank < test + validation else "train"
+            for rank, patient in enumerate(order)}
 
 
 # 2.1.6 Conventional data augmentation
@@ -485,33 +503,38 @@ def scan_name(seriesuid):
 def prepare_scan(source, nodules, folder, parameters):
     """Read a scan, find its lungs, fill the 1 mm grid around lungs and nodules (half a cube to spare), draw negatives.
 
-    Leaves the volume, a picture and, last, the record in `folder`; returns the record. Raises Refusal.
+    Leaves the volume and a picture in `folder`; returns the scan's record. Raises Refusal.
     """
     where, cube = source.files[0], parameters["cube"]
     scan = read_source(source)
+    check(scan.spacing.max() <= parameters["max_slice_mm"], where, f"slices {scan.spacing.max():g} mm apart",
+          f"LUNA16 keeps {parameters['max_slice_mm']:g} mm at most; --max-slice-mm raises it")
     scan = scan._replace(hu=clip_hu(scan.hu).astype(np.int16))
     coarse, mask = coarse_lungs(scan)
     litres = round(float(mask.hu.sum() * 8e-6), 3)
+    areas = mask.hu.sum((1, 2))
     check(1 <= litres <= 12, where, f"{litres} litres of lung", "a chest CT with both lungs in view is wanted")
+    check(max(areas[0], areas[-1]) < areas.max() / 2, where, "lungs cut at an end of the scan", "a whole chest is wanted")
     corner, shape = grid(scan)
     centres = nearest_voxel(corner, np.array([nodule.centre for nodule in nodules]).reshape(-1, 3))
     for nodule, centre in zip(nodules, centres):
-        check((centre >= 0).all() and (centre < shape).all(), where, f"a nodule at {nodule.centre} mm, outside the scan",
+        check((centre >= 0).all() and (centre < shape).all(), where, f"a nodule outside it, at {nodule.centre} mm",
               "mend the annotations: (x, y, z) in mm, LPS, are wanted")
     lungs = (np.argwhere(mask.hu)[:, ::-1] @ affine(mask).T + mask.origin - corner)[:, ::-1]
     reach = np.concatenate([np.rint(lungs).astype(int), centres])
     start, stop = np.maximum(reach.min(0) - cube // 2, 0), np.minimum(reach.max(0) + cube // 2 + 1, shape)
     volume = resample(scan, 1, corner + start[::-1], stop - start)
     spheres = [(centre, nodule.diameter / 2) for centre, nodule in zip(centres, nodules)]
-    negatives = draw_negatives(lungs, spheres, cube, parameters["negatives"], lungaug.stream(parameters["seed"], "negatives", source.seriesuid))
+    rng = lungaug.stream(parameters["seed"], "negatives", source.seriesuid)
+    negatives = draw_negatives(lungs, spheres, cube, parameters["negatives"], rng)
     name = scan_name(source.seriesuid)
     lungaug.write_array(folder / f"{name}.npy", volume.hu)
     marks = (centres[:, ::-1] + corner - coarse.origin) @ np.linalg.inv(affine(coarse)).T
     lungaug.write_bytes(folder / f"{name}.png", scan_picture(coarse.hu, mask.hu, np.rint(marks[:, ::-1]).astype(int)))
-    record = {"seriesuid": source.seriesuid, "patient": source.patient, "volume": f"{name}.npy", "crc32": zlib.crc32(volume.hu.tobytes()),
-              "origin": volume.origin.tolist(), "litres": litres, "positives": (centres - start).tolist(),
-              "diameters": [nodule.diameter for nodule in nodules], "negatives": (negatives - start).tolist()}
-    lungaug.write_json(folder / f"{name}.json", record)
+    record = {"seriesuid": source.seriesuid, "patient": source.patient, "volume": f"{name}.npy",
+              "crc32": zlib.crc32(volume.hu.tobytes()), "origin": volume.origin.tolist(), "litres": litres,
+              "positives": (centres - start).tolist(), "diameters": [nodule.diameter for nodule in nodules],
+              "negatives": (negatives - start).tolist()}
     return record
 
 
@@ -526,22 +549,37 @@ def scan_picture(hu, lungs, marks):
             picture[max(row - 1, 0):row + 2, max(column - 1, 0):column + 2] = 60, 220, 90
         pictures.append(picture if axis == 0 else picture[::-1])        # superior is up
     tall = max(map(len, pictures))
-    return lungaug.png(lungaug.enlarge(np.hstack([np.pad(p, ((0, tall - len(p)), (2, 2), (0, 0))) for p in pictures]), 2))
+    sheet = np.hstack([np.pad(picture, ((0, tall - len(picture)), (2, 2), (0, 0))) for picture in pictures])
+    return lungaug.png(lungaug.enlarge(sheet, 2))
 
 
-def prepare_or_refuse(source, nodules, folder, parameters):
-    """The scan's record, an earlier run's where its volume still reads back whole, or the Refusal why it has none."""
-    path = folder / f"{scan_name(source.seriesuid)}.json"
+def read_record(source, folder, parameters):
+    """The record that an earlier run left of a scan with the same parameters; {} where there is none, or a damaged one."""
     try:
-        record = lungaug.read_json(path, "") if path.exists() else {}
-        if record and zlib.crc32(np.load(folder / record["volume"]).tobytes()) == record["crc32"]:
-            return record
-    except (Refusal, OSError, ValueError, LookupError, TypeError):
-        pass        # damaged: made again
+        record = lungaug.read_json(folder / f"{scan_name(source.seriesuid)}.json", "")
+        return record if record["parameters"] == parameters else {}
+    except (Refusal, LookupError, TypeError):
+        return {}
+
+
+def is_whole(record, folder):
+    """Whether a record's volume is there and reads back as it was written."""
     try:
-        return prepare_scan(source, nodules, folder, parameters)
-    except Refusal as refusal:
-        return refusal
+        return zlib.crc32(np.load(folder / record["volume"]).tobytes()) == record["crc32"]
+    except (OSError, ValueError, EOFError, LookupError):
+        return False
+
+
+def prepare_one(source, nodules, folder, parameters, overwrite):
+    """Make a scan's record unless a whole one is there, or one with the reason why it cannot be used; returns the reason."""
+    if not overwrite and is_whole(read_record(source, folder, parameters), folder):
+        return None
+    try:
+        record, refusal = prepare_scan(source, nodules, folder, parameters), None
+    except Refusal as error:
+        record, refusal = {"seriesuid": source.seriesuid, "reason": str(error)}, error
+    lungaug.write_json(folder / f"{scan_name(source.seriesuid)}.json", {"parameters": parameters} | record)
+    return refusal
 
 
 # The prepared data, as the other stages use them
@@ -561,11 +599,21 @@ def open_dataset(run):
     info = lungaug.read_json(path, f"run python preprocessing.py --run {run} first")
 
     def rows(kind, split):
-        found = [(i, *centre) for i, scan in enumerate(info["scans"]) if scan["split"] == split for centre in scan[kind]]
+        scans = [(i, scan) for i, scan in enumerate(info["scans"]) if scan["split"] == split]
+        found = [(i, *centre) for i, scan in scans for centre in scan[kind]]
         check(found or split != "train", path, f"training scans without {kind}", "give more scans, or another --seed")
         return np.array(found, np.int32).reshape(-1, 4)
 
-    return Dataset(path.parent, info, info["parameters"]["cube"], *({split: rows(kind, split) for split in SPLITS} for kind in ("positives", "negatives")))
+    kinds = ({split: rows(kind, split) for split in SPLITS} for kind in ("positives", "negatives"))
+    return Dataset(path.parent, info, info["parameters"]["cube"], *kinds)
+
+
+def labelled(dataset, split):
+    """A split's cubes to score: rows (n, 4), flips (n,), labels (n,); positives first, each with its eight flips."""
+    positives, flips = with_flips(dataset.positives[split])
+    negatives = dataset.negatives[split]
+    labels = np.repeat([1, 0], [len(positives), len(negatives)])
+    return np.concatenate([positives, negatives]), np.concatenate([flips, np.zeros(len(negatives), int)]), labels
 
 
 @functools.lru_cache(maxsize=256)
@@ -604,24 +652,28 @@ TABLE_1 = {"train": (5712, 406791), "validation": (816, 58113), "test": (1632, 1
 
 
 def table_1(scans):
-    """Table 1: split → positives with their eight flips, as the thesis counts them; nodules; negatives; the thesis'   [num_table_1]"""
-    counts = {split: [sum(len(scan[kind]) for scan in scans if scan["split"] == split) for kind in ("positives", "negatives")] for split in SPLITS}
-    return {split: {"positive": 8 * nodules, "nodules": nodules, "negative": negatives, "thesis": TABLE_1[split]}
-            for split, (nodules, negatives) in counts.items()}
+    """Table 1: split → nodules, positives (a nodule's eight flips each, as in the thesis), negatives   [num_table_1]"""
+    def count(kind, split):
+        return sum(len(scan[kind]) for scan in scans if scan["split"] == split)
+
+    return {split: {"positive": 8 * count("positives", split), "nodules": count("positives", split),
+                    "negative": count("negatives", split), "thesis": TABLE_1[split]} for split in SPLITS}
 
 
 def table_1_cells(table):
     """Table 1 as rows of text."""
-    return [(f"{split.capitalize()} ({SPLITS[split]:.0%})", *map(lungaug.shown, (row["positive"], row["nodules"], row["negative"], *row["thesis"])))
+    return [(f"{split.capitalize()} ({SPLITS[split]:.0%})",
+             *map(lungaug.shown, (row["positive"], row["nodules"], row["negative"], *row["thesis"])))
             for split, row in table.items()]
 
 
 def draw_figures(dataset, shown=3):
-    """Figure 2, positives, and figure 3, negatives, slice by slice; and nodules.png, the middle planes of 24 at most."""
+    """Figures 2 (positives) and 3 (negatives), slice by slice; nodules.png, the middle planes of 24 nodules at most."""
     for number, rows in ((2, dataset.positives["train"]), (3, dataset.negatives["train"])):
-        cubes = read_cubes(dataset, rows[np.linspace(0, len(rows) - 1, shown).astype(int)])[:, 0]
+        cubes = read_cubes(dataset, rows[np.unique(np.linspace(0, len(rows) - 1, shown).astype(int))])[:, 0]
         sheet = lungaug.tile([lungaug.slices(cube) for cube in cubes], 1, gap=6, paper=255)
-        lungaug.write_bytes(dataset.folder / f"figure_{number}.png", lungaug.png(lungaug.enlarge(sheet, max(1, 48 // dataset.cube))))
+        sheet = lungaug.enlarge(sheet, max(1, 48 // dataset.cube))
+        lungaug.write_bytes(dataset.folder / f"figure_{number}.png", lungaug.png(sheet))
     cubes = read_cubes(dataset, np.concatenate(list(dataset.positives.values()))[:24])[:, 0]
     sheet = lungaug.tile([lungaug.planes(cube) for cube in cubes], 4, gap=6, paper=255)
     lungaug.write_bytes(dataset.folder / "nodules.png", lungaug.png(lungaug.enlarge(sheet, 2)))
@@ -631,13 +683,14 @@ def page(dataset):
     """What the report shows of section 2."""
     info = dataset.info
     most = max(info["scans"], key=lambda scan: len(scan["positives"]))
-    kind = "synthetic scans: their numbers show that the program works, and say nothing of patients" if info["synthetic"] else "your scans"
+    kind = "synthetic scans: they show that it works, nothing of patients" if info["synthetic"] else "of your scans"
+    left_out = [(row["seriesuid"], row["reason"]) for row in info["left_out"]]
     return ["2 Dataset",
-            (f"Table 1. Sample counts, {len(info['scans'])} {kind}. Positives with their eight flips, as the thesis counts them, and as "
-             "nodules.", TABLE_1_HEAD, table_1_cells(info["table_1"])),
-            *([("Scans left out.", ("series", "why"), [(row["seriesuid"], row["reason"]) for row in info["left_out"]])] if info["left_out"] else []),
-            (f"Scan {most['seriesuid']}: axial, coronal and sagittal plane through the middle of the lungs. Red: the lung mask. "
-             "Green: the nodules' places.", most["volume"].replace(".npy", ".png")),
+            (f"Table 1. Sample counts, {len(info['scans'])} {kind}. A nodule's eight flips count, as in the thesis.",
+             TABLE_1_HEAD, table_1_cells(info["table_1"])),
+            *([("Scans left out.", ("series", "why"), left_out)] if left_out else []),
+            (f"Scan {most['seriesuid']}: axial, coronal and sagittal plane through the middle of the lungs. "
+             "Red: the lung mask. Green: the nodules' places.", most["volume"].replace(".npy", ".png")),
             ("Nodules, each in its three middle planes: axial, coronal, sagittal.", "nodules.png"),
             ("Figure 2. Positive samples, slice by slice from superior to inferior.", "figure_2.png"),
             ("Figure 3. Negative samples, slice by slice from superior to inferior.", "figure_3.png")]
@@ -652,21 +705,40 @@ def find_annotations(scans):
 
 
 def prepare(sources, annotations, folder, parameters, arguments):
-    """Every scan's record, from --workers processes, and the Refusals of those that cannot be used."""
-    results = []
-    with ProcessPoolExecutor(arguments.workers) as pool:
-        jobs = [pool.submit(prepare_or_refuse, source, annotations.get(source.seriesuid, []), folder, parameters) for source in sources]
-        step = lungaug.progress("scans", len(jobs))
-        for source, job in zip(sources, jobs):
-            results.append(job.result())
-            if arguments.strict and isinstance(results[-1], Refusal):
-                pool.shutdown(cancel_futures=True)
-                raise results[-1]
-            step(len(results), source.seriesuid)
-    left_out = [{"seriesuid": s.seriesuid, "reason": str(r)} for s, r in zip(sources, results) if isinstance(r, Refusal)]
+    """Make every source's record, in --workers processes; raises the first Refusal under --strict."""
+    step = lungaug.progress("scans", len(sources))
+    with ProcessPoolExecutor(arguments.workers, initializer=signal.signal, initargs=(signal.SIGINT, signal.SIG_IGN)) as pool:
+        jobs = [pool.submit(prepare_one, source, annotations.get(source.seriesuid, []), folder, parameters, arguments.overwrite)
+                for source in sources]
+        try:
+            for done, (source, job) in enumerate(zip(sources, jobs), 1):
+                if arguments.strict and job.result():
+                    raise job.result()
+                step(done, f"left out: {source.seriesuid}" if job.result() else source.seriesuid)
+        except BrokenProcessPool:
+            raise Refusal(folder, "a process was killed, perhaps for want of memory", "give fewer --workers") from None
+        finally:
+            pool.shutdown(cancel_futures=True)
+
+
+def gather(sources, folder, parameters, arguments, synthetic):
+    """Write dataset.json of what all parts left; False where some have not been at work yet."""
+    records = [read_record(source, folder, parameters) for source in sources]
+    if not all(records):
+        print(f"This part is done; {records.count({})} scans are other parts'. The last part writes dataset.json.")
+        return False
+    left_out = [{key: record[key] for key in ("seriesuid", "reason")} for record in records if "reason" in record]
     for row in left_out:
         print(f"left out: {row['reason'].removeprefix('lungaug: ')}")
-    return [r for r in results if not isinstance(r, Refusal)], left_out
+    records = [record for record in records if "reason" not in record]
+    check(records, arguments.scans or "the synthetic scans", "none can be used", "see the reasons above")
+    splits = split_patients([record["patient"] for record in records], arguments.seed)
+    records = [{key: value for key, value in record.items() if key != "parameters"} | {"split": splits[record["patient"]]}
+               for record in records]
+    lungaug.write_json(folder / "dataset.json", {
+        "parameters": parameters, "preset": arguments.preset, "synthetic": synthetic, "table_1": table_1(records),
+        "left_out": left_out, "scans": records})
+    return True
 
 
 def main():
@@ -675,23 +747,27 @@ def main():
     run = arguments.run = lungaug.default_run(arguments.run, arguments.scans)
     lungaug.settle(arguments, "preprocessing", "demo" if synthetic else "thesis")
     print(f"Preset {arguments.preset}: {'synthetic scans' if synthetic else 'your scans'}.", flush=True)
+    check(arguments.cube in CUBES, "--cube", arguments.cube, f"one of {', '.join(map(str, CUBES))} is wanted")
     scans, folder = arguments.scans or run / "scans", run / "prepared"
     if synthetic and not (scans / "annotations.csv").exists():
         lungaug.stage("tests/phantom.py", "--run", run, "--seed", arguments.seed, "--workers", arguments.workers)
-    parameters = {"scans": "synthetic" if synthetic else str(scans.resolve()), "cube": arguments.cube, "negatives": arguments.negatives, "seed": arguments.seed}
-    lungaug.claim(folder, parameters, arguments.overwrite)
-    annotations, sources = read_annotations(arguments.annotations or find_annotations(scans)), find_scans(scans)
-    records, left_out = prepare(sources, annotations, folder, parameters, arguments)
-    check(records, scans, "none of its scans can be used", "see the reasons above")
-    splits = split_patients([record["patient"] for record in records], arguments.seed)
-    records = [record | {"split": splits[record["patient"]]} for record in records]
-    lungaug.write_json(folder / "dataset.json", {"parameters": parameters, "preset": arguments.preset, "synthetic": synthetic,
-                                                 "table_1": table_1(records), "left_out": left_out, "scans": records})
+    table = arguments.annotations or find_annotations(scans)
+    annotations, sources = read_annotations(table), find_scans(scans)
+    parameters = {"scans": "synthetic" if synthetic else str(scans.resolve()), "annotations": lungaug.file_crc(table, ""),
+                  "cube": arguments.cube, "negatives": arguments.negatives, "max_slice_mm": arguments.max_slice_mm,
+                  "seed": arguments.seed}
+    part, parts = arguments.part
+    with lungaug.alone(folder, f"part {part} of {parts}"):
+        lungaug.claim(folder, parameters, arguments.overwrite)
+        prepare(sources[part - 1::parts], annotations, folder, parameters, arguments)
+        if not gather(sources, folder, parameters, arguments, synthetic):
+            return
     dataset = open_dataset(run)
     draw_figures(dataset)
     lungaug.print_table("Table 1. Sample counts", TABLE_1_HEAD, table_1_cells(dataset.info["table_1"]))
-    print(f"{len(records)} scans, {len(left_out)} left out, lungs of {min(r['litres'] for r in records):.1f} to "
-          f"{max(r['litres'] for r in records):.1f} litres; pictures in {folder}: one a scan, figure_2.png, figure_3.png, nodules.png")
+    litres = [scan["litres"] for scan in dataset.info["scans"]]
+    print(f"{len(litres)} scans, {len(dataset.info['left_out'])} left out; lungs of {min(litres):.1f} to {max(litres):.1f} "
+          f"litres. Pictures in {folder}: one a scan, figure_2.png, figure_3.png, nodules.png.")
     lungaug.record_stage(folder, arguments, time.monotonic() - start, page(dataset))
 
 

@@ -4,9 +4,11 @@
 
 The GAN generates cubes, its critic scores them, the best are selected (4.3); then three classifiers are trained
 (4.4, 5.2): on real data with conventional augmentation, on real and generated data mixed, on generated data alone.
-Leaves <run>/classifiers: generated/{positive,negative}.npy, {real,mixed,fake}/checkpoint.pt and log.jsonl, figure_8.svg.
+Leaves <run>/classifiers: generated/positive.npy and negative.npy; checkpoint.pt and log.jsonl of real, mixed and fake;
+figure_8.svg.
 """
 
+import copy
 import time
 
 import numpy as np
@@ -30,6 +32,11 @@ def conventional_positives(dataset, split):
     return preprocessing.with_flips(dataset.positives[split])
 
 
+def no_flips(rows):
+    """The rows (n, 4) as they are, with the flip that is none: rows, flips (n,)"""
+    return rows, np.zeros(len(rows), int)
+
+
 # 4.3 Generative augmentation: generate, score, select
 
 def select(scores, probabilities, score_threshold, class_probability):
@@ -44,13 +51,10 @@ def select(scores, probabilities, score_threshold, class_probability):
 @torch.no_grad()
 def score_reals(critic, dataset, label, device, most=2048):
     """Critic scores of the training reals of one class, evenly chosen where there are more than `most`: (n,)"""
-    if label == 1:
-        rows, flips = conventional_positives(dataset, "train")
-    else:
-        rows, flips = dataset.negatives["train"], np.zeros(len(dataset.negatives["train"]), int)
+    rows, flips = conventional_positives(dataset, "train") if label == 1 else no_flips(dataset.negatives["train"])
     chosen = np.unique(np.linspace(0, len(rows) - 1, most).astype(int))
-    cubes = lambda part: preprocessing.read_cubes(dataset, rows[chosen[part]], flips[chosen[part]])
-    return lungaug.predict(lambda x: critic(x)[0], cubes, len(chosen), device)
+    return lungaug.predict(lambda x: critic(x)[0], lambda part: preprocessing.read_cubes(
+        dataset, rows[chosen[part]], flips[chosen[part]]), len(chosen), device)
 
 
 @torch.no_grad()
@@ -94,7 +98,10 @@ def load_gan(run, device):
 
 
 def generate_classes(run, dataset, arguments, device):
-    """Generate both classes as often as there are real positives counted with flips, or read them back; returns what was delivered."""
+    """Generate each class as often as there are real positives counted with flips, once a run.
+
+    Returns {"positive": {"wanted", "accepted", "rate", "score_threshold"}, "negative": …}.
+    """
     folder, wanted = run / "classifiers" / "generated", 8 * len(dataset.positives["train"])
     path = folder / "generated.json"
     asked = {key: getattr(arguments, key) for key in ("seed", "score_quantile", "class_probability", "attempts")}
@@ -102,7 +109,7 @@ def generate_classes(run, dataset, arguments, device):
     if path.exists() and not arguments.overwrite:
         found = lungaug.read_json(path, "start again with --overwrite")
         lungaug.same_settings(path, found.get("settings"), asked)
-        return found
+        return found["classes"]
     generator, critic = load_gan(run, device)
     classes = {}
     for label, name in ((1, "positive"), (0, "negative")):
@@ -111,13 +118,13 @@ def generate_classes(run, dataset, arguments, device):
         for kind, array in ((name, cubes), (f"{name}_rejected", spare)):
             lungaug.write_array(folder / f"{kind}.npy", array)
         classes[name] = {"wanted": wanted, "accepted": len(cubes), "rate": rate, "score_threshold": threshold}
-        print(f"Generated {name}s: {len(cubes)} of {wanted} wanted, acceptance rate {rate:.1%} (score ≥ {threshold:.2f}, "
-              f"class probability ≥ {arguments.class_probability}).", flush=True)
+        print(f"Generated {name}s: {len(cubes)} of {wanted} wanted, acceptance rate {rate:.1%} "
+              f"(score ≥ {threshold:.2f}, class probability ≥ {arguments.class_probability}).", flush=True)
         if len(cubes) < wanted:
-            print(f"  The GAN does not deliver: {arguments.attempts} attempts for each one wanted gave {len(cubes)}. Train it longer, "
+            print(f"  The GAN does not deliver in {arguments.attempts} attempts for each one wanted. Train it longer, "
                   f"or lower --score-quantile (now {arguments.score_quantile}) or --class-probability.", flush=True)
     lungaug.write_json(path, {"settings": asked, "classes": classes})
-    return lungaug.read_json(path, "")
+    return classes
 
 
 # 4.4 Lung nodule detection classifier
@@ -132,23 +139,26 @@ class Pool:
         return len(self.rows) + len(self.generated)
 
     def read(self, chosen):
-        """Cubes (n, 1, c, c, c) in [-1, 1] at the numbers `chosen` (n,), each below len(self)."""
+        """Cubes (n, 1, c, c, c) in [-1, 1] at the numbers `chosen` (n,), each below len(self); real ones first."""
         real = chosen[chosen < len(self.rows)]
-        made = self.generated[np.sort(chosen[chosen >= len(self.rows)]) - len(self.rows)]
+        made = self.generated[chosen[chosen >= len(self.rows)] - len(self.rows)]
         return np.concatenate([preprocessing.read_cubes(self.dataset, self.rows[real], self.flips[real]),
                                preprocessing.normalize(made)[:, None]])
 
 
 def arm_pools(arm, run, dataset):
-    """The positives and the negatives of an arm   [rule_5_2_arms]: real; real with generated positives; generated alone."""
-    none = np.zeros((0, *[dataset.cube] * 3), np.int16)
-    generated = {name: none if arm == "real" else preprocessing.open_array(run / "classifiers" / "generated" / f"{name}.npy")
-                 for name in ("positive", "negative")}
-    rows, flips = conventional_positives(dataset, "train")
-    negatives = dataset.negatives["train"]
-    if arm == "fake":
-        return [Pool(dataset, rows[:0], flips[:0], generated["positive"]), Pool(dataset, negatives[:0], flips[:0], generated["negative"])]
-    return [Pool(dataset, rows, flips, generated["positive"]), Pool(dataset, negatives, np.zeros(len(negatives), int), none)]
+    """An arm's positives and negatives   [rule_5_2_arms]: real; real and generated positives; generated alone."""
+    positives, negatives = conventional_positives(dataset, "train"), no_flips(dataset.negatives["train"])
+    none, no_cubes = no_flips(positives[0][:0]), np.zeros((0, *[dataset.cube] * 3), np.int16)
+
+    def generated(name):
+        return preprocessing.open_array(run / "classifiers" / "generated" / f"{name}.npy")
+
+    if arm == "real":
+        return Pool(dataset, *positives, no_cubes), Pool(dataset, *negatives, no_cubes)
+    if arm == "mixed":
+        return Pool(dataset, *positives, generated("positive")), Pool(dataset, *negatives, no_cubes)
+    return Pool(dataset, *none, generated("positive")), Pool(dataset, *none, generated("negative"))
 
 
 def learning_rate(epoch, early, late, decay):
@@ -168,28 +178,28 @@ def balanced_batches(positives, negatives, size, rng):
 
 
 def f1_score(labels, predictions):
-    """F1 = 2·TP/(2·TP + FP + FN); labels, predictions (n,) of 0 and 1; 0 where there is neither a positive nor a false alarm"""
+    """F1 = 2·TP/(2·TP + FP + FN); labels, predictions (n,) of 0 and 1; 0 where the ratio is 0/0"""
     hits = (labels * predictions).sum()
     return float(2 * hits / max(1, labels.sum() + predictions.sum()))
 
 
 def validate(classifier, dataset, device):
-    """F1 and cross-entropy on the validation set, positives with their flips; the loss is the mean of the classes' means, as the
-    training batches are balanced."""
-    rows, flips = conventional_positives(dataset, "validation")
-    labels = np.repeat([1, 0], [len(rows), len(dataset.negatives["validation"])])
-    rows = np.concatenate([rows, dataset.negatives["validation"]])
-    flips = np.concatenate([flips, np.zeros(len(labels) - len(flips), int)])
-    classifier.eval()
-    logits = lungaug.predict(classifier, lambda part: preprocessing.read_cubes(dataset, rows[part], flips[part]), len(rows), device)
-    classifier.train()
-    losses = [classifier_loss(torch.from_numpy(logits[labels == y]), torch.from_numpy(labels[labels == y])).item() for y in (0, 1) if (labels == y).any()]
-    return f1_score(labels, logits.argmax(1)), float(np.mean(losses))
+    """F1 and cross-entropy on the validation set, positives with their flips.
+
+    The loss is the mean of the two classes' means, to compare with that of the balanced training batches.
+    """
+    rows, flips, labels = preprocessing.labelled(dataset, "validation")
+    logits = torch.from_numpy(lungaug.predict(
+        classifier, lambda part: preprocessing.read_cubes(dataset, rows[part], flips[part]), len(rows), device))
+    truth = torch.from_numpy(labels)
+    losses = [classifier_loss(logits[truth == y], truth[truth == y]).item() for y in (0, 1) if (labels == y).any()]
+    return f1_score(labels, logits.argmax(1).numpy()), float(np.mean(losses))
 
 
 def settings(arguments):
     """What a checkpoint must agree on with the command that resumes it."""
-    return {key: getattr(arguments, key) for key in ("seed", "batch_size", "learning_rate", "late_learning_rate", "decay_epoch")}
+    names = ("seed", "batch_size", "learning_rate", "late_learning_rate", "decay_epoch")
+    return {name: getattr(arguments, name) for name in names}
 
 
 def train_arm(arm, run, dataset, arguments, delivered, device):
@@ -230,14 +240,17 @@ def train_arm(arm, run, dataset, arguments, delivered, device):
             losses.append(loss.item())
         epoch += 1
         f1, loss = validate(classifier, dataset, device)
-        check(np.isfinite(loss), path, f"a loss that is no number in epoch {epoch}", "lower --learning-rate; the last checkpoint is kept")
+        check(np.isfinite(loss), path, f"a loss that is no number in epoch {epoch}", "lower --learning-rate")
         if (f1, -loss) > (best["f1"], -best["loss"]):
-            best = {"f1": f1, "loss": loss, "epoch": epoch, "classifier": {key: value.clone() for key, value in classifier.state_dict().items()}}
-        lungaug.append_log(folder / "log.jsonl", {"epoch": epoch, "train_loss": float(np.mean(losses)), "validation_loss": loss, "validation_f1": f1})
-        lungaug.save_checkpoint(path, {"settings": asked, "epoch": epoch, "best": best, "classifier": classifier.state_dict(),
-                                       "optimizer": optimizer.state_dict(), "draws": lungaug.stream_state(draws)})
+            best = {"f1": f1, "loss": loss, "epoch": epoch, "classifier": copy.deepcopy(classifier.state_dict())}
+        lungaug.append_log(folder / "log.jsonl", {"epoch": epoch, "train_loss": float(np.mean(losses)),
+                                                  "validation_loss": loss, "validation_f1": f1})
+        lungaug.save_checkpoint(path, {
+            "settings": asked, "epoch": epoch, "best": best, "classifier": classifier.state_dict(),
+            "optimizer": optimizer.state_dict(), "draws": lungaug.stream_state(draws)})
         step(epoch, f"loss {np.mean(losses):.3f}, validation F1 {f1:.3f}")
-    print(f"{arm}: {len(positives)} positives, {len(negatives)} negatives; best validation F1 {best['f1']:.3f} at epoch {best['epoch']}.", flush=True)
+    print(f"{arm}: {len(positives)} positives, {len(negatives)} negatives; "
+          f"best validation F1 {best['f1']:.3f}, at epoch {best['epoch']}.", flush=True)
 
 
 def figure_8(run):
@@ -247,8 +260,8 @@ def figure_8(run):
         rows = lungaug.read_log(run / "classifiers" / arm / "log.jsonl")
         if rows:
             epochs = [row["epoch"] for row in rows]
-            pictures.append(lungaug.curves(f"Classifier on {arm} data", [(name, epochs, [row[f"{name}_loss"] for row in rows], None)
-                                                                      for name in ("train", "validation")], "epoch", "cross-entropy"))
+            lines = [(name, epochs, [row[f"{name}_loss"] for row in rows], None) for name in ("train", "validation")]
+            pictures.append(lungaug.curves(f"Classifier, {arm} data", lines, "epoch", "cross-entropy"))
     return lungaug.beside(*pictures, columns=3)
 
 
@@ -259,12 +272,13 @@ def main():
     lungaug.settle(arguments, "train_classifier", dataset.info["preset"])
     device = lungaug.pick_device(arguments.device)
     print(f"Preset {arguments.preset}, cube {dataset.cube}, on {device}.", flush=True)
-    generated = generate_classes(run, dataset, arguments, device)
-    for arm in ARMS:
-        train_arm(arm, run, dataset, arguments, generated["classes"] if arm != "real" else None, device)
-    lungaug.write_text(run / "classifiers" / "figure_8.svg", figure_8(run))
+    with lungaug.alone(run / "classifiers", "training"):
+        generated = generate_classes(run, dataset, arguments, device)
+        for arm in ARMS:
+            train_arm(arm, run, dataset, arguments, generated if arm != "real" else None, device)
+        lungaug.write_text(run / "classifiers" / "figure_8.svg", figure_8(run))
     rows = [(name, *map(lungaug.shown, (row["wanted"], row["accepted"], row["rate"], row["score_threshold"])))
-            for name, row in generated["classes"].items()]
+            for name, row in generated.items()]
     lungaug.record_stage(run / "classifiers", arguments, time.monotonic() - start, [
         "4.3 Generative augmentation",
         ("Generated, scored, selected.", ("class", "wanted", "accepted", "acceptance rate", "score at least"), rows),

@@ -23,6 +23,8 @@ from models import LATENT, Critic, Generator, conditional_latent, sides
 BETAS = (0.0, 0.9)      # 4.1.1   [num_4_1_adam]
 FIXED = 4               # samples of each class drawn from the z that stays fixed
 MOMENTS = 8             # times that they are drawn through the training, and once before
+PROBE = 3               # epochs from which the time left is foretold
+STATUS = "W {wasserstein:.2f}, class accuracy {real_accuracy:.2f} on reals, {fake_accuracy:.2f} on fakes"
 
 
 def auxiliary_scale(epoch, epochs, early, late):
@@ -31,7 +33,7 @@ def auxiliary_scale(epoch, epochs, early, late):
 
 
 def draw_latent(labels, noise):
-    """z ~ 𝒩(0, 1) with the labels' one-hot in front; labels (n,), noise a torch Generator → (n, 128) on the labels' device"""
+    """z ~ 𝒩(0, 1), the labels' one-hot in front   [rule_3_3_1_latent]; labels (n,), noise: a Generator → (n, 128)"""
     return conditional_latent(torch.randn(len(labels), LATENT, generator=noise).to(labels.device), labels)
 
 
@@ -46,7 +48,7 @@ def draw_epsilon(count, noise, device):
 
 
 class Trainer:
-    """All that training changes: two networks, two optimizers, two sources of randomness. `state` and `restore` are its checkpoint."""
+    """All that training changes: two networks, their optimizers, the randomness. A checkpoint is its `state`."""
 
     def __init__(self, arguments, cube, device):
         self.arguments, self.device, self.epoch, self.seconds, self.moments = arguments, device, 0, 0.0, []
@@ -62,11 +64,12 @@ class Trainer:
         self.fixed_latent = draw_latent(self.fixed_labels, lungaug.torch_stream(arguments.seed, "gan fixed z"))
 
     def parts(self):
-        return {"generator": self.generator, "critic": self.critic, "generator_step": self.generator_step, "critic_step": self.critic_step}
+        return {name: getattr(self, name) for name in ("generator", "critic", "generator_step", "critic_step")}
 
     def state(self):
-        return {"settings": settings(self.arguments), "epoch": self.epoch, "seconds": self.seconds, "moments": self.moments,
-                "noise": self.noise.get_state(), "draws": lungaug.stream_state(self.draws)} | {name: part.state_dict() for name, part in self.parts().items()}
+        return {"settings": settings(self.arguments), "epoch": self.epoch, "seconds": self.seconds,
+                "moments": self.moments, "noise": self.noise.get_state(), "draws": lungaug.stream_state(self.draws),
+                **{name: part.state_dict() for name, part in self.parts().items()}}
 
     def restore(self, state):
         self.epoch, self.seconds, self.moments = state["epoch"], state["seconds"], state["moments"]
@@ -78,12 +81,13 @@ class Trainer:
 
 def settings(arguments):
     """What a checkpoint must agree on with the command that resumes it."""
-    return {key: getattr(arguments, key) for key in ("seed", "cube", "width", "batch_size", "learning_rate", "penalty_scale", "auxiliary_scale",
-                                                     "late_auxiliary_scale", "critic_iterations", "precision")}
+    names = ("seed", "cube", "width", "batch_size", "learning_rate", "penalty_scale", "auxiliary_scale",
+             "late_auxiliary_scale", "critic_iterations", "precision")
+    return {name: getattr(arguments, name) for name in names}
 
 
 def half_precision(trainer):
-    """Autocast to bfloat16 under --precision bfloat16, nothing under float32; weights, losses and optimizers stay float32."""
+    """Autocast to bfloat16 under --precision bfloat16; weights and optimizers stay float32."""
     return torch.autocast(trainer.device.type, torch.bfloat16, enabled=trainer.arguments.precision == "bfloat16")
 
 
@@ -93,12 +97,15 @@ def parts_of(count, most):
 
 
 def mean_of_parts(parts):
-    """The batch's loss terms from its micro-batches' (share, terms): every term is a mean over samples, so the shares weigh it."""
+    """The batch's loss terms from its micro-batches' (share, terms): each term is a mean, so the shares weigh it."""
     return {key: sum(share * getattr(terms, key).item() for share, terms in parts) for key in parts[0][1]._fields}
 
 
 def critic_iteration(trainer, real, labels, scale):
-    """One Adam step down L_f on fresh reals and fresh fakes, which no gradient leaves   [rule_4_1_critic_step]; returns its terms"""
+    """One Adam step of the critic down L_f, on fresh z; the generator stays as it is   [rule_4_1_critic_step]
+
+    real: (n, 1, c, c, c) in [-1, 1]; labels: (n,); scale: α. Returns the terms of L_f, numbers by name.
+    """
     a, device, parts = trainer.arguments, trainer.device, []
     fake_labels = draw_labels(len(real), trainer.noise, device)
     latent, epsilon = draw_latent(fake_labels, trainer.noise), draw_epsilon(len(real), trainer.noise, device)
@@ -107,7 +114,8 @@ def critic_iteration(trainer, real, labels, scale):
         with half_precision(trainer):
             with torch.no_grad():
                 fake = trainer.generator(latent[part]).float()
-            terms = critic_loss(trainer.critic, real[part], labels[part], fake, fake_labels[part], epsilon[part], a.penalty_scale, scale)
+            terms = critic_loss(trainer.critic, real[part], labels[part], fake, fake_labels[part], epsilon[part],
+                                a.penalty_scale, scale)
         (share * terms.total).backward()
         parts.append((share, terms))
     trainer.critic_step.step()
@@ -115,7 +123,10 @@ def critic_iteration(trainer, real, labels, scale):
 
 
 def generator_iteration(trainer, count, scale):
-    """One Adam step down L_G on fresh z and fresh labels; the critic stays as it is   [rule_4_1_generator_step]; returns its terms"""
+    """One Adam step of the generator down L_G, on fresh z; the critic stays as it is   [rule_4_1_generator_step]
+
+    count: samples; scale: α. Returns the terms of L_G, numbers by name.
+    """
     a, parts = trainer.arguments, []
     labels = draw_labels(count, trainer.noise, trainer.device)
     latent = draw_latent(labels, trainer.noise)
@@ -132,13 +143,17 @@ def generator_iteration(trainer, count, scale):
 
 
 def train_epoch(trainer, dataset):
-    """Five critic iterations, then one of the generator   [rule_4_1_five_to_one]; returns the epoch's row of the log"""
+    """Five critic iterations, fresh reals at each, then one of the generator   [rule_4_1_five_to_one]
+
+    Returns the epoch's row of the log.
+    """
     a = trainer.arguments
     scale = auxiliary_scale(trainer.epoch, a.epochs, a.auxiliary_scale, a.late_auxiliary_scale)
     rounds = []
     for _ in range(a.critic_iterations):
-        real, labels = preprocessing.draw_batch(dataset, a.batch_size, trainer.draws)
-        rounds.append(critic_iteration(trainer, torch.from_numpy(real).to(trainer.device), torch.from_numpy(labels).to(trainer.device), scale))
+        batch = preprocessing.draw_batch(dataset, a.batch_size, trainer.draws)
+        real, labels = (torch.from_numpy(part).to(trainer.device) for part in batch)
+        rounds.append(critic_iteration(trainer, real, labels, scale))
     generator = generator_iteration(trainer, a.batch_size, scale)
     trainer.epoch += 1
     critic = {key: sum(terms[key] for terms in rounds) / len(rounds) for key in rounds[0]}
@@ -151,7 +166,7 @@ def is_finite(row):
 
 @torch.no_grad()
 def sample_fixed(trainer):
-    """G(z) for the z that stays fixed   [rule_4_1_fixed_z]: uint8 grey (2·FIXED, c, c, c), negatives first, kept in `moments`"""
+    """Keep G(z), z fixed, in `moments`   [rule_4_1_fixed_z]: uint8 (2·FIXED, c, c, c), negatives first"""
     cubes = torch.cat([trainer.generator(z) for z in trainer.fixed_latent.split(2)])
     trainer.moments.append((trainer.epoch, torch.from_numpy(lungaug.grey(cubes[:, 0].float().cpu().numpy()))))
 
@@ -166,19 +181,20 @@ def draw_pictures(folder, trainer):
 
 
 def figure_7(rows):
-    """Loss curves of the log's rows, smoothed, with their 95% bands, as one SVG: estimate, cross-entropy, penalty, accuracy."""
+    """The log's rows as one SVG of smoothed curves with 95% bands: estimate, cross-entropy, penalty, accuracy."""
     epochs, window = [row["epoch"] for row in rows], max(3, len(rows) // 40)
 
     def line(name, key, part="critic"):
         middle, band = lungaug.smooth([row[part][key] for row in rows], window)
         return name, epochs, middle, band
 
-    return lungaug.beside(
-        lungaug.curves("Wasserstein distance estimate", [line("f(real) − f(fake)", "wasserstein")], "epoch", "estimate"),
-        lungaug.curves("Auxiliary classification", [line("critic, reals and fakes", "auxiliary"), line("generator, fakes", "auxiliary", "generator")],
-                       "epoch", "cross-entropy"),
-        lungaug.curves("Gradient penalty", [line("(‖∇f‖ − 1)²", "penalty")], "epoch", "penalty"),
-        lungaug.curves("Class accuracy of the critic", [line("on reals", "real_accuracy"), line("on fakes", "fake_accuracy")], "epoch", "accuracy"))
+    return lungaug.beside(*(lungaug.curves(title, lines, "epoch", unit) for title, unit, lines in (
+        ("Wasserstein distance estimate", "estimate", [line("f(real) − f(fake)", "wasserstein")]),
+        ("Auxiliary classification", "cross-entropy", [line("critic, reals and fakes", "auxiliary"),
+                                                       line("generator, fakes", "auxiliary", "generator")]),
+        ("Gradient penalty", "penalty", [line("(‖∇f‖ − 1)²", "penalty")]),
+        ("Class accuracy of the critic", "accuracy", [line("on reals", "real_accuracy"),
+                                                      line("on fakes", "fake_accuracy")]))))
 
 
 def load_or_start(folder, arguments, cube, device):
@@ -197,10 +213,18 @@ def load_or_start(folder, arguments, cube, device):
     return trainer
 
 
+def warn_of_hours(seconds):
+    """Say so, after the first epochs, where the rest will take more than an hour."""
+    if seconds > 3600:
+        print(f"This will take about {lungaug.duration(seconds)}: fewer --epochs, a smaller --width or --preset demo "
+              "shorten it; stopped at any time, the same command goes on.", flush=True)
+
+
 def train(trainer, dataset, folder):
     """Draw, criticise five times, generate, log, save; a checkpoint every --checkpoint-minutes and at the end."""
     a = trainer.arguments
-    step, start, saved = lungaug.progress("epochs", a.epochs), time.monotonic() - trainer.seconds, time.monotonic()
+    begun, started = trainer.epoch, time.monotonic()
+    step, start, saved = lungaug.progress("epochs", a.epochs), started - trainer.seconds, started
     moments = {round(a.epochs * i / MOMENTS) for i in range(MOMENTS + 1)}
     if trainer.epoch == 0:
         sample_fixed(trainer)
@@ -212,8 +236,10 @@ def train(trainer, dataset, folder):
         if trainer.epoch in moments:
             sample_fixed(trainer)
             draw_pictures(folder, trainer)
-        step(trainer.epoch, f"W {row['critic']['wasserstein']:.2f}, class accuracy {row['critic']['real_accuracy']:.2f} reals {row['critic']['fake_accuracy']:.2f} fakes")
         trainer.seconds = time.monotonic() - start
+        step(trainer.epoch, STATUS.format(**row["critic"]))
+        if trainer.epoch == begun + PROBE:
+            warn_of_hours((time.monotonic() - started) / PROBE * (a.epochs - trainer.epoch))
         if time.monotonic() - saved > 60 * a.checkpoint_minutes or trainer.epoch == a.epochs:
             lungaug.save_checkpoint(folder / "checkpoint.pt", trainer.state())
             saved = time.monotonic()
@@ -224,24 +250,25 @@ def main():
     run = arguments.run = lungaug.default_run(arguments.run)
     if not (run / "prepared" / "dataset.json").exists():
         print(f"Nothing prepared in {run}: synthetic scans first.")
-        lungaug.stage("preprocessing.py", "--run", run, *(["--seed", arguments.seed] if arguments.seed is not None else []))
+        lungaug.stage("preprocessing.py", "--run", run, "--seed", arguments.seed or 0)
     dataset = preprocessing.open_dataset(run)
     lungaug.settle(arguments, "train_gan", dataset.info["preset"])
     arguments.cube = dataset.cube
     device = lungaug.pick_device(arguments.device)
     folder = run / "gan"
-    trainer = load_or_start(folder, arguments, dataset.cube, device)
-    print(f"Preset {arguments.preset}, cube {dataset.cube}, width {arguments.width}, on {device}; epochs {trainer.epoch} to {arguments.epochs}.", flush=True)
-    train(trainer, dataset, folder)
-    draw_pictures(folder, trainer)
-    rows = lungaug.read_log(folder / "log.jsonl")
-    wasserstein = [row["critic"]["wasserstein"] for row in rows]
-    print(f"Wasserstein estimate: peak {max(wasserstein):.2f}, now {np.mean(wasserstein[-20:]):.2f}; {lungaug.duration(trainer.seconds)}; "
-          f"pictures: {folder / 'figure_7.svg'}, {folder / 'progression.png'}")
+    with lungaug.alone(folder, "training"):
+        trainer = load_or_start(folder, arguments, dataset.cube, device)
+        print(f"Preset {arguments.preset}, cube {dataset.cube}, width {arguments.width}, on {device}; "
+              f"epochs {trainer.epoch} to {arguments.epochs}.", flush=True)
+        train(trainer, dataset, folder)
+        draw_pictures(folder, trainer)
+    estimates = [row["critic"]["wasserstein"] for row in lungaug.read_log(folder / "log.jsonl")]
+    print(f"Wasserstein estimate: peak {max(estimates):.2f}, now {np.mean(estimates[-20:]):.2f}. "
+          f"Pictures: {folder / 'figure_7.svg'}, {folder / 'progression.png'}.")
     lungaug.record_stage(folder, arguments, trainer.seconds, [
         "4.1 Wasserstein GAN", ("Figure 7. Loss curves, smoothed, with 95% bands.", "figure_7.svg"),
-        ("The same z from the start of the training (top) to its end: four negatives, then four positives, each the middle axial slice.",
-         "progression.png")])
+        ("The same z from the start of the training (top) to its end: four negatives, then four positives, each the "
+         "middle axial slice.", "progression.png")])
 
 
 if __name__ == "__main__":

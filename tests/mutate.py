@@ -1,0 +1,131 @@
+"""Small edits to the mathematics, one at a time; does the audit notice each?
+
+    python tests/mutate.py               # all of them, two at a time
+    python tests/mutate.py --short       # every twelfth
+    python tests/mutate.py --file losses.py
+
+The edits are made by syntax: a sign or an operator turned, a comparison's edge moved, a number changed, an axis or an
+index moved, mean for sum, a term dropped, a call to detach or flip taken out, a label swapped. A mutant survives if all
+tests of the audit that touch its file pass. EQUIVALENT names the survivors that change nothing, each with its reason.
+Exit status 1 where another survives.
+"""
+
+import argparse
+import ast
+import copy
+import sys
+import tempfile
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import audit
+
+# The mathematics: file → the functions that are edited, and the test files that must notice.
+TARGETS = {
+    "losses.py": (None, ["test_losses.py", "test_background.py"]),
+    "models.py": (None, ["test_models.py"]),
+    "evaluate.py": (("nearest_neighbours", "nearest_training", "confusion_matrix", "ratio", "sensitivity", "specificity", "precision", "f1",
+                     "metrics"), ["test_evaluate.py"]),
+    "preprocessing.py": (("affine", "reorient", "grid", "resample", "clip_hu", "normalize", "denormalize", "close_ball", "lung_mask",
+                          "nearest_voxel", "cut", "crop_cube", "meets_sphere", "draw_negatives", "split_patients", "flip", "all_flips",
+                          "with_flips", "draw_batch", "slice_hu"), ["test_preprocessing.py", "test_readers.py"]),
+    "train_gan.py": (("auxiliary_scale", "draw_latent", "draw_labels", "draw_epsilon", "critic_iteration", "generator_iteration", "train_epoch"),
+                     ["test_train_gan.py"]),
+    "train_classifier.py": (("select", "learning_rate", "balanced_batches", "f1_score"), ["test_train_classifier.py"]),
+}
+EQUIVALENT = {}     # "file:line: before → after" → why it changes nothing
+
+SWAPS = {ast.Add: ast.Sub, ast.Sub: ast.Add, ast.Mult: ast.Div, ast.Div: ast.Mult, ast.FloorDiv: ast.Mult, ast.Lt: ast.LtE, ast.LtE: ast.Lt,
+         ast.Gt: ast.GtE, ast.GtE: ast.Gt, ast.Eq: ast.NotEq, ast.NotEq: ast.Eq, ast.BitAnd: ast.BitOr, ast.BitOr: ast.BitAnd, ast.Pow: ast.Mult}
+CALLS = {"mean": "sum", "sum": "mean", "argmin": "argmax", "argmax": "argmin", "min": "max", "max": "min", "floor": "ceil", "maximum": "minimum",
+         "minimum": "maximum", "rand": "randn", "randn": "rand", "binary_dilation": "binary_erosion", "log_softmax": "softmax"}
+
+
+def mutants_of(node):
+    """The wrong forms of one syntax node, each a new node."""
+    def changed(**fields):
+        other = copy.deepcopy(node)
+        for name, value in fields.items():
+            setattr(other, name, value)
+        return other
+
+    if isinstance(node, ast.BinOp) and type(node.op) in SWAPS:
+        yield changed(op=SWAPS[type(node.op)]())
+        if isinstance(node.op, (ast.Add, ast.Sub)):
+            yield node.left     # a term dropped
+    elif isinstance(node, ast.Compare) and len(node.ops) == 1 and type(node.ops[0]) in SWAPS:
+        yield changed(ops=[SWAPS[type(node.ops[0])]()])
+    elif isinstance(node, ast.UnaryOp) and isinstance(node.op, (ast.USub, ast.Invert, ast.Not)):
+        yield node.operand
+    elif isinstance(node, ast.Constant) and type(node.value) in (int, float):
+        yield changed(value=node.value + 1)
+    elif isinstance(node, ast.Constant) and type(node.value) is bool:
+        yield changed(value=not node.value)
+    elif isinstance(node, ast.Attribute) and node.attr in CALLS:
+        yield changed(attr=CALLS[node.attr])
+    elif isinstance(node, ast.Call) and isinstance(node.func, ast.Attribute) and node.func.attr in ("detach", "flip", "flatten", "transpose"):
+        yield node.func.value   # the call taken out
+    elif isinstance(node, ast.Return) and isinstance(node.value, ast.Tuple) and len(node.value.elts) == 2:
+        yield changed(value=ast.Tuple(node.value.elts[::-1], ast.Load()))
+
+
+def mutants(path, functions):
+    """(what, source) of every mutant of a file; only within the named functions, if any are named."""
+    text = path.read_text()
+    tree = ast.parse(text)
+    lines = text.splitlines(keepends=True)
+    starts = [0]
+    for line in lines:
+        starts.append(starts[-1] + len(line.encode()))
+    data = text.encode()
+    for top in tree.body:
+        if not isinstance(top, (ast.FunctionDef, ast.ClassDef)) or top.name in ("main", "layer_table", "accuracy"):
+            continue
+        if functions and top.name not in functions:
+            continue
+        for node in ast.walk(top):
+            if not hasattr(node, "end_col_offset"):
+                continue
+            begin, end = starts[node.lineno - 1] + node.col_offset, starts[node.end_lineno - 1] + node.end_col_offset
+            for other in mutants_of(node):
+                new = ast.unparse(other)
+                new = new if isinstance(node, ast.stmt) else f"({new})"
+                if isinstance(node, ast.Attribute):
+                    new = new[1:-1]
+                before = data[begin:end].decode()
+                yield f"{path.name}:{node.lineno}: {' '.join(before.split())} → {new}", (data[:begin] + new.encode() + data[end:]).decode()
+
+
+def survives(job):
+    """Whether every test passes with the mutant in place."""
+    name, source, tests = job
+    with tempfile.TemporaryDirectory() as folder:
+        root = audit.copy_tree(folder)
+        (root / name).write_text(source)
+        results = audit.run(root, [f"tests/{test}" for test in tests], stop=True)
+    return bool(results) and all(results.values())
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser.add_argument("--short", action="store_true", help="every twelfth mutant")
+    parser.add_argument("--file", choices=TARGETS, help="of one file")
+    arguments = parser.parse_args()
+    jobs = [(what, (name, source, tests)) for name, (functions, tests) in TARGETS.items() if arguments.file in (None, name)
+            for what, source in mutants(audit.ROOT / name, functions)]
+    jobs = jobs[::12] if arguments.short else jobs
+    alive = 0
+    with ThreadPoolExecutor(2) as pool:
+        for i, ((what, _), lives) in enumerate(zip(jobs, pool.map(survives, [job for _, job in jobs])), 1):
+            reason = EQUIVALENT.get(what)
+            alive += lives and not reason
+            if lives:
+                print(f"SURVIVES {what}" if not reason else f"equivalent {what}: {reason}", flush=True)
+            if i % 20 == 0:
+                print(f"{i}/{len(jobs)}", file=sys.stderr, flush=True)
+    print(f"{len(jobs)} mutants, {alive} survive.")
+    return 1 if alive else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,430 @@
+"""Section 5: nearest neighbours, the confusion matrix and its metrics, Tables 2–5, and what they do not show.
+
+    python -m pytest tests/test_evaluate.py -v
+"""
+
+import csv
+import itertools
+import json
+import math
+from collections import Counter
+from fractions import Fraction
+
+import numpy as np
+import pytest
+import torch
+
+import evaluate
+import lungaug
+import preprocessing
+from evaluate import Confusion, Metrics
+from lungaug import Refusal
+from models import Classifier, Critic
+from test_train_classifier import CPU, as_set, cubes_of, eight, small_run, write_generated
+
+THESIS = {      # section 5.2, as printed: TP, FP, FN, TN; sensitivity, specificity, precision, F1
+    2: ((1583, 2776, 50, 113451), "0.969 0.976 0.363 0.528"),
+    3: ((1377, 750, 256, 115477), "0.843 0.994 0.647 0.732"),
+    4: ((919, 8539, 714, 107688), "0.563 0.927 0.097 0.166"),
+    5: ((1215, 815, 418, 115412), "0.744 0.993 0.598 0.663"),
+}
+
+
+def printed(confusion):
+    """The four metrics of a matrix with three decimals, half up, from exact fractions."""
+    tp, fp, fn, tn = map(Fraction, confusion)
+    precision, sensitivity = tp / (tp + fp), tp / (tp + fn)
+    exact = sensitivity, tn / (tn + fp), precision, 2 / (1 / precision + 1 / sensitivity)
+    return " ".join(f"0.{math.floor(1000 * value + Fraction(1, 2)):03d}" for value in exact)
+
+
+# 5.1 Novelty
+
+def nearest_by_loop(queries, references):
+    """argmin and min of the l2 norm, pair by pair."""
+    found = [min((math.sqrt(((q.astype(float) - r) ** 2).sum()), i) for i, r in enumerate(references)) for q in queries]
+    return [i for _, i in found], [distance for distance, _ in found]
+
+
+@pytest.mark.parametrize("shape", [(7,), (3, 4), (2, 3, 4), (1, 3, 2, 4)])
+def test_eq_5_1_nearest_neighbour__is_the_loops(shape):
+    """For cubes of any number of axes: the index and the l2 distance that a loop over all pairs finds."""
+    rng = np.random.default_rng(len(shape))
+    queries, references = rng.normal(size=(6, *shape)), rng.normal(size=(11, *shape))
+    indices, distances = evaluate.nearest_neighbours(queries, references)
+    expected = nearest_by_loop(queries, references)
+    assert indices.tolist() == expected[0] and np.allclose(distances, expected[1], rtol=1e-12, atol=0)
+
+
+def test_eq_5_1_nearest_neighbour__by_hand():
+    """(0, 0) among (3, 4), (1, 1), (6, 8): the second, at √2; (6, 7): the third, at 1."""
+    indices, distances = evaluate.nearest_neighbours([[0, 0], [6, 7]], [[3, 4], [1, 1], [6, 8]])
+    assert indices.tolist() == [1, 2] and distances.tolist() == [math.sqrt(2), 1]
+
+
+def test_eq_5_1_nearest_neighbour__ties_give_the_first():
+    """Of references equally near the first counts."""
+    indices, _ = evaluate.nearest_neighbours([[0.0, 0]], [[2, 0], [0, 1], [1, 0], [-1, 0]])
+    assert indices.tolist() == [1]
+
+
+def test_eq_5_1_nearest_neighbour__float32_and_int16_do_not_round_or_overflow():
+    """int16 HU neither wrap in a difference nor in a square; a float32 copy lies at exactly 0."""
+    hu = np.array([[-32768, 0], [32767, 0]], np.int16)
+    assert evaluate.nearest_neighbours(hu[:1], hu[1:])[1].tolist() == [65535]
+    cubes = np.random.default_rng(0).normal(size=(5, 4, 4, 4)).astype(np.float32)
+    assert evaluate.nearest_neighbours(cubes[3:4], cubes)[1].tolist() == [0]
+
+
+@pytest.mark.parametrize("size", [1, 5, 7, 29, 128])
+def test_nearest_training__in_parts_as_at_once(tmp_path, size):
+    """Whatever the number of cubes read at a time, the result is that of all at once."""
+    dataset = small_run(tmp_path)
+    rows, flips, _ = preprocessing.labelled(dataset, "train")
+    queries = np.random.default_rng(3).uniform(-1, 1, (4, 6, 6, 6))
+    references = np.concatenate([eight(cubes_of(dataset, "positives", "train")), cubes_of(dataset, "negatives", "train")])
+    assert len(rows) == len(references) == 29
+    where, distances = evaluate.nearest_training(queries, dataset, rows, flips, size)
+    _, expected = evaluate.nearest_neighbours(queries, references)
+    assert np.allclose(distances, expected, atol=1e-5)
+    found = preprocessing.read_cubes(dataset, rows[where], flips[where])[:, 0]
+    assert np.allclose(np.sqrt(((queries - found) ** 2).sum((1, 2, 3))), expected, atol=1e-5)
+
+
+@pytest.mark.parametrize("size", [1, 2, 3, 128])
+def test_nearest_training__ties_give_the_first_over_the_parts(tmp_path, size):
+    """The same cube again in a later part does not replace the first."""
+    dataset = small_run(tmp_path)
+    rows, flips = np.tile(dataset.negatives["train"][:2], (3, 1)), np.zeros(6, int)
+    queries = cubes_of(dataset, "negatives", "train")[1:2]
+    assert evaluate.nearest_training(queries, dataset, rows, flips, size)[0].tolist() == [1]
+
+
+@pytest.mark.parametrize("kind, axes, label", [("positives", (), 1), ("positives", (1, 2), 1), ("negatives", (), 0)])
+def test_draw_novelty__a_copy_of_a_training_cube_is_caught(tmp_path, kind, axes, label):
+    """A generator that memorised a training cube, or a flip of one, is shown with distance 0 and the cube's label."""
+    dataset = small_run(tmp_path)
+    write_generated(tmp_path)
+    copy = np.flip(cubes_of(dataset, kind, "train")[2], axes)
+    made = np.concatenate([np.rint(copy[None] * 700 - 300).astype(np.int16), np.full((5, 6, 6, 6), 400, np.int16)])
+    lungaug.write_array(tmp_path / "classifiers" / "generated" / "positive.npy", made)
+    preprocessing.open_array.cache_clear()
+    found = evaluate.draw_novelty(tmp_path / "evaluation", tmp_path, dataset)
+    first, *others = found["generated"]
+    assert first["distance"] == 0 and first["nearest_label"] == label and first["nearest_seriesuid"] == "1.2.train"
+    assert all(other["distance"] > 1 for other in others) and all(distance > 1 for distance in found["held_out_distances"])
+
+
+@pytest.mark.parametrize("accepted", [0, 2, 6, 9])
+def test_draw_novelty__six_figures_and_which_were_accepted(tmp_path, accepted):
+    """Figures 9–14 show accepted samples, then the best of the rejected, and say which is which."""
+    dataset = small_run(tmp_path)
+    write_generated(tmp_path, positives=accepted)
+    rejected = np.full((6, 6, 6, 6), -1000, np.int16)
+    lungaug.write_array(tmp_path / "classifiers" / "generated" / "positive_rejected.npy", rejected)
+    preprocessing.open_array.cache_clear()
+    found = evaluate.draw_novelty(tmp_path, tmp_path, dataset)["generated"]
+    assert [row["figure"] for row in found] == [9, 10, 11, 12, 13, 14]
+    assert [row["accepted"] for row in found] == [True] * min(accepted, 6) + [False] * (6 - min(accepted, 6))
+    assert all((tmp_path / f"figure_{number}.png").stat().st_size for number in range(9, 15))
+
+
+def test_draw_novelty__distances_are_those_of_a_loop(tmp_path):
+    """The distances reported, of generated and of held-out samples, are those to the nearest training cube."""
+    dataset = small_run(tmp_path)
+    made = write_generated(tmp_path, positives=6)["positive"] / 700 + 3 / 7
+    training = np.concatenate([eight(cubes_of(dataset, "positives", "train")), cubes_of(dataset, "negatives", "train")])
+    found = evaluate.draw_novelty(tmp_path, tmp_path, dataset)
+    assert np.allclose([row["distance"] for row in found["generated"]], nearest_by_loop(made, training)[1], atol=1e-4)
+    test = cubes_of(dataset, "positives", "test")
+    assert np.allclose(found["held_out_distances"], nearest_by_loop(test, training)[1], atol=1e-4)
+
+
+# 5.2 Classification metrics
+
+def test_eq_5_2_confusion__rows_by_hand():
+    """Truth 1 1 1 0 0 0 0, prediction 1 1 0 1 0 0 0: TP 2, FP 1, FN 1, TN 3."""
+    assert evaluate.confusion_matrix([1, 1, 1, 0, 0, 0, 0], [1, 1, 0, 1, 0, 0, 0]) == Confusion(tp=2, fp=1, fn=1, tn=3)
+
+
+def test_eq_5_2_confusion__is_the_count_of_pairs():
+    """Random labels and predictions: each cell counts its (label, prediction) pair."""
+    rng = np.random.default_rng(0)
+    for n in range(40):
+        labels, predictions = rng.integers(0, 2, (2, n))
+        pairs = Counter(zip(labels.tolist(), predictions.tolist()))
+        assert evaluate.confusion_matrix(labels, predictions) == (pairs[1, 1], pairs[0, 1], pairs[1, 0], pairs[0, 0])
+
+
+def test_eq_5_2_confusion__numbers_of_python_that_json_holds():
+    """The counts are plain whole numbers, also of numpy booleans and lists."""
+    confusion = evaluate.confusion_matrix(np.array([True, False]), [1, 0])
+    assert json.loads(json.dumps(confusion._asdict())) == {"tp": 1, "fp": 0, "fn": 0, "tn": 1}
+
+
+SMALL = [Confusion(*cells) for cells in itertools.product(range(4), repeat=4)]
+
+
+def probability(hits, cases):
+    """hits of cases, nan where there is no case."""
+    return hits / cases if cases else math.nan
+
+
+def test_eq_5_2_sensitivity__share_of_the_positives_found():
+    """TP of TP + FN, in every small matrix; nan without positives."""
+    assert all(np.array_equal(evaluate.sensitivity(c), probability(c.tp, c.tp + c.fn), equal_nan=True) for c in SMALL)
+
+
+def test_eq_5_2_specificity__share_of_the_negatives_left_alone():
+    """TN of TN + FP, in every small matrix; nan without negatives."""
+    assert all(np.array_equal(evaluate.specificity(c), probability(c.tn, c.tn + c.fp), equal_nan=True) for c in SMALL)
+
+
+def test_eq_5_2_specificity__is_the_sensitivity_of_the_classes_exchanged():
+    """With the classes exchanged, TP is TN and FP is FN, and specificity is sensitivity."""
+    swapped = [Confusion(c.tn, c.fn, c.fp, c.tp) for c in SMALL]
+    assert all(np.array_equal(evaluate.specificity(c), evaluate.sensitivity(s), equal_nan=True) for c, s in zip(SMALL, swapped))
+
+
+def test_eq_5_2_precision__share_of_the_alarms_that_are_right():
+    """TP of TP + FP, in every small matrix; nan without an alarm."""
+    assert all(np.array_equal(evaluate.precision(c), probability(c.tp, c.tp + c.fp), equal_nan=True) for c in SMALL)
+
+
+def test_eq_5_2_f1__is_the_harmonic_mean():
+    """2/(1/precision + 1/sensitivity), wherever something is found."""
+    for c in (c for c in SMALL if c.tp):
+        assert evaluate.f1(c) == pytest.approx(2 / ((c.tp + c.fp) / c.tp + (c.tp + c.fn) / c.tp), rel=1e-14)
+
+
+def test_eq_5_2_f1__is_0_where_all_is_wrong_and_nan_where_there_is_nothing():
+    """No hit among alarms or positives: 0; neither a positive nor an alarm: nan."""
+    assert evaluate.f1(Confusion(0, 2, 0, 5)) == evaluate.f1(Confusion(0, 0, 3, 5)) == 0
+    assert math.isnan(evaluate.f1(Confusion(0, 0, 0, 5)))
+
+
+@pytest.mark.parametrize("table", [2, 3, 4])
+def test_eq_5_2_f1__all_printed_metrics(table):
+    """Tables 2–4: all printed metrics are their matrix' with three decimals, rounded, not cut off."""
+    confusion, metrics = THESIS[table]
+    assert " ".join(map(lungaug.shown, evaluate.metrics(Confusion(*confusion)))) == metrics == printed(confusion)
+
+
+def test_metrics__names_go_with_values():
+    """Each field of Metrics is the function of its name."""
+    c = Confusion(5, 3, 2, 7)
+    assert evaluate.metrics(c) == Metrics(sensitivity=5 / 7, specificity=7 / 10, precision=5 / 8, f1=10 / 15)
+
+
+def test_metrics__0_of_0_is_nan_printed_as_a_dash_and_null_in_json():
+    """What has no value is nan, – in a table and null in results.json."""
+    nothing = Confusion(0, 0, 0, 0)
+    assert [lungaug.shown(value) for value in evaluate.metrics(nothing)] == ["–"] * 4
+    assert json.loads(json.dumps(evaluate.both(nothing), allow_nan=False))["metrics"] == dict.fromkeys(Metrics._fields)
+
+
+# The thesis' Tables 2–5
+
+@pytest.mark.parametrize("table", [2, 3, 4, 5])
+def test_tables__the_thesis_matrices_as_printed(table):
+    """TABLES holds the thesis' four matrices, cell by cell, and the arms in its order."""
+    assert evaluate.TABLES[table][2] == THESIS[table][0]
+    assert evaluate.TABLES[table][0] == {2: "real", 3: "mixed", 4: "fake", 5: "critic"}[table]
+
+
+def test_num_table_2__the_printed_metrics():
+    """Table 2, conventional baseline: .969, .976, .363, .528."""
+    assert printed(THESIS[2][0]) == THESIS[2][1] == shown(2)
+
+
+def test_num_table_3__the_printed_metrics():
+    """Table 3, mixed: .843, .994, .647, .732."""
+    assert printed(THESIS[3][0]) == THESIS[3][1] == shown(3)
+
+
+def test_num_table_4__the_printed_metrics():
+    """Table 4, only generated: .563, .927, .097, .166."""
+    assert printed(THESIS[4][0]) == THESIS[4][1] == shown(4)
+
+
+def test_num_table_5__erratum_its_precision_is_cut_off():
+    """Table 5: 1215/2030 = .59852 is .599 where the other fifteen are rounded; the thesis prints .598."""
+    assert printed(THESIS[5][0]) == "0.744 0.993 0.599 0.663" == shown(5)
+    assert THESIS[5][1] == "0.744 0.993 0.598 0.663" and math.floor(1000 * 1215 / 2030) == 598
+
+
+def shown(table):
+    """A table's metrics of the thesis' matrix, as our tables print them."""
+    return " ".join(lungaug.shown(evaluate.both(evaluate.TABLES[table][2])["metrics"][key]) for key in Metrics._fields)
+
+
+@pytest.mark.parametrize("table", [2, 3, 4, 5])
+def test_tables__erratum_two_test_samples_more_than_table_1(table):
+    """Each matrix holds 1,633 + 116,227 = 117,860 samples; Table 1's test set 1,632 + 116,226 = 117,858."""
+    tp, fp, fn, tn = THESIS[table][0]
+    assert (tp + fn, fp + tn, tp + fp + fn + tn) == (1633, 116227, 117860)
+    assert preprocessing.TABLE_1["test"] == (1632, 116226) and sum(preprocessing.TABLE_1["test"]) == 117858
+
+
+@pytest.mark.parametrize("table, precision", [(2, 0.067), (3, 0.187)])
+def test_tables__erratum_flips_inflate_precision(table, precision):
+    """Eight flips a positive count as eight hits: with 204 nodules in place of 1,632, .363 and .647 become these."""
+    confusion = Confusion(*THESIS[table][0])
+    nodules = confusion._replace(tp=confusion.tp / 8, fn=confusion.fn / 8)
+    assert 1632 == 8 * 204 and round(evaluate.precision(nodules), 3) == precision
+    assert evaluate.sensitivity(nodules) == evaluate.sensitivity(confusion)
+
+
+def test_tables__erratum_2_and_3_are_two_operating_points():
+    """False alarms of 2.39% and .65%, misses of 3.1% and 15.7%: one has fewer of these, the other fewer of those."""
+    conventional, mixed = (Confusion(*THESIS[table][0]) for table in (2, 3))
+    assert [round(1 - evaluate.specificity(c), 4) for c in (conventional, mixed)] == [0.0239, 0.0065]
+    assert [round(1 - evaluate.sensitivity(c), 3) for c in (conventional, mixed)] == [0.031, 0.157]
+
+
+# The test set's scores
+
+def brighter(x):
+    """Class logits (n, 2): the brighter the first voxel the surer "positive"."""
+    return torch.stack([torch.zeros(len(x)), 4 * x[:, 0, 0, 0, 0]], dim=1)
+
+
+def darker(x):
+    return -brighter(x)
+
+
+def test_rule_5_2_argmax__probabilities_of_each_arm(tmp_path):
+    """Each arm's score is its own softmax for "positive", on each nodule's eight flips and then the negatives."""
+    dataset = small_run(tmp_path)
+    cubes = np.concatenate([eight(cubes_of(dataset, "positives", "test")), cubes_of(dataset, "negatives", "test")])
+    scores = evaluate.score_test({"real": brighter, "fake": darker}, dataset, CPU)
+    probability = 1 / (1 + np.exp(-4 * cubes[:, 0, 0, 0]))
+    assert scores.keys() == {"real", "fake"} and scores["real"].shape == (20,)
+    assert np.allclose(np.sort(scores["real"][:16]), np.sort(probability[:16]), atol=1e-6)
+    assert np.allclose(scores["real"][16:], probability[16:], atol=1e-6)
+    assert np.allclose(scores["real"] + scores["fake"], 1, atol=1e-6)
+
+
+def test_rule_5_2_argmax__the_larger_logit_decides_and_a_tie_is_negative(tmp_path):
+    """Positive where logit 1 is the larger; where both are equal argmax takes the first class, negative."""
+    dataset = small_run(tmp_path, nodules=(1, 1, 1), negatives=(1, 1, 3))
+    logits = torch.tensor([[0, 0.1], [0.1, 0], [5, 5], [-9, -8.9]] * 2 + [[0, 0], [0, 1e-3], [3, -3.0]])
+    scores = evaluate.score_test({"real": lambda x: logits}, dataset, CPU)
+    assert (scores["real"] > 0.5).tolist() == logits.argmax(1).bool().tolist()
+    assert evaluate.tables(dataset, scores)[2]["flips"]["confusion"] == {"tp": 4, "fp": 1, "fn": 4, "tn": 2}
+
+
+def test_tables__flips_and_nodules_are_counted_apart(tmp_path):
+    """"flips" counts each nodule eight times, "nodules" once, in its own orientation; the negatives are the same."""
+    dataset = small_run(tmp_path, nodules=(1, 1, 2), negatives=(1, 1, 3))
+    scores = {"real": np.array([0.9] * 3 + [0.1] * 5 + [0.1] * 2 + [0.9] * 6 + [0.9, 0.1, 0.1])}
+    table = evaluate.tables(dataset, scores)[2]
+    assert table["flips"]["confusion"] == {"tp": 9, "fp": 1, "fn": 7, "tn": 2}
+    assert table["nodules"]["confusion"] == {"tp": 1, "fp": 1, "fn": 1, "tn": 2}
+
+
+def test_tables__an_arm_that_was_left_out_has_dashes(tmp_path):
+    """An arm without a classifier keeps the thesis' column, and dashes for ours."""
+    dataset = small_run(tmp_path)
+    table = evaluate.tables(dataset, {"real": np.zeros(20)})[4]
+    assert "flips" not in table and table["thesis"]["confusion"]["tp"] == 919
+    assert [cells[1:] for cells in evaluate.table_cells(table)][:2] == [("–", "–", "919"), ("–", "–", "8,539")]
+
+
+def test_labelled__the_test_set_positives_with_eight_flips_first(tmp_path):
+    """The test set is each nodule's eight flips, label 1, then the negatives as they are, label 0."""
+    dataset = small_run(tmp_path)
+    rows, flips, labels = preprocessing.labelled(dataset, "test")
+    cubes = preprocessing.read_cubes(dataset, rows, flips)[:, 0]
+    assert labels.tolist() == [1] * 16 + [0] * 4 and flips.tolist() == [*range(8), *range(8), 0, 0, 0, 0]
+    assert as_set(cubes[:8]) == as_set(eight(cubes_of(dataset, "positives", "test")[:1]))
+    assert np.allclose(cubes[16:], cubes_of(dataset, "negatives", "test"), atol=1e-6)
+
+
+def read_scores(path):
+    with open(path, newline="") as file:
+        return list(csv.DictReader(file))
+
+
+def test_write_scores__a_line_a_cube_that_matches(tmp_path):
+    """scores.csv: series, the voxel's place in mm (x, y, z), flip, label and each arm's probability, in order."""
+    dataset = small_run(tmp_path)
+    scores = {"real": np.linspace(0, 1, 20, dtype=np.float32), "critic": np.linspace(1, 0.5, 20, dtype=np.float32)}
+    evaluate.write_scores(tmp_path / "scores.csv", dataset, scores)
+    lines, scan = read_scores(tmp_path / "scores.csv"), dataset.info["scans"][2]
+    assert len(lines) == 20 and {line["seriesuid"] for line in lines} == {"1.2.test"}
+    assert [line["flip"] + line["label"] for line in lines] == [f"{flip}1" for flip in range(8)] * 2 + ["00"] * 4
+    for line, (z, y, x) in zip(lines[::8] + lines[17:], scan["positives"] + scan["negatives"]):
+        assert [float(line[axis]) for axis in "xyz"] == [x - 10.5, y + 20.25, z + 30.0]
+    assert all(np.allclose([float(line[arm]) for line in lines], scores[arm], atol=1e-6) for arm in scores)
+
+
+def test_write_scores__on_which_side_of_a_half_survives(tmp_path):
+    """A probability just above or below ½ does not become ½ in the file, or the tables could not be counted from it."""
+    dataset = small_run(tmp_path, nodules=(1, 1, 1), negatives=(1, 1, 2))
+    scores = np.nextafter(np.float32(0.5), np.float32([0, 1] * 5), dtype=np.float32)
+    evaluate.write_scores(tmp_path / "scores.csv", dataset, {"real": scores})
+    assert [float(line["real"]) > 0.5 for line in read_scores(tmp_path / "scores.csv")] == [False, True] * 5
+
+
+def test_write_scores__a_hostile_name_stays_in_its_cell(tmp_path):
+    """A series UID with a comma, a quote and a line end is one cell, and reads back as it is."""
+    dataset = small_run(tmp_path)
+    dataset.info["scans"][2]["seriesuid"] = '1,2"3\n4'
+    evaluate.write_scores(tmp_path / "scores.csv", dataset, {"real": np.zeros(20)})
+    assert [line["seriesuid"] for line in read_scores(tmp_path / "scores.csv")] == ['1,2"3\n4'] * 20
+
+
+# What was trained
+
+def trained_run(run, arms=("real", "mixed", "fake")):
+    """A small run with classifiers of which no two are alike, and a GAN; returns its networks."""
+    small_run(run)
+    networks = {arm: Classifier(6) for arm in arms}
+    for arm, network in networks.items():
+        lungaug.save_checkpoint(run / "classifiers" / arm / "checkpoint.pt", {
+            "best": {"classifier": network.state_dict()}, "classifier": Classifier(6).state_dict()})
+    networks["critic"] = Critic(6, 1)
+    lungaug.save_checkpoint(run / "gan" / "checkpoint.pt", {
+        "settings": {"cube": 6, "width": 1}, "critic": networks["critic"].state_dict()})
+    return networks
+
+
+def test_load_networks__the_best_epoch_of_each_arm_and_the_critics_head_as_it_is(tmp_path):
+    """Each arm is its best epoch's classifier, not its last; the critic's class logits come without training."""
+    saved, x = trained_run(tmp_path), torch.randn(3, 1, 6, 6, 6)
+    found = evaluate.load_networks(tmp_path, CPU)
+    assert list(found) == ["real", "mixed", "fake", "critic"]
+    assert all(torch.equal(found[arm](x), saved[arm](x)) for arm in ("real", "mixed", "fake"))
+    assert torch.equal(found["critic"](x), saved["critic"](x)[1])
+
+
+def test_load_networks__arms_left_out_are_passed_over(tmp_path):
+    """Where the GAN delivered nothing, mixed and fake are not there, and the others are evaluated."""
+    trained_run(tmp_path, arms=("real",))
+    assert list(evaluate.load_networks(tmp_path, CPU)) == ["real", "critic"]
+
+
+@pytest.mark.parametrize("gone", ["classifiers/real", "gan"])
+def test_load_networks__what_is_missing_is_one_line(tmp_path, gone):
+    """Without the baseline's classifier or the GAN the message says what to run."""
+    trained_run(tmp_path)
+    (tmp_path / gone / "checkpoint.pt").unlink()
+    with pytest.raises(Refusal, match="is not there — run python train_"):
+        evaluate.load_networks(tmp_path, CPU)
+
+
+@pytest.mark.parametrize("state", [{}, {"best": {"classifier": {}}}, {"best": None}, {"best": {"classifier": Classifier(12).state_dict()}}])
+def test_load_networks__a_checkpoint_that_does_not_fit_is_one_line(tmp_path, state):
+    """A checkpoint of something else, or of another cube, is refused."""
+    trained_run(tmp_path)
+    lungaug.save_checkpoint(tmp_path / "classifiers" / "mixed" / "checkpoint.pt", state)
+    with pytest.raises(Refusal, match="does not fit"):
+        evaluate.load_networks(tmp_path, CPU)
+
+
+def test_pair__generated_left_nearest_right():
+    """The sheet's left half shows the first cube, its right half the second."""
+    sheet = evaluate.pair(np.full((6, 6, 6), -1.0), np.full((6, 6, 6), 0.0))
+    left, right = np.split(sheet, 2, axis=1)
+    assert (left == 0).sum() == (right == 128).sum() > 0 and not (left == 128).any() and not (right == 0).any()

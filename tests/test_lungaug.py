@@ -1,0 +1,679 @@
+"""lungaug.py: options, errors, safe files, checkpoints, logs, randomness, drawing; and the shape of the house.
+
+    python -m pytest tests/test_lungaug.py -v
+"""
+
+import ast
+import json
+import os
+import pickle
+import re
+import struct
+import sys
+import zlib
+from pathlib import Path
+from xml.etree import ElementTree
+
+import numpy as np
+import pytest
+import torch
+
+import lungaug
+import preprocessing
+from lungaug import PRESETS, STAGES, Refusal
+
+HERE = Path(__file__).resolve().parent.parent
+FILES = ("lungaug", "preprocessing", "models", "losses", "train_gan", "train_classifier", "evaluate")
+
+
+# The house
+
+def imports(path):
+    """The top-level names that a file imports, outside the standard library."""
+    names = set()
+    for node in ast.walk(ast.parse(path.read_text())):
+        names |= {alias.name for alias in node.names} if isinstance(node, ast.Import) else set()
+        names |= {node.module} if isinstance(node, ast.ImportFrom) else set()
+    return {name.split(".")[0] for name in names} - set(sys.stdlib_module_names)
+
+
+@pytest.mark.parametrize("file, allowed", [
+    ("lungaug", {"numpy", "torch"}),
+    ("models", {"torch"}),
+    ("losses", {"torch"}),
+    ("preprocessing", {"numpy", "scipy", "pydicom", "lungaug"}),
+    ("train_gan", {"numpy", "torch", "models", "losses", "preprocessing", "lungaug"}),
+    ("train_classifier", {"numpy", "torch", "models", "losses", "preprocessing", "lungaug"}),
+    ("evaluate", {"numpy", "torch", "scipy", "models", "preprocessing", "lungaug"}),
+])
+def test_imports__are_those_of_the_design(file, allowed):
+    """No stage imports more than its room allows; lungaug.py imports no other file of ours, so there is no cycle."""
+    assert imports(HERE / f"{file}.py") <= allowed
+
+
+def test_imports__tests_need_nothing_else():
+    """Tests use the five packages, our files and each other."""
+    ours = {path.stem for path in HERE.glob("tests/*.py")} | set(FILES)
+    assert set().union(*map(imports, HERE.glob("tests/*.py"))) - ours <= {"torch", "numpy", "pydicom", "scipy", "pytest"}
+
+
+def test_requirements__are_exactly_the_five_packages():
+    """torch, pinned, numpy, pydicom, scipy, pytest."""
+    names = [re.match("[a-z]+", line)[0] for line in (HERE / "requirements.txt").read_text().split()]
+    assert sorted(names) == ["numpy", "pydicom", "pytest", "scipy", "torch"]
+
+
+def test_top_level__holds_the_ten_names_and_three_more():
+    """What is not ignored on the top level is the ten names, LICENSE, .gitignore and .ci."""
+    ignored = {line.strip("/") for line in (HERE / ".gitignore").read_text().split()} | {".git"}
+    assert set(os.listdir(HERE)) - ignored == {f"{name}.py" for name in FILES} | {
+        "tests", "README.md", "requirements.txt", "LICENSE", ".gitignore", ".ci"}
+
+
+@pytest.mark.parametrize("row", PRESETS, ids=lambda row: f"{row.stage}-{row.name}")
+def test_presets__each_is_read_by_its_stage(row):
+    """Each setting's attribute, or its name as text, is used in its stage's file."""
+    found = ast.walk(ast.parse((HERE / f"{row.stage}.py").read_text()))
+    names = {node.attr if isinstance(node, ast.Attribute) else node.value
+             for node in found if isinstance(node, (ast.Attribute, ast.Constant))}
+    assert row.name.replace("-", "_") in names
+
+
+# Options
+
+def test_parse__what_is_not_typed_is_none():
+    """Only typed options have a value, so that each stage can fill in its own preset."""
+    arguments = lungaug.parse("", *STAGES, words=["--width", "3", "--overwrite", "--seed", "0"])
+    assert (arguments.width, arguments.overwrite, arguments.seed) == (3, True, 0)
+    assert set(vars(arguments).values()) == {3, True, 0, None}
+
+
+@pytest.mark.parametrize("preset, column", [("thesis", 2), ("demo", 3)])
+@pytest.mark.parametrize("stage", STAGES)
+def test_settle__defaults_follow_the_preset(stage, preset, column):
+    """What was not typed has the preset's value; what has no row there, its own default."""
+    arguments = lungaug.settle(lungaug.parse("", stage, words=[]), stage, preset)
+    for row in (row for row in PRESETS if row.stage == stage):
+        assert getattr(arguments, row.name.replace("-", "_")) == row[column]
+    assert (arguments.preset, arguments.seed, arguments.device) == (preset, 0, "auto")
+
+
+def test_settle__a_typed_preset_overrides_the_datas():
+    """--preset is stronger than what the prepared data suggest."""
+    assert lungaug.settle(lungaug.parse("", "train_gan", words=["--preset", "thesis"]), "train_gan", "demo").epochs == 20000
+
+
+@pytest.mark.parametrize("word, value", [("--epochs", 7), ("--score-quantile", 0.0), ("--class-probability", 0.0), ("--learning-rate", 0.5)])
+def test_settle__typed_options_override_the_preset(word, value):
+    """A typed value stays, 0 too; the others follow the preset."""
+    stage = "train_classifier"
+    arguments = lungaug.settle(lungaug.parse("", stage, words=[word, str(value)]), stage, "thesis")
+    assert getattr(arguments, word[2:].replace("-", "_")) == value and arguments.attempts == 20
+
+
+def test_typed__hands_each_stage_what_it_knows():
+    """Each stage gets those of the typed options that are its own, and understands them as they were."""
+    words = ("--run r --preset demo --seed 0 --device cpu --scans s --workers 2 --strict --cube 12 --width 3 --precision bfloat16 "
+             "--overwrite --epochs 4 --attempts 2 --score-quantile 0 --batch-size 8 --checkpoint-minutes 0.5").split()
+    every, given = lungaug.parse("", *STAGES, words=words), {}
+    for stage in STAGES:
+        given[stage] = vars(lungaug.parse("", stage, words=[str(word) for word in lungaug.typed(every, stage)]))
+        assert all(value == getattr(every, key) for key, value in given[stage].items())
+    assert given["preprocessing"]["cube"] == 12 and given["preprocessing"]["strict"] is True
+    assert given["train_gan"]["epochs"] == given["train_classifier"]["epochs"] == 4
+    assert given["train_classifier"]["score_quantile"] == 0 and "width" not in given["train_classifier"]
+    assert set(given["evaluate"]) == {"run", "preset", "seed", "device"}
+
+
+def test_typed__nothing_typed_hands_nothing():
+    """Without options each stage is called by its name alone, and finds its own defaults."""
+    assert [lungaug.typed(lungaug.parse("", *STAGES, words=[]), stage) for stage in STAGES] == [[]] * 4
+
+
+@pytest.mark.parametrize("words", ["--nonsense", "--epoch 3", "--epochs 0", "--epochs 1.5", "--seed -1", "--attempts 0", "--batch-size 1",
+                                   "--learning-rate -1", "--learning-rate nan", "--learning-rate inf", "--preset quick",
+                                   "--score-quantile 1.5", "--class-probability 1.1", "extra"])
+def test_parse__what_no_stage_can_use_exits_2(words, capsys):
+    """An unknown or shortened option, or a value out of range, ends with status 2 and a line that names it."""
+    with pytest.raises(SystemExit) as stopped:
+        lungaug.parse("", "train_classifier", words=words.split())
+    assert stopped.value.code == 2 and words.split()[0] in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("cube", ["1", "3", "20", "47"])
+def test_cube__a_side_that_no_network_takes_is_refused_at_once(cube, tmp_path, monkeypatch, capsys):
+    """A cube's side is 3·2^k: another is refused before hours of preparing scans, not by a traceback after them."""
+    monkeypatch.setattr(sys, "argv", ["preprocessing.py", "--scans", str(tmp_path), "--run", str(tmp_path), "--cube", cube])
+    with pytest.raises(SystemExit) as stopped:
+        lungaug.command(preprocessing.main)
+    assert stopped.value.code == 2 and "cube" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("run, scans, expected", [(None, None, "runs/demo"), (None, "a/LUNA16", "runs/LUNA16"),
+                                                  (None, "a/LUNA16/.", "runs/LUNA16"), (Path("x"), "a/LUNA16", "x")])
+def test_default_run__follows_the_data(run, scans, expected):
+    """runs/demo for synthetic scans, runs/<folder> for yours; a typed --run is stronger."""
+    assert lungaug.default_run(run, scans) == Path(expected)
+
+
+# Errors
+
+def test_refusal__is_one_line_in_its_form():
+    """lungaug: <where>: <found> — <do>."""
+    assert str(Refusal(Path("a/b.mhd"), "spacing 0", "mend it")) == "lungaug: a/b.mhd: spacing 0 — mend it"
+
+
+@pytest.mark.parametrize("text", ["a\nb", "a\r\x1b[2Jb", "a\u2028b", "a\0b", "a\x85b", "a\udcffb"])
+def test_refusal__control_characters_are_escaped(text):
+    """What a file says of itself can neither start a line nor steer the terminal, and can be printed."""
+    line = str(Refusal(text, text, text))
+    assert line.isprintable() and len(line.splitlines()) == 1 and line.encode() and line.count("a") >= 3
+
+
+def test_refusal__goes_from_process_to_process():
+    """A worker's Refusal arrives whole in the process that asked."""
+    one = Refusal(Path("x"), "y", "z")
+    other = pickle.loads(pickle.dumps(one))
+    assert type(other) is Refusal and str(other) == str(one)
+
+
+def test_refusal__a_very_long_name_is_cut():
+    """A name of a million characters does not fill the screen."""
+    assert len(str(Refusal("x" * 10 ** 6, "found", "do"))) < 400
+
+
+def test_check__raises_only_where_it_does_not_hold():
+    """check() is silent where the condition holds, and a Refusal where it does not."""
+    lungaug.check(True, "where", "found", "do")
+    with pytest.raises(Refusal, match="where: found — do"):
+        lungaug.check(False, "where", "found", "do")
+
+
+def refuse():
+    raise Refusal("a.mhd", "found", "do")
+
+
+def no_space():
+    raise OSError(28, "No space left on device", "x/y.npy")
+
+
+def bare_os_error():
+    raise OSError("odd")
+
+
+@pytest.mark.parametrize("main, names", [(refuse, "a.mhd"), (no_space, "x/y.npy: No space left"), (bare_os_error, "odd")])
+def test_command__one_line_and_status_2(main, names, capsys):
+    """A Refusal, or an error of the file system, is one line on stderr, nothing on stdout, and status 2."""
+    with pytest.raises(SystemExit) as stopped:
+        lungaug.command(main)
+    out, err = capsys.readouterr()
+    assert stopped.value.code == 2 and out == "" and names in err
+    assert re.fullmatch("lungaug: [^\n]+: [^\n]+ — [^\n]+\n", err)
+
+
+def test_command__a_bug_of_ours_is_not_hidden():
+    """What the user cannot act on keeps its traceback."""
+    with pytest.raises(ZeroDivisionError):
+        lungaug.command(lambda: 1 / 0)
+
+
+def test_command__success_is_status_0():
+    """A stage that ends well ends with status 0."""
+    with pytest.raises(SystemExit) as stopped:
+        lungaug.command(lambda: None)
+    assert stopped.value.code in (0, None)
+
+
+def test_stage__a_failing_stage_stops_the_run_with_its_status(monkeypatch, capsys, tmp_path):
+    """The command is printed as a student would type it; where it fails, so do we, with the same status."""
+    (tmp_path / "fails.py").write_text("import sys; sys.exit(int(sys.argv[2]))")
+    monkeypatch.setattr(lungaug, "HERE", tmp_path)
+    lungaug.stage("fails.py", "a b", 0)
+    with pytest.raises(SystemExit) as stopped:
+        lungaug.stage("fails.py", "a b", 7)
+    assert stopped.value.code == 7 and "$ python fails.py 'a b' 7\n" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("name", ["nonsense", "cuda:99", "meta:x"])
+def test_pick_device__what_is_not_there_is_one_line(name):
+    """A device that this machine or torch has not is refused by name."""
+    with pytest.raises(Refusal, match=name):
+        lungaug.pick_device(name)
+
+
+# Randomness
+
+def test_stream__the_same_seed_and_names_give_the_same_numbers():
+    """A stream depends on seed and names alone, not on what was drawn elsewhere."""
+    first = lungaug.stream(3, "a", 1).random(5)
+    np.random.seed(0), lungaug.stream(3, "b").random(7), torch.manual_seed(1)
+    assert lungaug.stream(3, "a", 1).random(5).tolist() == first.tolist()
+    one, two = (torch.rand(5, generator=lungaug.torch_stream(3, "a")) for _ in range(2))
+    assert torch.equal(one, two)
+
+
+def test_stream__another_seed_or_name_gives_other_numbers():
+    """Streams of other seeds or names are not alike."""
+    asked = [(0,), (0, "a"), (1, "a"), (0, "b"), (0, "a", 0), (0, "a", 1), (0, "ab"), (0, "a", "b"), (0, "b", "a")]
+    assert len({tuple(lungaug.stream(*words).random(3)) for words in asked}) == len(asked)
+    assert len({tuple(torch.rand(3, generator=lungaug.torch_stream(*words)).tolist()) for words in asked}) == len(asked)
+
+
+def test_restore_stream__goes_on_where_it_was():
+    """A stream set to a saved state draws what the saved one would have drawn."""
+    one, other = lungaug.stream(0, "x"), lungaug.stream(9, "y")
+    one.integers(0, 7, 3)
+    lungaug.restore_stream(other, lungaug.stream_state(one))
+    assert one.integers(0, 99, 9).tolist() == other.integers(0, 99, 9).tolist()
+
+
+# Safe files
+
+def test_writing__an_exception_midway_leaves_the_old_file_and_no_litter(tmp_path):
+    """Stopped halfway, the old bytes stand under the name, and nothing lies beside."""
+    path = tmp_path / "a.json"
+    lungaug.write_text(path, "old")
+    with pytest.raises(KeyboardInterrupt), lungaug.writing(path) as file:
+        file.write(b"half of the ne")
+        raise KeyboardInterrupt
+    assert path.read_text() == "old" and os.listdir(tmp_path) == ["a.json"]
+
+
+@pytest.mark.parametrize("function", ["fsync", "replace"])
+def test_writing__a_kill_before_the_rename_leaves_the_old_bytes(tmp_path, monkeypatch, function):
+    """Until the new file is whole and on the disk, the name is the old one's."""
+    path = tmp_path / "a.npy"
+    lungaug.write_bytes(path, b"old")
+    monkeypatch.setattr(os, function, lambda *_: 1 / 0)
+    with pytest.raises(ZeroDivisionError):
+        lungaug.write_bytes(path, b"new")
+    assert path.read_bytes() == b"old"
+
+
+def test_writing__a_reader_never_sees_half_a_file(tmp_path):
+    """While it is written, the name still holds the old bytes; folders are made where they are missing."""
+    path = tmp_path / "new" / "folder" / "a"
+    lungaug.write_bytes(path, b"old")
+    with lungaug.writing(path) as file:
+        file.write(b"new")
+        file.flush()
+        assert path.read_bytes() == b"old"
+    assert path.read_bytes() == b"new"
+
+
+def test_write_array__reads_back(tmp_path):
+    """An array comes back in value, shape and dtype."""
+    array = np.arange(24, dtype=np.int16).reshape(2, 3, 4)
+    lungaug.write_array(tmp_path / "a.npy", array)
+    found = np.load(tmp_path / "a.npy")
+    assert found.dtype == np.int16 and np.array_equal(found, array)
+
+
+def test_read_json__the_value_or_one_line(tmp_path):
+    """What write_json wrote comes back; a missing or broken file is a Refusal that says what to do."""
+    lungaug.write_json(tmp_path / "a.json", {"x": [1, "–"]})
+    assert lungaug.read_json(tmp_path / "a.json", "") == {"x": [1, "–"]}
+    for name, data in (("missing", None), ("cut", b'{"x": [1'), ("deep", b"[" * 100000), ("bytes", b'"\xff"')):
+        if data is not None:
+            (tmp_path / name).write_bytes(data)
+        with pytest.raises(Refusal, match=f"{name}.*run this"):
+            lungaug.read_json(tmp_path / name, "run this")
+
+
+def test_claim__a_folder_of_other_parameters_is_refused(tmp_path):
+    """A folder made with other parameters is refused, the same ones go on, --overwrite empties it."""
+    lungaug.claim(tmp_path, {"cube": 12}, False)
+    lungaug.write_bytes(tmp_path / "a.npy", b"old")
+    lungaug.claim(tmp_path, {"cube": 12}, False)
+    with pytest.raises(Refusal, match="cube 12, not 24"):
+        lungaug.claim(tmp_path, {"cube": 24}, False)
+    assert (tmp_path / "a.npy").exists()
+    lungaug.claim(tmp_path, {"cube": 24}, True)
+    assert not (tmp_path / "a.npy").exists() and lungaug.read_json(tmp_path / "parameters.json", "") == {"cube": 24}
+
+
+# Checkpoints and logs
+
+STATE = {"epoch": 3, "w": torch.arange(50.0), "text": "–", "best": {"f1": 0.5, "none": None}, "list": [(1, torch.zeros(2, 3))]}
+
+
+def same(one, other):
+    """Whether two states are equal, in every tensor, number and text."""
+    if isinstance(one, dict):
+        return isinstance(other, dict) and one.keys() == other.keys() and all(same(one[key], other[key]) for key in one)
+    if isinstance(one, (list, tuple)):
+        return len(one) == len(other) and all(map(same, one, other))
+    return torch.is_tensor(other) and torch.equal(one, other) if torch.is_tensor(one) else one == other
+
+
+def test_load_checkpoint__is_what_was_saved(tmp_path):
+    """Tensors, numbers, text, lists and dicts come back as they were."""
+    lungaug.save_checkpoint(tmp_path / "c.pt", STATE)
+    assert same(lungaug.load_checkpoint(tmp_path / "c.pt", ""), STATE)
+
+
+def test_load_checkpoint__missing_is_one_line(tmp_path):
+    """Where there is none, the message is what to do."""
+    with pytest.raises(Refusal, match="c.pt: is not there — train first"):
+        lungaug.load_checkpoint(tmp_path / "c.pt", "train first")
+
+
+def test_load_checkpoint__truncated_anywhere_is_one_line(tmp_path):
+    """A checkpoint cut short at any length, none included, is a Refusal, never a traceback."""
+    lungaug.save_checkpoint(tmp_path / "c.pt", STATE)
+    data = (tmp_path / "c.pt").read_bytes()
+    for length in range(0, len(data), 29):
+        (tmp_path / "cut.pt").write_bytes(data[:length])
+        with pytest.raises(Refusal, match="cut.pt"):
+            lungaug.load_checkpoint(tmp_path / "cut.pt", "")
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_load_checkpoint__a_flipped_bit_is_refused_or_harmless(tmp_path):
+    """With any bit flipped the state is refused or the same: never other weights, never a traceback."""
+    lungaug.save_checkpoint(tmp_path / "c.pt", STATE)
+    data, wrong = (tmp_path / "c.pt").read_bytes(), []
+    for place in range(0, len(data), 7):
+        (tmp_path / "bad.pt").write_bytes(data[:place] + bytes([data[place] ^ 1 << place % 8]) + data[place + 1:])
+        try:
+            wrong += [] if same(STATE, lungaug.load_checkpoint(tmp_path / "bad.pt", "")) else [place]
+        except Refusal:
+            pass
+    assert wrong == []
+
+
+def test_load_checkpoint__runs_no_code(tmp_path):
+    """A pickle that would run a command is refused, and runs nothing."""
+    class Hostile:
+        def __reduce__(self):
+            return os.mkdir, (str(tmp_path / "ran"),)
+
+    torch.save({"epoch": Hostile()}, tmp_path / "c.pt")
+    with pytest.raises(Refusal):
+        lungaug.load_checkpoint(tmp_path / "c.pt", "")
+    assert not (tmp_path / "ran").exists()
+
+
+@pytest.mark.parametrize("found", [None, 3, [], {}, {"seed": 0}, {"seed": 1, "width": 2}])
+def test_same_settings__what_differs_is_named(found):
+    """Other settings, missing ones, or no settings at all are a Refusal that names what differs."""
+    lungaug.same_settings("c.pt", {"seed": 0, "width": 2, "more": 1}, {"seed": 0, "width": 2})
+    with pytest.raises(Refusal, match="width None, not 2" if found == {"seed": 0} else "seed"):
+        lungaug.same_settings("c.pt", found, {"seed": 0, "width": 2})
+
+
+def test_log__rows_come_back_in_order(tmp_path):
+    """What was appended is read, in order; where there is no log there are no rows."""
+    rows = [{"epoch": n, "loss": n / 3} for n in range(4)]
+    assert lungaug.read_log(tmp_path / "log.jsonl") == []
+    for row in rows:
+        lungaug.append_log(tmp_path / "log.jsonl", row)
+    assert lungaug.read_log(tmp_path / "log.jsonl") == rows
+    assert [json.loads(line) for line in (tmp_path / "log.jsonl").read_text().splitlines()] == rows
+
+
+def test_log__a_torn_last_line_is_passed_over(tmp_path):
+    """Killed at any byte of the last line, the rows before it are all there."""
+    rows = [{"epoch": 1, "x": 0.5}, {"epoch": 2, "x": 0.25}]
+    data = "".join(json.dumps(row) + "\n" for row in rows).encode()
+    for length in range(len(data) // 2 + 1, len(data) - 1):
+        (tmp_path / "log.jsonl").write_bytes(data[:length])
+        assert lungaug.read_log(tmp_path / "log.jsonl") == rows[:1]
+
+
+def test_rewind_log__keeps_the_checkpoints_epochs_and_can_go_on(tmp_path):
+    """Rows after the checkpoint's epoch, and a torn one, go; the next row stands on a line of its own."""
+    path = tmp_path / "log.jsonl"
+    for epoch in (1, 2, 3):
+        lungaug.append_log(path, {"epoch": epoch})
+    path.write_text(path.read_text() + '{"epo')
+    lungaug.rewind_log(path, 2)
+    lungaug.append_log(path, {"epoch": 3, "again": 1})
+    assert path.read_text() == '{"epoch": 1}\n{"epoch": 2}\n{"epoch": 3, "again": 1}\n'
+
+
+def test_rewind_log__from_the_start_leaves_an_empty_log(tmp_path):
+    """Start again from nothing: no row stays."""
+    lungaug.append_log(tmp_path / "log.jsonl", {"epoch": 1})
+    lungaug.rewind_log(tmp_path / "log.jsonl", -1)
+    assert (tmp_path / "log.jsonl").read_text() == ""
+
+
+def test_file_crc__tells_other_bytes(tmp_path):
+    """The CRC is zlib's of the bytes; a missing file is one line."""
+    (tmp_path / "a").write_bytes(b"123456789")
+    assert lungaug.file_crc(tmp_path / "a", "") == 0xCBF43926     # the check value of CRC-32
+    with pytest.raises(Refusal, match="train first"):
+        lungaug.file_crc(tmp_path / "b", "train first")
+
+
+@pytest.mark.parametrize("count, size", [(7, 3), (6, 3), (1, 3), (5, 256)])
+def test_predict__in_parts_as_at_once(count, size):
+    """Each cube is scored once, in order, at most `size` at a time."""
+    cubes, asked = np.random.default_rng(0).random((count, 1, 2, 2, 2), np.float32), []
+    found = lungaug.predict(lambda x: x.sum((1, 2, 3, 4)), lambda part: asked.append(part) or cubes[part], count, "cpu", size)
+    assert np.allclose(found, cubes.sum((1, 2, 3, 4))) and np.concatenate(asked).tolist() == list(range(count))
+    assert max(map(len, asked)) <= size
+
+
+# What is shown
+
+@pytest.mark.parametrize("value, text", [(None, "–"), (float("nan"), "–"), (0.5, "0.500"), (0.0, "0.000"), (0.12345, "0.123"),
+                                         (1215 / 2030, "0.599"), (0, "0"), (581130, "581,130")])
+def test_shown__three_decimals_commas_or_a_dash(value, text):
+    """Numbers with three decimals, counts with commas, – for none."""
+    assert lungaug.shown(value) == text
+
+
+@pytest.mark.parametrize("seconds, text", [(45, "45 s"), (119, "119 s"), (120, "2 min"), (720, "12 min"), (3600, "1.0 h"),
+                                           (12240, "3.4 h"), (172799, "48.0 h"), (172800, "2.0 days"), (181440, "2.1 days")])
+def test_duration__in_the_unit_that_fits(seconds, text):
+    """45 s, 12 min, 3.4 h, 2.1 days."""
+    assert lungaug.duration(seconds) == text
+
+
+def test_progress__elsewhere_than_on_a_terminal_the_last_line_is_whole(capsys):
+    """Off a terminal nothing is renewed: whole lines on stderr, not one for each step, the last with all done."""
+    step = lungaug.progress("cubes", 500)
+    for done in range(1, 501):
+        step(done, "text")
+    out, err = capsys.readouterr()
+    assert out == "" and err.endswith("\n") and "\r" not in err and "cubes 500/500" in err.splitlines()[-1]
+    assert len(err.splitlines()) <= 2
+
+
+def test_progress__a_files_own_name_cannot_steer_the_terminal(capsys):
+    """A series UID with terminal codes is shown escaped, as in a Refusal."""
+    lungaug.progress("scans", 1)(1, "1.2\x1b]0;x\a\n3")
+    assert capsys.readouterr().err.rstrip("\n").isprintable()
+
+
+# Pictures
+
+def decode(data):
+    """The pixels of a PNG of 8 bits a channel, grey or RGB, without row filters; every checksum is verified."""
+    assert data[:8] == bytes([137, 80, 78, 71, 13, 10, 26, 10])
+    chunks, place = [], 8
+    while place < len(data):
+        length, = struct.unpack(">I", data[place:place + 4])
+        body = data[place + 4:place + 8 + length]
+        assert struct.unpack(">I", data[place + 8 + length:place + 12 + length]) == (zlib.crc32(body),)
+        chunks.append((body[:4], body[4:]))
+        place += 12 + length
+    assert [name for name, _ in chunks][::len(chunks) - 1] == [b"IHDR", b"IEND"]
+    width, height, depth, colour, *rest = struct.unpack(">IIBBBBB", chunks[0][1])
+    assert depth == 8 and rest == [0, 0, 0]
+    raw = zlib.decompress(b"".join(body for name, body in chunks if name == b"IDAT"))
+    rows = np.frombuffer(raw, np.uint8).reshape(height, -1)
+    assert not rows[:, 0].any()
+    return rows[:, 1:].reshape(height, width) if colour == 0 else rows[:, 1:].reshape(height, width, {2: 3}[colour])
+
+
+@pytest.mark.parametrize("shape", [(1, 1), (3, 5), (70, 300), (3, 5, 3), (1, 300, 3)])
+def test_png__decodes_to_the_same_pixels(shape):
+    """Size and every pixel come back, grey and red-green-blue."""
+    pixels = np.random.default_rng(0).integers(0, 256, shape).astype(np.uint8)
+    assert np.array_equal(decode(lungaug.png(pixels)), pixels)
+
+
+def test_png__of_a_view_too():
+    """A mirrored, strided view is written as it looks, not as it lies in memory."""
+    pixels = np.arange(48, dtype=np.uint8).reshape(6, 8)[::-1, ::2]
+    assert np.array_equal(decode(lungaug.png(pixels)), pixels)
+
+
+def test_grey__black_is_air_and_white_is_bone():
+    """-1 (-1000 HU) is 0, 1 (400 HU) is 255, what lies beyond is held; halfway is the middle."""
+    assert lungaug.grey([-3, -1, 0, 1, 3, -1 + 2 / 255]).tolist() == [0, 0, 128, 255, 255, 1]
+
+
+@pytest.mark.parametrize("count, columns, shape", [(5, 3, (4, 6)), (3, 3, (4, 6)), (2, 4, (4, 6)), (4, 2, (3, 5, 3))])
+def test_tile__each_image_in_its_place_and_paper_between(count, columns, shape):
+    """In reading order, `gap` pixels of paper around each image, and nothing else."""
+    images = np.random.default_rng(0).integers(0, 200, (count, *shape)).astype(np.uint8)
+    sheet, (h, w) = lungaug.tile(images, columns, gap=2, paper=250), shape[:2]
+    lines = -(-count // columns)
+    assert sheet.shape == (lines * (h + 2) + 2, columns * (w + 2) + 2, *shape[2:])
+    for i, image in enumerate(images):
+        top, left = 2 + i // columns * (h + 2), 2 + i % columns * (w + 2)
+        assert np.array_equal(sheet[top:top + h, left:left + w], image)
+    assert (sheet == 250).sum() == sheet.size - images.size
+
+
+def test_enlarge__each_pixel_becomes_a_square():
+    """The Kronecker product with a square of ones."""
+    image = np.arange(6, dtype=np.uint8).reshape(2, 3)
+    assert np.array_equal(lungaug.enlarge(image, 3), np.kron(image, np.ones((3, 3), np.uint8)))
+    colours = np.arange(18, dtype=np.uint8).reshape(2, 3, 3)
+    assert np.array_equal(lungaug.enlarge(colours, 2)[2:4, 4:6, 1], np.full((2, 2), colours[1, 2, 1]))
+
+
+def test_rule_2_1_7_reading_order__superior_first():
+    """The highest slice stands top left, the lowest bottom right; rows are y, columns x."""
+    cube = np.random.default_rng(0).uniform(-1, 1, (6, 6, 6))
+    sheet = lungaug.slices(cube, columns=3)
+    assert sheet.shape == (15, 22)
+    for i, z in enumerate((5, 4, 3, 2, 1, 0)):
+        top, left = 1 + i // 3 * 7, 1 + i % 3 * 7
+        assert np.array_equal(sheet[top:top + 6, left:left + 6], lungaug.grey(cube[z]))
+
+
+def test_planes__axial_coronal_sagittal_through_the_middle():
+    """Voxel (z, y, x) of the middle planes: row y, column x; row −z, column x; row −z, column y."""
+    cube = np.random.default_rng(0).uniform(-1, 1, (6, 6, 6))
+    sheet, middle = lungaug.planes(cube), lungaug.grey(cube)
+    assert sheet.shape == (8, 22)
+    for a in range(6):
+        for b in range(6):
+            assert sheet[1 + a, 1 + b] == middle[3, a, b]
+            assert sheet[6 - a, 8 + b] == middle[a, 3, b]
+            assert sheet[6 - a, 15 + b] == middle[a, b, 3]
+
+
+# Charts
+
+def ranges(kind):
+    """Random (low, high) of a kind of size."""
+    rng = np.random.default_rng(0)
+    for _ in range(500):
+        size = 10 ** rng.uniform(*{"tiny": (-11, -6), "usual": (-6, 6), "negative": (-6, 6), "huge": (6, 30), "far": (-2, 2)}[kind])
+        low = {"negative": -1.5 * size, "far": 1e6}.get(kind, 0) + rng.uniform(-3, 3) * size
+        yield low, low + size
+    yield from ((0, 1), (0, 8), (1, 60), (-1, 1), (0, 20000)) if kind == "usual" else ()
+
+
+@pytest.mark.parametrize("kind", ["tiny", "usual", "negative", "huge", "far"])
+def test_ticks__are_round_even_and_within_the_range(kind):
+    """1, 2 or 5 times a power of ten apart, each a multiple of that, none outside, three to nine of them."""
+    for low, high in ranges(kind):
+        values = np.array(lungaug.ticks(low, high))
+        assert 3 <= len(values) <= 9, (low, high, values)
+        steps, slack = np.diff(values), 1e-9 * max(abs(low), abs(high))
+        step = np.median(steps)
+        assert np.abs(steps - step).max() <= slack, (low, high, values)
+        assert round(step / 10 ** np.floor(np.log10(step * 1.0001)), 3) in (1, 2, 5), (low, high, values)
+        assert np.abs(values / step - np.rint(values / step)).max() < 1e-6 * max(1, np.abs(values / step).max()), (low, high, values)
+        assert low - slack <= values.min() and values.max() <= high + slack, (low, high, values)
+
+
+NAN = float("nan")
+LINES = {
+    "plain": [("a", [1, 2, 3], [0.5, 0.25, 1], None)],
+    "band": [("a", [1, 2, 3], np.array([1.0, 2, 3]), (np.array([0.0, 1, 2]), np.array([2.0, 3, 4])))],
+    "two": [("a", [1, 2], [0, 1], None), ("b", [2, 3], [5, 9], None)],
+    "nan": [("a", [1, 2, 3], [0.5, NAN, 1], None)],
+    "all nan": [("a", [1, 2, 3], [NAN] * 3, (np.array([NAN] * 3), np.array([NAN] * 3)))],
+    "infinite": [("a", [1, 2, 3], [0.5, float("inf"), -float("inf")], None)],
+    "constant": [("a", [1, 2, 3], [7, 7, 7], None)],
+    "one point": [("a", [1], [3.5], (np.array([3.5]), np.array([3.5])))],
+    "huge": [("a", [1, 2], [-1e30, 1e30], None)],
+    "tiny": [("a", [1, 2], [1e-13, 2e-13], None)],
+}
+
+
+@pytest.mark.filterwarnings("error")
+@pytest.mark.parametrize("lines", LINES.values(), ids=LINES.keys())
+def test_curves__is_well_formed_with_finite_numbers(lines):
+    """Whatever the values, the chart is XML, a curve a line, all points finite and within the picture, no warning."""
+    tree = ElementTree.fromstring(lungaug.curves("t", lines, "x", "y"))
+    curves = [node for node in tree.iter() if node.tag.endswith("polyline")]
+    points = [tuple(map(float, point.split(","))) for curve in curves for point in curve.get("points").split()]
+    finite = sum(np.isfinite(np.asarray(y, float)).sum() for _, _, y, _ in lines)
+    assert len(curves) == len(lines) and len(points) == finite
+    assert all(0 <= x <= 460 and 0 <= y <= 270 for x, y in points)
+
+
+def test_curves__higher_values_stand_higher_and_later_ones_to_the_right():
+    """x grows to the right and y upwards, in proportion."""
+    tree = ElementTree.fromstring(lungaug.curves("t", [("a", [0, 1, 4], [0, 10, 40], None)], "x", "y"))
+    points, = (node.get("points") for node in tree.iter() if node.tag.endswith("polyline"))
+    (x0, y0), (x1, y1), (x2, y2) = (map(float, point.split(",")) for point in points.split())
+    assert x0 < x1 < x2 and y0 > y1 > y2
+    assert abs((x2 - x0) - 4 * (x1 - x0)) < 0.3 and abs((y0 - y2) - 4 * (y0 - y1)) < 0.3
+
+
+def test_curves__words_are_escaped():
+    """A title, label or name with mark-up is text."""
+    words = "<script>&\""
+    tree = ElementTree.fromstring(lungaug.curves(words, [(words, [1, 2], [1, 2], None)], words, words))
+    assert [node.text for node in tree.iter()].count(words) == 4
+
+
+def test_beside__charts_in_reading_order():
+    """Three charts in two columns stand at (0, 0), (1, 0), (0, 1), in a picture that holds them."""
+    charts = [lungaug.curves(name, LINES["plain"], "x", "y") for name in "abc"]
+    tree = ElementTree.fromstring(lungaug.beside(*charts, columns=2))
+    moved = [node.get("transform") for node in tree if node.tag.endswith("}g")]
+    assert moved == ["translate(0 0)", "translate(460 0)", "translate(0 270)"]
+    assert (tree.get("width"), tree.get("height")) == ("920", "540")
+
+
+def test_rule_4_1_smoothed__by_hand():
+    """[1, 2, 6] over a window of 3: means 1.5, 3, 4; bands ±1.96 × ½, √(14/3), 2."""
+    middle, (low, high) = lungaug.smooth([1, 2, 6], 3)
+    assert middle.tolist() == [1.5, 3, 4]
+    assert np.allclose(high - middle, 1.96 * np.array([0.5, np.sqrt(14 / 3), 2]), rtol=1e-14)
+    assert np.allclose(middle - low, high - middle, rtol=1e-14)
+
+
+def test_rule_4_1_smoothed__a_window_of_one_changes_nothing():
+    """Over a window of one the curve is itself, and its band has no width."""
+    values = np.random.default_rng(0).normal(size=9)
+    middle, (low, high) = lungaug.smooth(values, 1)
+    assert np.array_equal(middle, values) and np.array_equal(low, values) and np.array_equal(high, values)
+
+
+# The report's parts
+
+def test_table_html__cells_are_escaped():
+    """A cell or a caption with mark-up is text; a line end or a terminal code is escaped."""
+    page = lungaug.table_html("<b>", ("<i>",), [("<script>\n\x1b",), (1.5,)])
+    assert page == "<p>&lt;b&gt;</p><table><tr><th>&lt;i&gt;</th></tr><tr><td>&lt;script&gt;\\n\\x1b</td></tr><tr><td>1.5</td></tr></table>"
+
+
+def test_figure_html__inline_or_said_to_be_missing(tmp_path):
+    """A picture's bytes stand in the page; where there is none the caption says so, escaped."""
+    lungaug.write_bytes(tmp_path / "a.png", b"\x89PNG")
+    assert "data:image/png;base64,iVBORw==" in lungaug.figure_html(tmp_path / "a.png", "A")
+    missing = lungaug.figure_html(tmp_path / "b.png", "<B>")
+    assert "&lt;B&gt;" in missing and "<B>" not in missing and "img" not in missing

@@ -1,0 +1,401 @@
+"""The whole program as a user runs it: five coarse synthetic scans, every stage, the report; again, resumed, refused.
+
+    python -m pytest tests/test_run.py -v
+
+One run is made by the command itself, a process a stage. Where only the bytes of a further run matter, its stages run
+in one process, which saves starting torch five times.
+"""
+
+import csv
+import html
+import json
+import math
+import os
+import re
+import shutil
+import subprocess
+import sys
+import time
+from collections import Counter
+from html.parser import HTMLParser
+from pathlib import Path
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+import torch
+
+import evaluate
+import lungaug
+import phantom
+import preprocessing
+from evaluate import Confusion, confusion_matrix
+
+HERE = Path(__file__).resolve().parent.parent
+ARMS = ("real", "mixed", "fake")
+SCRIPTS = ("preprocessing.py", "train_gan.py", "train_classifier.py", "evaluate.py")
+WORDS = ("--preset demo --cube 12 --negatives 30 --epochs 3 --width 1 --batch-size 8 --attempts 3 --score-quantile 0.0 "
+         "--class-probability 0.0 --workers 1").split()
+STAY = ["prepared/dataset.json", "gan/checkpoint.pt", "gan/log.jsonl", "evaluation/results.json", "evaluation/scores.csv",
+        *(f"classifiers/{arm}/{name}" for arm in ARMS for name in ("checkpoint.pt", "log.jsonl"))]
+ONE_PROCESS = """
+import importlib, sys
+sys.path.insert(0, sys.argv[1])
+import lungaug
+def stage(script, *words):
+    sys.argv = [script, *map(str, words)]
+    importlib.import_module(script[:-3]).main()
+lungaug.stage = stage
+sys.argv = ["lungaug.py", *sys.argv[2:]]
+lungaug.main()
+"""
+
+
+def python(folder, *words):
+    """Run python in a folder as a user would; its status, stdout, stderr and seconds."""
+    start = time.monotonic()
+    done = subprocess.run([sys.executable, *map(str, words)], cwd=folder, capture_output=True, text=True)
+    return SimpleNamespace(status=done.returncode, out=done.stdout, err=done.stderr, seconds=time.monotonic() - start)
+
+
+def files(folder):
+    """Every file below a folder, its path → its bytes."""
+    return {str(path.relative_to(folder)): path.read_bytes() for path in sorted(folder.rglob("*")) if path.is_file()}
+
+
+@pytest.fixture(scope="module")
+def tiny(tmp_path_factory):
+    """The tiny run: .folder holds scans and run R; .before, its files before the command; .command, what that said."""
+    folder = tmp_path_factory.mktemp("tiny")
+    phantom.write_scans(folder / "scans", 5, scale=3.0)
+    before = files(folder)
+    command = python(folder, HERE / "lungaug.py", "--scans", "scans", "--run", "R", *WORDS)
+    assert command.status == 0, command.err
+    return SimpleNamespace(folder=folder, run=folder / "R", before=before, command=command)
+
+
+@pytest.fixture(scope="module")
+def twin(tiny):
+    """The same command into another run, T, the stages in one process."""
+    command = python(tiny.folder, "-c", ONE_PROCESS, HERE, "--scans", "scans", "--run", "T", *WORDS)
+    assert command.status == 0, command.err
+    return tiny.folder / "T"
+
+
+@pytest.fixture
+def copy(tiny, tmp_path):
+    """A copy of the tiny run, to be spoilt."""
+    return Path(shutil.copytree(tiny.run, tmp_path / "C"))
+
+
+def in_one_line(done, *words):
+    """Whether a command ended with status 2 and one line, in the form of a Refusal, that holds the words."""
+    line = done.err.strip()
+    assert done.status == 2 and re.fullmatch("lungaug: [^\n]+: [^\n]+ — [^\n]+", line), done.err
+    return all(word in line for word in words)
+
+
+# What the command does
+
+def test_run__each_stages_command_is_printed_first_and_can_be_typed(tiny):
+    """Each stage's command stands before its output, in the order of the thesis, as a student would type it."""
+    commands = re.findall(r"^\$ python (\S+) (.*)$", tiny.command.out, re.M)
+    assert tuple(script for script, _ in commands) == SCRIPTS and all("--run R" in words for _, words in commands)
+    assert tiny.command.out.strip().splitlines()[0].startswith("$ python preprocessing.py")
+
+
+def test_run__each_stage_is_given_its_own_options_alone(tiny):
+    """--cube goes to preprocessing alone, --width to the GAN, --epochs to both trainings."""
+    words = dict(re.findall(r"^\$ python (\S+) (.*)$", tiny.command.out, re.M))
+    with_option = {option: {script for script in SCRIPTS if option in words[script].split()}
+                   for option in ("--cube", "--width", "--epochs", "--attempts", "--preset")}
+    assert with_option == {"--cube": {SCRIPTS[0]}, "--width": {SCRIPTS[1]}, "--epochs": set(SCRIPTS[1:3]),
+                           "--attempts": {SCRIPTS[2]}, "--preset": set(SCRIPTS)}
+
+
+def test_run__stderr_holds_progress_and_no_warning(tiny):
+    """Every line on stderr is one of progress, done/total; none is a warning."""
+    lines = tiny.command.err.splitlines()
+    assert lines and all(re.match(r"[a-z ]+ \d+/\d+  ", line) for line in lines), tiny.command.err
+
+
+def test_run__nothing_is_written_outside_the_run(tiny):
+    """Beside the run, the folder is as it was: the scans are not touched, no file is added."""
+    after = {path: data for path, data in files(tiny.folder).items() if path.split("/")[0] not in ("R", "T")}
+    assert after == tiny.before
+
+
+def test_run__the_names_that_stay_are_there(tiny):
+    """The files that other people's scripts look for, and no half-written ones."""
+    found = set(files(tiny.run))
+    assert {*STAY, "report.html"} <= found and not [path for path in found if Path(path).name.startswith(".")]
+
+
+@pytest.mark.parametrize("script", SCRIPTS[:3])
+def test_run__each_stage_says_its_preset_first(tiny, script):
+    """The first line of a stage that has settings says which preset they follow."""
+    assert tiny.command.out.split(f"$ python {script}")[1].splitlines()[1].startswith("Preset demo")
+
+
+# What the numbers are
+
+def read_scores(run):
+    with open(run / "evaluation" / "scores.csv", newline="") as file:
+        return list(csv.DictReader(file))
+
+
+def test_results__metrics_recompute_from_their_confusion(tiny):
+    """Each metric in results.json is the ratio of its matrix' cells; null for 0/0."""
+    tables = json.loads((tiny.run / "evaluation" / "results.json").read_bytes())["tables"]
+    assert list(tables) == ["2", "3", "4", "5"]
+    for table in tables.values():
+        for column in ("flips", "nodules", "thesis"):
+            tp, fp, fn, tn = (table[column]["confusion"][key] for key in ("tp", "fp", "fn", "tn"))
+            ratios = ((tp, tp + fn), (tn, tn + fp), (tp, tp + fp), (2 * tp, 2 * tp + fp + fn))
+            expected = [part / whole if whole else None for part, whole in ratios]
+            assert [table[column]["metrics"][key] for key in ("sensitivity", "specificity", "precision", "f1")] == expected
+
+
+def test_results__scores_recompute_the_confusion(tiny):
+    """The matrices of results.json are those counted from scores.csv, with flips and as nodules."""
+    tables = json.loads((tiny.run / "evaluation" / "results.json").read_bytes())["tables"]
+    for table in tables.values():
+        for column, lines in (("flips", read_scores(tiny.run)), ("nodules", [r for r in read_scores(tiny.run) if r["flip"] == "0"])):
+            labels, found = [int(line["label"]) for line in lines], [float(line[table["arm"]]) > 0.5 for line in lines]
+            assert confusion_matrix(labels, found) == Confusion(**table[column]["confusion"])
+
+
+def test_results__the_test_set_is_table_1s_and_no_training_patients(tiny):
+    """scores.csv holds Table 1's test counts, of series of the test split alone; no patient is in two splits."""
+    dataset = json.loads((tiny.run / "prepared" / "dataset.json").read_bytes())
+    labels, row = [line["label"] for line in read_scores(tiny.run)], dataset["table_1"]["test"]
+    assert (labels.count("1"), labels.count("0")) == (row["positive"], row["negative"]) and row["positive"] == 8 * row["nodules"]
+    splits = {line["seriesuid"]: line["split"] for line in dataset["scans"]}
+    assert {splits[line["seriesuid"]] for line in read_scores(tiny.run)} == {"test"}
+    assert len({(scan["patient"], scan["split"]) for scan in dataset["scans"]}) == len({scan["patient"] for scan in dataset["scans"]})
+
+
+def test_results__nodules_are_those_of_the_annotations(tiny):
+    """Each positive centre is within half a voxel of an annotated nodule, in mm, axis by axis; and all are there."""
+    with open(tiny.folder / "scans" / "annotations.csv", newline="") as file:
+        annotated = [(row["seriesuid"], *(float(row[f"coord{axis}"]) for axis in "XYZ")) for row in csv.DictReader(file)]
+    scans = json.loads((tiny.run / "prepared" / "dataset.json").read_bytes())["scans"]
+    found = [(scan["seriesuid"], *(np.array(scan["origin"]) + voxel[::-1])) for scan in scans for voxel in scan["positives"]]
+    assert Counter(uid for uid, *_ in found) == Counter(uid for uid, *_ in annotated) and found
+    for uid, *centre in found:
+        assert any(uid == other and np.abs(np.subtract(centre, place)).max() <= 0.5 + 1e-9 for other, *place in annotated)
+
+
+@pytest.mark.parametrize("folder", ["gan", *(f"classifiers/{arm}" for arm in ARMS)])
+def test_logs__a_finite_row_an_epoch(tiny, folder):
+    """Each log has a row for each epoch, in order, and every number in it is finite."""
+    def numbers(value):
+        return [n for v in value.values() for n in numbers(v)] if isinstance(value, dict) else [value]
+
+    rows = [json.loads(line) for line in (tiny.run / folder / "log.jsonl").read_text().splitlines()]
+    assert [row["epoch"] for row in rows] == [1, 2, 3]
+    assert all(math.isfinite(number) for row in rows for number in numbers(row))
+
+
+# The same seed, the same bytes
+
+def same(one, other):
+    """Whether two checkpoints are equal to the last bit; the seconds that the training took may differ."""
+    if isinstance(one, dict):
+        return one.keys() == other.keys() and all(same(one[key], other[key]) for key in one if key != "seconds")
+    if isinstance(one, (list, tuple)):
+        return len(one) == len(other) and all(map(same, one, other))
+    return torch.equal(one, other) if torch.is_tensor(one) else one == other
+
+
+def test_twin__the_prepared_data_are_the_same_bytes(tiny, twin):
+    """dataset.json, and every volume, picture and record beside it."""
+    one, other = files(tiny.run / "prepared"), files(twin / "prepared")
+    assert one.keys() == other.keys() and [name for name in one if one[name] != other[name]] == ["options.json"]
+
+
+@pytest.mark.parametrize("folder", ["gan", *(f"classifiers/{arm}" for arm in ARMS)])
+def test_twin__the_checkpoints_are_the_same_tensors(tiny, twin, folder):
+    """Weights, optimizers, randomness and kept samples agree to the last bit."""
+    one, other = (torch.load(run / folder / "checkpoint.pt", weights_only=True) for run in (tiny.run, twin))
+    assert same(one, other)
+
+
+@pytest.mark.parametrize("path", [path for path in STAY if not path.endswith(".pt")])
+def test_twin__logs_and_results_are_the_same_bytes(tiny, twin, path):
+    """Logs, scores and results agree byte by byte."""
+    assert (tiny.run / path).read_bytes() == (twin / path).read_bytes()
+
+
+def test_again__the_same_command_changes_nothing(tiny, twin):
+    """A finished run's command trains nothing again: checkpoints, logs and results keep their bytes."""
+    before = files(twin)
+    command = python(tiny.folder, "-c", ONE_PROCESS, HERE, "--scans", "scans", "--run", "T", *WORDS)
+    after = files(twin)
+    assert command.status == 0 and before.keys() == after.keys() and command.seconds < tiny.command.seconds
+    assert {Path(path).name for path in before if before[path] != after[path]} <= {"options.json", "report.html"}
+
+
+# What is refused
+
+def test_changed_option__on_a_finished_run_is_refused_in_one_line(tiny):
+    """--width 2 on a run of width 1 is one line that names both and what to do; nothing is lost."""
+    before = files(tiny.run)
+    done = python(tiny.folder, HERE / "train_gan.py", "--run", "R", *own_words("train_gan"), "--width", "2")
+    assert in_one_line(done, "R/gan/checkpoint.pt", "width 1, not 2", "--overwrite") and files(tiny.run) == before
+
+
+def test_changed_option__stops_the_whole_command_with_its_status(tiny):
+    """Where a stage refuses, the command over all stages ends there, with status 2 and that one line."""
+    words = ["24" if word == "12" else word for word in WORDS]
+    done = python(tiny.folder, HERE / "lungaug.py", "--scans", "scans", "--run", "R", *words)
+    assert in_one_line(done, "R/prepared/parameters.json", "cube 12, not 24") and "train_gan.py" not in done.out
+
+
+def own_words(stage):
+    """Those of the tiny run's options that a stage knows."""
+    return map(str, lungaug.typed(lungaug.parse("", *lungaug.STAGES, words=WORDS), stage))
+
+
+def run_main(module, monkeypatch, capsys, *words):
+    """Run a stage's main in this process as its command would; status, stdout and stderr."""
+    monkeypatch.setattr(sys, "argv", [f"{module.__name__}.py", *map(str, words)])
+    capsys.readouterr()
+    with pytest.raises(SystemExit) as stopped:
+        lungaug.command(module.main)
+    out, err = capsys.readouterr()
+    return SimpleNamespace(status=stopped.value.code or 0, out=out, err=err)
+
+
+@pytest.mark.parametrize("stage, gone, first", [
+    ("train_classifier", "prepared", "preprocessing.py"), ("train_classifier", "gan", "train_gan.py"),
+    ("evaluate", "prepared", "preprocessing.py"), ("evaluate", "gan", "train_"), ("evaluate", "classifiers", "train_classifier.py")])
+def test_without_its_input__a_stage_says_what_to_run(copy, monkeypatch, capsys, stage, gone, first):
+    """A stage run too early, or without its input, names the missing file and the command that makes it."""
+    shutil.rmtree(copy / gone)
+    done = run_main(__import__(stage), monkeypatch, capsys, "--run", copy)
+    assert in_one_line(done, f"{copy}/{gone}", "is not there", f"python {first}")
+
+
+def test_without_its_input__report_says_what_to_run(tmp_path, monkeypatch, capsys):
+    """A report of a run that is not there is one line."""
+    done = run_main(lungaug, monkeypatch, capsys, "report", "--run", tmp_path / "none")
+    assert in_one_line(done, "none", "is not there", "python lungaug.py")
+
+
+@pytest.mark.parametrize("path, stage", [
+    ("prepared/dataset.json", "evaluate"), ("gan/checkpoint.pt", "train_gan"), ("gan/checkpoint.pt", "evaluate"),
+    ("classifiers/real/checkpoint.pt", "train_classifier"), ("classifiers/real/checkpoint.pt", "evaluate"),
+    ("classifiers/generated/generated.json", "train_classifier"), ("classifiers/generated/positive.npy", "evaluate")])
+def test_damaged__a_file_cut_short_is_one_line_that_names_it(copy, monkeypatch, capsys, path, stage):
+    """A stage that finds its input cut short names the file."""
+    data = (copy / path).read_bytes()
+    (copy / path).write_bytes(data[:len(data) // 2])
+    assert in_one_line(run_main(__import__(stage), monkeypatch, capsys, "--run", copy, *own_words(stage)), path)
+
+
+def test_stale__a_gan_trained_on_other_scans_is_refused(copy, monkeypatch, capsys):
+    """Where the data were prepared again, otherwise, a finished GAN is not passed off as trained on them."""
+    path = copy / "prepared" / "dataset.json"
+    dataset = json.loads(path.read_bytes())
+    next(scan for scan in dataset["scans"] if scan["split"] == "train")["negatives"].pop()
+    lungaug.write_json(path, dataset)
+    done = run_main(__import__("train_gan"), monkeypatch, capsys, "--run", copy, *own_words("train_gan"))
+    assert in_one_line(done, "gan/checkpoint.pt")
+
+
+def test_hostile_file_name__is_refused_in_one_line(tmp_path):
+    """A scan whose file name is no UTF-8 is left out with a reason, not by a traceback."""
+    (tmp_path / os.fsdecode(b"\xff.mhd")).write_bytes(b"ObjectType = Image\n")
+    source, = preprocessing.find_scans(tmp_path)
+    result = preprocessing.prepare_or_refuse(source, [], tmp_path, {"cube": 12, "negatives": 3, "seed": 0})
+    assert isinstance(result, lungaug.Refusal) and str(result).encode()
+
+
+# The report
+
+class Page(HTMLParser):
+    """A page's elements (tag, attributes), its text, and whether tags close in the order they were opened."""
+
+    def __init__(self, page):
+        super().__init__()
+        self.elements, self.words, self.open = [], [], []
+        self.feed(page)
+
+    def handle_starttag(self, tag, attributes):
+        self.elements.append((tag, dict(attributes)))
+        self.open += [] if tag in ("meta", "img") else [tag]
+
+    def handle_startendtag(self, tag, attributes):
+        self.elements.append((tag, dict(attributes)))
+
+    def handle_endtag(self, tag):
+        assert self.open.pop() == tag
+
+    def handle_data(self, data):
+        self.words.append(data)
+
+    @property
+    def text(self):
+        return " ".join(" ".join(self.words).split())
+
+
+def test_report__needs_nothing_else(tiny):
+    """No link and no source beside data in the page itself, no script; tags close in order."""
+    text = (tiny.run / "report.html").read_text()
+    page = Page(text)
+    assert set(re.findall(r"https?://[^\"' <]*", text)) <= {"http://www.w3.org/2000/svg"}
+    assert {"img", "svg", "table"} <= {tag for tag, _ in page.elements} and set(page.open) <= {"html", "body"}
+    assert not {tag for tag, _ in page.elements} & {"script", "link", "iframe", "a", "object"} and "@import" not in text and "url(" not in text
+    for _, attributes in page.elements:
+        assert attributes.get("src", "data:").startswith("data:") and not {"href", "xlink:href", "onload"} & set(attributes)
+
+
+@pytest.mark.parametrize("word", [*(f"Table {n}." for n in range(1, 6)), *(f"Figure {n}." for n in (2, 3, 7, 8, *range(9, 15)))])
+def test_report__has_every_table_and_figure_once(tiny, word):
+    """Tables 1–5 and figures 2, 3, 7, 8 and 9–14 are on the page, each once, under their captions."""
+    assert Page((tiny.run / "report.html").read_text()).text.count(word) == 1
+
+
+def test_report__no_picture_is_missing(tiny):
+    """Every figure of a whole run is drawn, and every PNG in it is one."""
+    text = (tiny.run / "report.html").read_text()
+    assert "Not made in this run" not in text and len(re.findall("<figure>", text)) >= 10
+    assert all(data.startswith("iVBORw0KGgo") for data in re.findall("base64,([^\"]*)", text)) and "base64," in text
+
+
+def test_report__shows_the_results_own_numbers(tiny):
+    """Tables 2–5 on the page hold the cells of results.json, ours and the thesis'."""
+    tables = json.loads((tiny.run / "evaluation" / "results.json").read_bytes())["tables"]
+    rows = re.findall("<tr>(.*?)</tr>", (tiny.run / "report.html").read_text())
+    cells = [[html.unescape(cell) for cell in re.findall("<td>(.*?)</td>", row)] for row in rows]
+    for table in tables.values():
+        for key in ("tp", "fp", "fn", "tn"):
+            assert [key.upper(), *(f"{table[column]['confusion'][key]:,}" for column in ("flips", "nodules", "thesis"))] in cells
+        for key in ("sensitivity", "specificity", "precision", "f1"):
+            values = [table[column]["metrics"][key] for column in ("flips", "nodules", "thesis")]
+            assert [key, *("–" if value is None else f"{value:.3f}" for value in values)] in cells
+
+
+def test_report__is_drawn_again_by_its_command(tiny, copy, monkeypatch, capsys):
+    """`lungaug.py report --run R` draws the same page from what the stages left, and says where it is."""
+    (copy / "report.html").unlink()
+    done = run_main(lungaug, monkeypatch, capsys, "report", "--run", copy)
+    assert done.status == 0 and done.out.strip() == str(copy / "report.html")
+    assert (copy / "report.html").read_bytes() == (tiny.run / "report.html").read_bytes()
+
+
+def test_report__what_a_file_says_of_itself_is_escaped(copy, monkeypatch, capsys):
+    """A series UID and a reason with mark-up, from a hostile file, are text on the page, whichever stage shows them."""
+    hostile, path = "<script>alert(1)</script>\"'&", copy / "prepared" / "dataset.json"
+    dataset = json.loads(path.read_bytes())
+    for scan in dataset["scans"]:
+        scan["seriesuid"] = scan["patient"] = hostile
+    dataset["left_out"] = [{"seriesuid": hostile, "reason": hostile}]
+    lungaug.write_json(path, dataset)
+    options = json.loads((copy / "prepared" / "options.json").read_bytes())
+    options["page"], options["command"] = preprocessing.page(preprocessing.open_dataset(copy)), hostile
+    lungaug.write_json(copy / "prepared" / "options.json", options)
+    assert run_main(evaluate, monkeypatch, capsys, "--run", copy).status == 0
+    page = Page(lungaug.report(copy).read_text())
+    assert "script" not in {tag for tag, _ in page.elements} and page.text.count(hostile) >= 3

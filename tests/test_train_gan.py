@@ -1,0 +1,582 @@
+"""Section 4.1: settings, randomness, one step of each network, the order of the steps, stop and resume, Figure 7's curves.
+
+    python -m pytest tests/test_train_gan.py -v
+
+The prepared data are noise: cubes of 6 voxels, networks of width 1, batches of 4 or 5.
+"""
+
+import itertools
+import math
+
+import numpy as np
+import pytest
+import torch
+from scipy import stats
+
+import lungaug
+import preprocessing
+import train_classifier
+import train_gan
+from lungaug import PRESETS, Refusal
+from losses import critic_loss, generator_loss
+from models import Critic, Generator
+from train_gan import Trainer, auxiliary_scale, critic_iteration, draw_epsilon, draw_labels, draw_latent, generator_iteration
+
+CPU = torch.device("cpu")
+
+
+def small_dataset(run):
+    """Prepared data of random HU in `run`, volumes with unequal sides; their Dataset, cube 6."""
+    rng, scans = np.random.default_rng(1), []
+    for split in ("train", "validation", "test"):
+        hu = rng.integers(-1000, 401, (20, 21, 22)).astype(np.int16)
+        lungaug.write_array(run / "prepared" / f"{split}.npy", hu)
+        scans.append({"split": split, "volume": f"{split}.npy", "positives": rng.integers(3, 17, (6, 3)).tolist(),
+                      "negatives": rng.integers(3, 17, (50, 3)).tolist()})
+    lungaug.write_json(run / "prepared" / "dataset.json", {"parameters": {"cube": 6}, "preset": "demo", "scans": scans})
+    return preprocessing.open_dataset(run)
+
+
+def options(**changes):
+    """train_gan.py's options for a small training, as its own command line settles them."""
+    a = lungaug.settle(lungaug.parse("", "train_gan", words=[]), "train_gan", "demo")
+    vars(a).update({"cube": 6, "width": 1, "batch_size": 4, "epochs": 4, "checkpoint_minutes": 0.0, **changes})
+    return a
+
+
+def small_trainer(double=False, **changes):
+    """A new Trainer; double: networks in float64, for comparisons to rounding (the fakes are float32 even so)."""
+    trainer = Trainer(options(**changes), 6, CPU)
+    if double:
+        trainer.critic.double()
+        trainer.generator.double().register_forward_pre_hook(lambda module, z: z[0].double())
+    return trainer
+
+
+def batch(n=5, dtype=torch.float32):
+    """Real cubes of noise, and their labels."""
+    source = torch.Generator().manual_seed(5)
+    return torch.rand(n, 1, 6, 6, 6, generator=source, dtype=dtype) * 2 - 1, torch.arange(n) % 2
+
+
+def weights(network):
+    """All of a network's weights as one new vector."""
+    return torch.cat([p.detach().flatten().clone() for p in network.parameters()])
+
+
+def gradients(network):
+    return torch.cat([p.grad.flatten().clone() for p in network.parameters()])
+
+
+def source(seed=1):
+    return torch.Generator().manual_seed(seed)
+
+
+def leaves(value):
+    """Every number, text and array's bytes in nested dicts and lists, in order, with its keys."""
+    if isinstance(value, dict):
+        return [leaf for key in value for leaf in (key, *leaves(value[key]))]
+    if isinstance(value, (list, tuple)):
+        return [leaf for part in value for leaf in leaves(part)]
+    return [(value.dtype, value.shape, value.numpy().tobytes()) if torch.is_tensor(value) else value]
+
+
+# 4.1.1 The settings
+
+def thesis(name):
+    row, = (row for row in PRESETS if (row.stage, row.name) == ("train_gan", name))
+    return row.thesis
+
+
+def test_num_4_1_batch_size__of_the_thesis():
+    """Batch size 64."""
+    assert thesis("batch-size") == 64
+
+
+def test_num_4_1_batch_size__of_reals_and_of_fakes(tmp_path, monkeypatch):
+    """Each of the six iterations of an epoch is on --batch-size samples of each kind."""
+    counts, trainer = [], small_trainer(batch_size=6)
+    trainer.generator.register_forward_pre_hook(lambda module, z: counts.append(len(z[0])))
+    draw = preprocessing.draw_batch
+    monkeypatch.setattr(preprocessing, "draw_batch", lambda dataset, n, rng: counts.append(n) or draw(dataset, n, rng))
+    train_gan.train_epoch(trainer, small_dataset(tmp_path))
+    assert counts == [6] * 11
+
+
+def test_num_4_1_learning_rate__of_the_thesis():
+    """Learning rate 1e-4."""
+    assert thesis("learning-rate") == 1e-4
+
+
+def test_num_4_1_learning_rate__of_both_optimizers():
+    """Adam's first step with β₁ = 0 moves a weight of gradient 1 by the learning rate."""
+    trainer = small_trainer(double=True, learning_rate=0.25)
+    for network, step in ((trainer.generator, trainer.generator_step), (trainer.critic, trainer.critic_step)):
+        assert steps_of_adam(network, step, [1]) == pytest.approx([-0.25], rel=1e-7)
+
+
+def test_num_4_1_lambda__of_the_thesis():
+    """λ = 10."""
+    assert thesis("penalty-scale") == 10
+
+
+def test_num_4_1_lambda__scales_the_penalty_of_the_step():
+    """The step's gradients are affine in λ: those of λ = 20 are twice those of λ = 10 less those of λ = 0."""
+    at = []
+    for scale in (0.0, 10.0, 20.0):
+        trainer = small_trainer(double=True, penalty_scale=scale)
+        critic_iteration(trainer, *batch(dtype=torch.float64), 1)
+        at.append(gradients(trainer.critic))
+    assert torch.allclose(at[2], 2 * at[1] - at[0], rtol=1e-9, atol=1e-9) and (at[1] - at[0]).abs().max() > 1
+
+
+def test_num_4_1_epochs__of_the_thesis():
+    """20,000 epochs."""
+    assert thesis("epochs") == 20000
+
+
+def test_num_4_1_epochs__are_trained(tmp_path, monkeypatch):
+    """train() runs --epochs epochs, each a row of the log."""
+    monkeypatch.setattr(train_gan, "train_epoch", fake_epoch)
+    trainer = small_trainer(epochs=7)
+    train_gan.train(trainer, None, tmp_path)
+    assert [row["epoch"] for row in lungaug.read_log(tmp_path / "log.jsonl")] == [1, 2, 3, 4, 5, 6, 7] and trainer.epoch == 7
+
+
+def fake_epoch(trainer, dataset, loss=0.0):
+    """An epoch in no time: a row of the log."""
+    trainer.epoch += 1
+    names = ("wasserstein", "penalty", "auxiliary", "real_accuracy", "fake_accuracy")
+    return {"epoch": trainer.epoch, "alpha": 1, "critic": dict.fromkeys(names, loss), "generator": {"auxiliary": 0.0}}
+
+
+def steps_of_adam(network, step, slopes):
+    """How far one weight moves at each of these gradients, one step after the other."""
+    weight, moves = next(network.parameters()), []
+    for slope in slopes:
+        before = weight.detach().clone()
+        weight.grad = torch.full_like(weight, slope)
+        step.step()
+        moves.append((weight.detach() - before).flatten()[0].item())
+    return moves
+
+
+def test_num_4_1_adam__of_the_thesis():
+    """β₁ = 0, β₂ = 0.9."""
+    assert train_gan.BETAS == (0, 0.9)
+
+
+@pytest.mark.parametrize("name", ["generator", "critic"])
+def test_num_4_1_adam__first_two_steps_by_hand(name):
+    """Gradients 3, then 4: −lr·3/√9; then −lr·4/√v, v = (0.9·0.1·9 + 0.1·16)/(1 − 0.9²) = 2.41/0.19."""
+    trainer = small_trainer(double=True, learning_rate=0.01)
+    moves = steps_of_adam(getattr(trainer, name), getattr(trainer, f"{name}_step"), [3, 4])
+    assert moves == pytest.approx([-0.01, -0.04 / math.sqrt(2.41 / 0.19)], rel=1e-8)
+
+
+# α
+
+@pytest.mark.parametrize("epoch, alpha", [(0, 1), (14999, 1), (15000, 10), (19999, 10)])
+def test_rule_4_1_alpha__edges(epoch, alpha):
+    """1 from the start to just below three quarters of 20,000 epochs, 10 from there to the end."""
+    assert auxiliary_scale(epoch, 20000, 1, 10) == alpha
+
+
+def test_rule_4_1_alpha__of_the_thesis():
+    """α = 1 at the beginning, 10 at the end."""
+    assert (thesis("auxiliary-scale"), thesis("late-auxiliary-scale")) == (1, 10)
+
+
+def test_rule_4_1_alpha__reaches_both_losses(tmp_path, monkeypatch):
+    """Epochs 0 to 3 of 4 hand 1, 1, 1, 10 to each critic iteration and to the generator's, and to the log."""
+    seen, zero = [], {"total": 0.0}
+    monkeypatch.setattr(train_gan, "critic_iteration", lambda trainer, real, labels, scale: seen.append(scale) or zero)
+    monkeypatch.setattr(train_gan, "generator_iteration", lambda trainer, count, scale: seen.append(scale) or zero)
+    trainer, dataset = small_trainer(epochs=4, auxiliary_scale=1.0, late_auxiliary_scale=10.0), small_dataset(tmp_path)
+    assert [train_gan.train_epoch(trainer, dataset)["alpha"] for _ in range(4)] == [1, 1, 1, 10]
+    assert seen == [1] * 18 + [10] * 6
+
+
+# 3.3.1 What is drawn: labels, ε, z
+
+def test_rule_3_3_1_random_labels__uniform_over_the_two_classes():
+    """10,000 labels, each 0 or 1: the share of 1 within 4 standard deviations of ½."""
+    labels = draw_labels(10000, source(), CPU)
+    assert set(labels.tolist()) == {0, 1} and abs(labels.double().mean().item() - 0.5) < 4 * 0.005
+
+
+def test_rule_3_3_1_random_labels__independent():
+    """Of 10,000 pairs of neighbours each of the four kinds is a quarter (χ² at one in a thousand)."""
+    pairs = draw_labels(20000, source(), CPU).reshape(-1, 2)
+    assert stats.chisquare(torch.bincount(2 * pairs[:, 0] + pairs[:, 1], minlength=4)).pvalue > 1e-3
+
+
+def test_rule_3_3_1_epsilon__uniform_on_zero_to_one():
+    """10,000 draws, none outside [0, 1], follow U[0, 1] (Kolmogorov–Smirnov at one in a thousand); not normal."""
+    epsilon = draw_epsilon(10000, source(), CPU)
+    assert 0 <= epsilon.min() and epsilon.max() <= 1 and stats.kstest(epsilon, "uniform").pvalue > 1e-3
+
+
+def test_rule_3_3_1_epsilon__mean_and_variance():
+    """Mean ½ and variance 1/12, each within 4 standard deviations of 10,000 draws."""
+    epsilon = draw_epsilon(10000, source(), CPU).double()
+    assert abs(epsilon.mean().item() - 1 / 2) < 4 * math.sqrt(1 / 12 / 10000)
+    assert abs(epsilon.var().item() - 1 / 12) < 4 * math.sqrt(1 / 180 / 10000)
+
+
+def record(monkeypatch, name):
+    """Have train_gan's loss `name` append its arguments to the list that is returned."""
+    calls, loss = [], getattr(train_gan, name)
+    monkeypatch.setattr(train_gan, name, lambda *arguments: calls.append(arguments) or loss(*arguments))
+    return calls
+
+
+def test_rule_3_3_1_epsilon__one_a_sample_at_each_iteration(monkeypatch):
+    """The critic's loss gets (n,) values, all different, and others at the next iteration."""
+    trainer, calls = small_trainer(), record(monkeypatch, "critic_loss")
+    for _ in range(2):
+        critic_iteration(trainer, *batch(5), 1)
+    first, second = (call[5] for call in calls)
+    assert first.shape == second.shape == (5,) and len(torch.cat([first, second]).unique()) == 10
+
+
+def test_rule_3_3_1_latent__one_hot_in_front():
+    """(n, 128) with [0, 1] in front for a positive, [1, 0] for a negative."""
+    latent = draw_latent(torch.tensor([1, 0]), source())
+    assert latent.shape == (2, 128) and latent[:, :2].tolist() == [[0, 1], [1, 0]]
+
+
+def test_rule_3_3_1_latent__normal():
+    """The other 126 entries follow 𝒩(0, 1) (Kolmogorov–Smirnov at one in a thousand), whatever the label."""
+    latent = draw_latent(torch.arange(200) % 2, source())
+    assert all(stats.kstest(latent[y::2, 2:].flatten(), "norm").pvalue > 1e-3 for y in (0, 1))
+
+
+def seen_by_generator(trainer):
+    """A list to which every z that the trainer's generator is given is appended."""
+    latents = []
+    trainer.generator.register_forward_pre_hook(lambda module, z: latents.append(z[0].detach().clone()))
+    return latents
+
+
+def test_rule_3_3_1_latent__same_in_both_steps_and_in_sampling():
+    """The critic's step, the generator's step and 4.3's sampling draw their noise from 𝒩(0, 1)."""
+    trainer = small_trainer(attempts=1, class_probability=0.9)
+    latents = seen_by_generator(trainer)
+    critic_iteration(trainer, *batch(60), 1)
+    generator_iteration(trainer, 60, 1)
+    train_classifier.generate(trainer.generator, trainer.critic, 1, 60, math.inf, trainer.arguments, CPU)
+    assert len(latents) == 3 and all(stats.kstest(z[:, 2:].flatten(), "norm").pvalue > 1e-3 for z in latents)
+
+
+# The critic's iteration
+
+def test_rule_4_1_critic_step__leaves_the_generator():
+    """The critic moves; the generator keeps every bit and gets no gradient."""
+    trainer = small_trainer()
+    generator, critic = weights(trainer.generator), weights(trainer.critic)
+    critic_iteration(trainer, *batch(), 1)
+    assert torch.equal(weights(trainer.generator), generator) and not torch.equal(weights(trainer.critic), critic)
+    assert all(p.grad is None for p in trainer.generator.parameters())
+
+
+def test_rule_4_1_critic_step__gets_what_it_is_given(monkeypatch):
+    """L_f is of the reals with their labels, of G(z) with the labels in z, of λ and α."""
+    trainer, (real, labels) = small_trainer(penalty_scale=7.0), batch()
+    calls, latents = record(monkeypatch, "critic_loss"), seen_by_generator(trainer)
+    critic_iteration(trainer, real, labels, 3)
+    (critic, *data, epsilon, penalty_scale, scale), = calls
+    with torch.no_grad():
+        fake = trainer.generator(latents[0])
+    assert (critic, penalty_scale, scale) == (trainer.critic, 7, 3)
+    assert all(map(torch.equal, data, (real, labels, fake, latents[0][:, 1].long())))
+
+
+def test_rule_4_1_critic_step__down_the_gradient_of_the_whole_loss(monkeypatch):
+    """One step: each weight moves by −lr·g/(|g| + 10⁻⁸), g the gradient of L_f, penalty and cross-entropy in it."""
+    trainer = small_trainer(double=True, learning_rate=0.125)
+    calls, before = record(monkeypatch, "critic_loss"), weights(trainer.critic)
+    twin = Critic(6, 1).double()
+    twin.load_state_dict(trainer.critic.state_dict())
+    critic_iteration(trainer, *batch(dtype=torch.float64), 2)
+    critic_loss(twin, *calls[0][1:]).total.backward()
+    g = gradients(twin)
+    assert torch.allclose(weights(trainer.critic) - before, -0.125 * g / (g.abs() + 1e-8), rtol=1e-8, atol=1e-12)
+
+
+def test_rule_4_1_critic_step__gradients_start_from_zero():
+    """A gradient left from before does not count."""
+    one, other = small_trainer(), small_trainer()
+    for p in other.critic.parameters():
+        p.grad = torch.ones_like(p)
+    for trainer in (one, other):
+        critic_iteration(trainer, *batch(), 1)
+    assert torch.equal(weights(one.critic), weights(other.critic))
+
+
+def test_rule_4_1_critic_step__reports_the_terms(monkeypatch):
+    """What it returns is the loss's own terms, as numbers by their names."""
+    trainer, terms = small_trainer(), []
+    monkeypatch.setattr(train_gan, "critic_loss", lambda *arguments: terms.append(critic_loss(*arguments)) or terms[0])
+    assert critic_iteration(trainer, *batch(), 1) == {name: value.item() for name, value in terms[0]._asdict().items()}
+
+
+@pytest.mark.parametrize("size", [1, 2, 4, 9])
+def test_rule_4_1_critic_step__micro_batches_make_the_same_gradients(size):
+    """Five samples, `size` at a time: gradients, terms and draws are those of the whole batch."""
+    whole, parts = small_trainer(double=True), small_trainer(double=True, micro_batch=size)
+    terms = [critic_iteration(trainer, *batch(dtype=torch.float64), 2) for trainer in (whole, parts)]
+    assert torch.allclose(gradients(parts.critic), gradients(whole.critic), rtol=1e-10, atol=1e-10)
+    assert terms[1] == pytest.approx(terms[0], rel=1e-12) and torch.equal(whole.noise.get_state(), parts.noise.get_state())
+
+
+# The generator's iteration
+
+def test_rule_4_1_generator_step__leaves_the_critic():
+    """The generator moves; the critic keeps every bit, its gradients too, and can learn again."""
+    trainer = small_trainer()
+    critic_iteration(trainer, *batch(), 1)
+    generator, critic, slopes = weights(trainer.generator), weights(trainer.critic), gradients(trainer.critic)
+    generator_iteration(trainer, 5, 1)
+    assert torch.equal(weights(trainer.critic), critic) and not torch.equal(weights(trainer.generator), generator)
+    assert torch.equal(gradients(trainer.critic), slopes) and all(p.requires_grad for p in trainer.critic.parameters())
+
+
+def test_rule_4_1_generator_step__down_the_gradient_of_the_whole_loss(monkeypatch):
+    """One step: each weight moves by −lr·g/(|g| + 10⁻⁸), g the gradient of L_G for the labels in z."""
+    trainer = small_trainer(double=True, learning_rate=0.125)
+    before, latents = weights(trainer.generator), seen_by_generator(trainer)
+    twin, critic = Generator(6, 1).double(), Critic(6, 1).double()
+    for copy, network in ((twin, trainer.generator), (critic, trainer.critic)):
+        copy.load_state_dict(network.state_dict())
+    generator_iteration(trainer, 5, 2)
+    z, = latents
+    generator_loss(critic, twin(z), z[:, 1].long(), 2).total.backward()
+    g = gradients(twin)
+    assert torch.allclose(weights(trainer.generator) - before, -0.125 * g / (g.abs() + 1e-8), rtol=1e-8, atol=1e-12)
+
+
+def test_rule_4_1_generator_step__reports_the_terms(monkeypatch):
+    """What it returns is the loss's own terms, as numbers by their names."""
+    trainer, terms = small_trainer(), []
+    monkeypatch.setattr(train_gan, "generator_loss", lambda *a: terms.append(generator_loss(*a)) or terms[0])
+    assert generator_iteration(trainer, 5, 1) == {name: value.item() for name, value in terms[0]._asdict().items()}
+
+
+@pytest.mark.parametrize("size", [1, 2, 4, 9])
+def test_rule_4_1_generator_step__micro_batches_make_the_same_gradients(size):
+    """Five samples, `size` at a time: gradients, terms and draws are those of the whole batch."""
+    whole, parts = small_trainer(double=True), small_trainer(double=True, micro_batch=size)
+    terms = [generator_iteration(trainer, 5, 2) for trainer in (whole, parts)]
+    assert torch.allclose(gradients(parts.generator), gradients(whole.generator), rtol=1e-10, atol=1e-12)
+    assert terms[1] == pytest.approx(terms[0], rel=1e-12) and torch.equal(whole.noise.get_state(), parts.noise.get_state())
+
+
+# Five to one
+
+def recorded_epoch(run, monkeypatch):
+    """One epoch: its steps as (name, reals or count), and the z of each, in their order."""
+    trainer, steps = small_trainer(), []
+    for name in ("critic_iteration", "generator_iteration"):
+        def recorded(trainer, data, *rest, name=name, step=getattr(train_gan, name)):
+            steps.append((name, data))
+            return step(trainer, data, *rest)
+
+        monkeypatch.setattr(train_gan, name, recorded)
+    latents = seen_by_generator(trainer)
+    train_gan.train_epoch(trainer, small_dataset(run))
+    return trainer, steps, latents
+
+
+def test_rule_4_1_five_to_one__in_every_preset():
+    """Five critic iterations, thesis and demo."""
+    row, = (row for row in PRESETS if (row.stage, row.name) == ("train_gan", "critic-iterations"))
+    assert (row.thesis, row.demo) == (5, 5)
+
+
+def test_rule_4_1_five_to_one__order(tmp_path, monkeypatch):
+    """Five iterations of the critic, then one of the generator."""
+    _, steps, _ = recorded_epoch(tmp_path, monkeypatch)
+    assert [name for name, _ in steps] == ["critic_iteration"] * 5 + ["generator_iteration"]
+
+
+def test_rule_4_1_five_to_one__steps_of_the_optimizers(tmp_path, monkeypatch):
+    """After an epoch Adam has counted five steps of each weight of the critic and one of the generator's."""
+    trainer, _, _ = recorded_epoch(tmp_path, monkeypatch)
+    counted = [{state["step"].item() for state in step.state.values()} for step in (trainer.critic_step, trainer.generator_step)]
+    assert counted == [{5}, {1}] and trainer.epoch == 1
+
+
+def test_rule_4_1_five_to_one__fresh_z_at_each(tmp_path, monkeypatch):
+    """Six draws of z, the generator's own among them: no noise is used twice."""
+    _, _, latents = recorded_epoch(tmp_path, monkeypatch)
+    assert len(latents) == 6 and len(torch.cat(latents)[:, 2:].unique()) == 6 * 4 * 126
+
+
+def test_rule_4_1_five_to_one__fresh_reals_at_each(tmp_path, monkeypatch):
+    """The five batches of reals all differ."""
+    _, steps, _ = recorded_epoch(tmp_path, monkeypatch)
+    reals = [data for name, data in steps if name == "critic_iteration"]
+    assert not any(torch.equal(one, other) for one, other in itertools.combinations(reals, 2))
+
+
+def test_rule_4_1_five_to_one__log_holds_the_mean_of_the_five(tmp_path, monkeypatch):
+    """Critic terms 1, 2, 3, 4, 10 are logged as 4, beside the generator's own."""
+    values = iter([1, 2, 3, 4, 10])
+    monkeypatch.setattr(train_gan, "critic_iteration", lambda *a: {"total": next(values)})
+    monkeypatch.setattr(train_gan, "generator_iteration", lambda *a: {"total": 7})
+    row = train_gan.train_epoch(small_trainer(), small_dataset(tmp_path))
+    assert (row["epoch"], row["critic"], row["generator"]) == (1, {"total": 4}, {"total": 7})
+
+
+# The z that stays fixed
+
+def test_rule_4_1_fixed_z__stays_through_the_training(tmp_path):
+    """An epoch leaves it as it was: four negatives, then four positives, by their one-hot."""
+    trainer = small_trainer()
+    before = trainer.fixed_latent.clone()
+    train_gan.train_epoch(trainer, small_dataset(tmp_path))
+    assert torch.equal(trainer.fixed_latent, before) and before[:, :2].tolist() == [[1, 0]] * 4 + [[0, 1]] * 4
+
+
+def test_rule_4_1_fixed_z__is_drawn_by_the_generator_of_the_moment(tmp_path):
+    """Each moment holds its epoch and round(127.5·(G(z) + 1)) to half a grey by the generator as it was then."""
+    trainer, dataset = small_trainer(), small_dataset(tmp_path)
+    for epoch in (0, 1):
+        train_gan.sample_fixed(trainer)
+        exact = (trainer.generator(trainer.fixed_latent).double()[:, 0] + 1) * 127.5
+        assert trainer.moments[epoch][0] == epoch and (trainer.moments[epoch][1] - exact).abs().max() < 0.501
+        train_gan.train_epoch(trainer, dataset)
+
+
+def test_rule_4_1_fixed_z__drawing_it_changes_nothing():
+    """Weights, optimizers and randomness are the same before and after."""
+    trainer = small_trainer()
+    before = leaves(trainer.state())
+    train_gan.sample_fixed(trainer)
+    trainer.moments.clear()
+    assert leaves(trainer.state()) == before
+
+
+def test_rule_4_1_fixed_z__from_the_start_to_the_end(tmp_path, monkeypatch):
+    """Drawn before the first epoch and at each eighth of the training."""
+    monkeypatch.setattr(train_gan, "train_epoch", fake_epoch)
+    trainer = small_trainer(epochs=16)
+    train_gan.train(trainer, None, tmp_path)
+    assert [epoch for epoch, _ in trainer.moments] == [0, 2, 4, 6, 8, 10, 12, 14, 16]
+
+
+# Seeds, stop and resume, losses that are no numbers
+
+def test_trainer__seed_decides_the_weights():
+    """Same seed, same weights and z, whatever torch's global randomness was; another seed, others."""
+    one, again, other = (torch.manual_seed(i) and small_trainer(seed=seed) for i, seed in enumerate((3, 3, 4)))
+    for part in (lambda t: weights(t.generator), lambda t: weights(t.critic), lambda t: t.fixed_latent, lambda t: t.noise.get_state()):
+        assert torch.equal(part(one), part(again)) and not torch.equal(part(one), part(other))
+
+
+def test_trainer__state_survives_the_disk(tmp_path):
+    """A trained Trainer's state, saved, loaded and restored in a new one, is that state again, bit for bit."""
+    trainer, new = small_trainer(), small_trainer()
+    train_gan.sample_fixed(trainer)
+    train_gan.train_epoch(trainer, small_dataset(tmp_path))
+    lungaug.save_checkpoint(tmp_path / "checkpoint.pt", trainer.state())
+    assert leaves(new.state()) != leaves(trainer.state())
+    new.restore(lungaug.load_checkpoint(tmp_path / "checkpoint.pt", ""))
+    assert leaves(new.state()) == leaves(trainer.state())
+
+
+def trained(folder, dataset, stop=None):
+    """train() in `folder` from its checkpoint, or from the start; after `stop` epochs a Ctrl-C. Returns the Trainer."""
+    trainer, epoch = train_gan.load_or_start(folder, options(), 6, CPU), train_gan.train_epoch
+
+    def interrupted(trainer, dataset):
+        if trainer.epoch == stop:
+            raise KeyboardInterrupt
+        return epoch(trainer, dataset)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(train_gan, "train_epoch", interrupted)
+        train_gan.train(trainer, dataset, folder)
+    return trainer
+
+
+def test_train__resumed_ends_with_the_same_bytes(tmp_path):
+    """Stopped after 2 of 4 epochs, its log a row and a half ahead of its checkpoint, and resumed: weights, optimizers,
+    randomness, pictures and log are the uninterrupted training's."""
+    dataset, one, two = small_dataset(tmp_path), tmp_path / "one", tmp_path / "two"
+    with pytest.raises(KeyboardInterrupt):
+        trained(two, dataset, stop=2)
+    with open(two / "log.jsonl", "a") as file:
+        file.write('{"epoch": 3, "critic": {}}\n{"epoch": 4, "cri')
+    whole, resumed = trained(one, dataset), trained(two, dataset)
+    whole.seconds = resumed.seconds = 0
+    assert resumed.epoch == 4 and leaves(resumed.state()) == leaves(whole.state())
+    assert all((one / name).read_bytes() == (two / name).read_bytes() for name in ("log.jsonl", "figure_7.svg", "progression.png"))
+
+
+def test_train__checkpoint_is_the_trainer_at_the_end(tmp_path):
+    """checkpoint.pt holds the last epoch's weights, optimizers and randomness."""
+    trainer = trained(tmp_path / "gan", small_dataset(tmp_path))
+    assert leaves(lungaug.load_checkpoint(tmp_path / "gan" / "checkpoint.pt", "")) == leaves(trainer.state())
+
+
+def test_train__other_settings_do_not_resume(tmp_path):
+    """A checkpoint made with another seed is refused, and said so; under --overwrite training starts from nothing."""
+    trained(tmp_path / "gan", small_dataset(tmp_path))
+    with pytest.raises(Refusal, match="seed 0, not 1"):
+        train_gan.load_or_start(tmp_path / "gan", options(seed=1), 6, CPU)
+    assert train_gan.load_or_start(tmp_path / "gan", options(seed=1, overwrite=True), 6, CPU).epoch == 0
+
+
+@pytest.mark.parametrize("loss", [math.nan, math.inf])
+def test_train__loss_that_is_no_number_stops(tmp_path, monkeypatch, loss):
+    """In epoch 3 of 4: Refusal that says so; the checkpoint of epoch 2 and a log of two rows are left."""
+    monkeypatch.setattr(train_gan, "train_epoch", lambda t, _: fake_epoch(t, _, loss if t.epoch == 2 else 0.0))
+    with pytest.raises(Refusal, match="no number in epoch 3 — lower --learning-rate"):
+        train_gan.train(small_trainer(), None, tmp_path)
+    assert lungaug.load_checkpoint(tmp_path / "checkpoint.pt", "")["epoch"] == 2
+    assert [row["epoch"] for row in lungaug.read_log(tmp_path / "log.jsonl")] == [1, 2]
+
+
+@pytest.mark.parametrize("name", ["generator", "critic"])
+def test_train__weight_that_is_no_number_stops(tmp_path, name):
+    """One NaN among the weights of either network is found in the next epoch's losses."""
+    trainer = small_trainer()
+    trainer.epoch = 1
+    next(getattr(trainer, name).parameters()).data.view(-1)[0] = math.nan
+    with pytest.raises(Refusal, match="no number in epoch 2"):
+        train_gan.train(trainer, small_dataset(tmp_path), tmp_path / "gan")
+    assert not (tmp_path / "gan" / "checkpoint.pt").exists()
+
+
+def test_half_precision__weights_and_optimizers_stay_float32():
+    """Under bfloat16 the critic computes another loss than under float32; its weights and Adam's state stay float32."""
+    half, full = small_trainer(precision="bfloat16"), small_trainer()
+    terms = [critic_iteration(trainer, *batch(), 1) for trainer in (half, full)]
+    kept = [*half.critic.parameters(), *(t for state in half.critic_step.state.values() for t in state.values())]
+    assert terms[0] != terms[1] and {t.dtype for t in kept} == {torch.float32}
+
+
+# Figure 7
+
+def test_rule_4_1_smoothed__by_hand():
+    """0, 3, 6, 0 over three: means 1.5, 3, 3, 3 (two at the ends); bands ±1.96·(1.5, √6, √6, 3)."""
+    mean, (low, high) = lungaug.smooth([0, 3, 6, 0], 3)
+    half = 1.96 * np.array([1.5, math.sqrt(6), math.sqrt(6), 3])
+    assert mean.tolist() == [1.5, 3, 3, 3]
+    assert np.allclose(high - mean, half, rtol=1e-14) and np.allclose(mean - low, half, rtol=1e-14)
+
+
+def test_rule_4_1_smoothed__a_line_is_its_own_mean():
+    """A centred window does not shift a straight line, but at its ends; its band is as wide everywhere between."""
+    line = 2 * np.arange(20.0) + 1
+    mean, (low, high) = lungaug.smooth(line, 5)
+    assert np.allclose(mean[2:-2], line[2:-2], rtol=1e-14) and np.allclose((high - low)[2:-2], 2 * 1.96 * 2 * math.sqrt(2))
+
+
+def test_rule_4_1_smoothed__band_holds_95_percent():
+    """Of normal values about 95% lie within the band of a long window: ±1.96 standard deviations, not of the mean."""
+    values = np.random.default_rng(1).normal(size=4000)
+    _, (low, high) = lungaug.smooth(values, 1001)
+    assert abs(np.mean((low < values) & (values < high)) - 0.95) < 4 * math.sqrt(0.95 * 0.05 / 4000)
