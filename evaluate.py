@@ -159,7 +159,7 @@ def write_scores(path, dataset, scores):
         info = dataset.info["scans"][scan]
         centre = np.array(info["origin"]) + voxel[::-1]
         table.writerow([info["seriesuid"], *(f"{v:.2f}" for v in centre), flips[i], labels[i],
-                        *(f"{probability[i]:.6f}" for probability in scores.values())])
+                        *(f"{probability[i]:.9g}" for probability in scores.values())])
     lungaug.write_text(path, text.getvalue())
 
 

@@ -13,6 +13,7 @@ It imports no other file of ours: each stage is run as the command that a studen
 import argparse
 import base64
 import html
+import io
 import json
 import os
 import platform
@@ -22,6 +23,7 @@ import struct
 import subprocess
 import sys
 import time
+import zipfile
 import zlib
 from contextlib import contextmanager
 from pathlib import Path
@@ -312,12 +314,16 @@ def save_checkpoint(path, state):
 
 
 def load_checkpoint(path, do):
-    """The state that `save_checkpoint` wrote (tensors, numbers, text, lists and dicts: no code is run)."""
+    """The state that `save_checkpoint` wrote (tensors, numbers, text, lists and dicts: no code is run). Raises Refusal."""
     try:
-        return torch.load(path, map_location="cpu", weights_only=True)
+        data = io.BytesIO(Path(path).read_bytes())
     except FileNotFoundError:
         raise Refusal(path, "is not there", do) from None
-    except OSError:
+    try:
+        check(zipfile.ZipFile(data).testzip() is None, path, "is damaged", "start again with --overwrite")
+        data.seek(0)
+        return torch.load(data, map_location="cpu", weights_only=True)
+    except Refusal:
         raise
     except Exception as error:      # a damaged file raises anything: pickle, zip, runtime, key, attribute errors
         raise Refusal(path, f"does not read back ({type(error).__name__})", "start again with --overwrite") from None
@@ -399,7 +405,7 @@ def progress(label, total, every=15.0):
         shown, rate = now, (done - first) / max(now - start, 1e-9)
         left = f", {duration((total - done) / rate)} left" if rate and done < total else ""
         speed = f"{rate:.1f}/s" if rate >= 1 else f"{rate * 60:.1f}/min"
-        line = f"{label} {done}/{total}  {speed}{left}  {text}"
+        line = f"{label} {done}/{total}  {speed}{left}  {printable(text)}"
         line, end = (f"\r\x1b[K{line}", "" if done < total else "\n") if live else (line, "\n")
         print(line, end=end, file=sys.stderr, flush=True)
 

@@ -178,7 +178,7 @@ def test_eq_1_3_3_generator__is_not_minimising_js():
     weights, p = draw(1, 3).requires_grad_(), tensor([0.2, 0.3, 0.5])
     q = weights.softmax(0)
     d, slope = (p / (p + q)).detach(), lambda value: grad(value, weights, retain_graph=True)[0]
-    assert same(slope(discriminator_value(d, p, q)), slope(2 * js(p, q)))    # [6]'s proof: 𝔼_z log(1 − D) leads down JS
+    assert same(slope(discriminator_value(d, p, q)), slope(2 * js(p, q)))    # [6]'s proof is of log(1 − D)
     assert same(slope((q * d.log()).sum()), slope(2 * js(p, q) - kl(q, p)))
 
 
@@ -244,7 +244,7 @@ def test_eq_1_3_5_js__scipy_agrees():
 
 
 def test_eq_1_3_5_kl_disjoint__log_2_without_overlap_only():
-    """Erratum: KL(P ‖ M) is log 2, not KL(P ‖ Q), which is ∞; with overlap it is less   [eq_1_3_5_kl_disjoint]"""
+    """KL(P ‖ M) = log 2 without overlap, where KL(P ‖ Q) = ∞; with overlap it is less   [eq_1_3_5_kl_disjoint]"""
     p, q = torch.cat([P, 0 * Q]), torch.cat([0 * P, Q])
     assert same([kl(p, mixture(p, q)), kl(q, mixture(p, q))], [np.log(2)] * 2)
     assert kl(p, q) == np.inf and kl(P, mixture(P, Q)) < np.log(2)
@@ -299,7 +299,7 @@ def test_rule_1_3_5_lipschitz__bounds_the_gradient_where_there_is_one():
 
 
 def test_rule_1_3_5_gradient__almost_everywhere():
-    """∂W/∂y points from a fake's real at any distance; erratum: none where they meet   [rule_1_3_5_gradient]"""
+    """∂W/∂y leads from a fake's real, however far; erratum: no gradient where they meet   [rule_1_3_5_gradient]"""
     far = lambda y: wasserstein(REAL, y, EQUAL, EQUAL)
     slope = jacobian(far, FAKE + 100)
     assert same(slope.norm(dim=1), EQUAL) and same(far(FAKE + 100 - 7 * slope / EQUAL[0]), far(FAKE + 100) - 7)
@@ -314,7 +314,7 @@ def test_rule_1_3_5_moment__one_is_the_power_of_the_distance():
 
 
 def test_rule_1_3_5_critic_unbounded__no_sigmoid():
-    """Raise the score's bias by 1000 and the score rises by 1000, out of (0, 1)   [rule_1_3_5_critic_unbounded]"""
+    """f(x) ∈ ℝ, no sigmoid: with its bias raised by 1000 it rises by 1000   [rule_1_3_5_critic_unbounded]"""
     critic, x = models.Critic(24, 2).double().requires_grad_(False), draw(1, 2, 1, 24, 24, 24)
     before, _ = critic(x)
     critic.score.bias += 1000

@@ -91,6 +91,15 @@ def test_nearest_training__in_parts_as_at_once(tmp_path, size):
     assert np.allclose(np.sqrt(((queries - found) ** 2).sum((1, 2, 3))), expected, atol=1e-5)
 
 
+@pytest.mark.parametrize("row", [0, 4, 5, 28])
+def test_nearest_training__finds_the_first_and_the_last(tmp_path, row):
+    """A copy of the first or last cube, of the data or of a part, is found at its place."""
+    dataset = small_run(tmp_path)
+    rows, flips, _ = preprocessing.labelled(dataset, "train")
+    copy = preprocessing.read_cubes(dataset, rows[[row]], flips[[row]])[:, 0]
+    assert [found.tolist() for found in evaluate.nearest_training(copy, dataset, rows, flips, 5)] == [[row], [0]]
+
+
 @pytest.mark.parametrize("size", [1, 2, 3, 128])
 def test_nearest_training__ties_give_the_first_over_the_parts(tmp_path, size):
     """The same cube again in a later part does not replace the first."""
@@ -129,6 +138,16 @@ def test_draw_novelty__six_figures_and_which_were_accepted(tmp_path, accepted):
     assert all((tmp_path / f"figure_{number}.png").stat().st_size for number in range(9, 15))
 
 
+def test_draw_novelty__the_figures_are_of_samples_from_all_of_the_accepted(tmp_path, monkeypatch):
+    """Of more than six accepted samples the figures show the first, the last, and some between, each beside its nearest."""
+    dataset, pairs = small_run(tmp_path), []
+    made = write_generated(tmp_path, positives=11)["positive"] / 700 + 3 / 7
+    monkeypatch.setattr(evaluate, "pair", lambda left, right: pairs.append((left, right)) or np.zeros((1, 1), np.uint8))
+    found = evaluate.draw_novelty(tmp_path, tmp_path, dataset)["generated"]
+    assert np.allclose([left for left, _ in pairs], made[::2], atol=1e-5)
+    assert np.allclose([np.linalg.norm(left - right) for left, right in pairs], [row["distance"] for row in found], atol=1e-4)
+
+
 def test_draw_novelty__distances_are_those_of_a_loop(tmp_path):
     """The distances reported, of generated and of held-out samples, are those to the nearest training cube."""
     dataset = small_run(tmp_path)
@@ -138,6 +157,21 @@ def test_draw_novelty__distances_are_those_of_a_loop(tmp_path):
     assert np.allclose([row["distance"] for row in found["generated"]], nearest_by_loop(made, training)[1], atol=1e-4)
     test = cubes_of(dataset, "positives", "test")
     assert np.allclose(found["held_out_distances"], nearest_by_loop(test, training)[1], atol=1e-4)
+
+
+def test_draw_samples__a_row_a_kind_and_black_where_there_are_too_few(tmp_path, monkeypatch):
+    """Rows of middle slices: real positives, generated ones, real negatives, generated ones; nothing made up."""
+    dataset, sheets = small_run(tmp_path), []
+    made = write_generated(tmp_path, positives=3, negatives=20)
+    monkeypatch.setattr(lungaug, "tile", lambda images, columns: sheets.append((np.asarray(images), columns)) or np.zeros((1, 1), np.uint8))
+    evaluate.draw_samples(tmp_path, tmp_path, dataset)
+    (images, columns), = sheets
+    rows = images.reshape(4, 16, 6, 6)
+    assert columns == 16
+    real = [lungaug.grey(cubes_of(dataset, kind, "train")[:, 3]) for kind in ("positives", "negatives")]
+    assert all(np.array_equal(row[[0, -1]], middles[[0, -1]]) for row, middles in zip(rows[::2], real))
+    assert np.array_equal(rows[1, :3], lungaug.grey(made["positive"][:, 3] / 700 + 3 / 7)) and not rows[1, 6:].any()
+    assert np.array_equal(rows[3], lungaug.grey(made["negative"][:16, 3] / 700 + 3 / 7))
 
 
 # 5.2 Classification metrics
@@ -329,6 +363,16 @@ def test_tables__an_arm_that_was_left_out_has_dashes(tmp_path):
     table = evaluate.tables(dataset, {"real": np.zeros(20)})[4]
     assert "flips" not in table and table["thesis"]["confusion"]["tp"] == 919
     assert [cells[1:] for cells in evaluate.table_cells(table)][:2] == [("–", "–", "919"), ("–", "–", "8,539")]
+
+
+def test_table_cells__each_number_stands_beside_its_name(tmp_path):
+    """A row of a table: its name, then flips, nodules and the thesis."""
+    dataset = small_run(tmp_path, nodules=(1, 1, 2), negatives=(1, 1, 3))
+    table = evaluate.tables(dataset, {"real": np.array([0.9] * 12 + [0.1] * 6 + [0.9])})[2]
+    assert evaluate.table_cells(table) == [
+        ("TP", "12", "2", "1,583"), ("FP", "1", "1", "2,776"), ("FN", "4", "0", "50"), ("TN", "2", "2", "113,451"),
+        ("sensitivity", "0.750", "1.000", "0.969"), ("specificity", "0.667", "0.667", "0.976"),
+        ("precision", "0.923", "0.667", "0.363"), ("f1", "0.828", "0.800", "0.528")]
 
 
 def test_labelled__the_test_set_positives_with_eight_flips_first(tmp_path):

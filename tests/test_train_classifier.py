@@ -181,6 +181,12 @@ def test_rule_4_3_generate_score_select__stops_at_wanted():
     assert len(cubes) == 50 and accepted_by_hand(latents[:-1], 1, 0.2, 0.9)[1].sum() < 50
 
 
+def test_rule_4_3_generate_score_select__exactly_wanted_is_enough():
+    """Where a batch brings exactly the number wanted, no other is drawn."""
+    cubes, rejected, rate, latents = run_generate(1, 64, -1, "--class-probability", "0")
+    assert len(cubes) == 64 == sum(map(len, latents)) and len(rejected) == 0 and rate == 1
+
+
 def test_rule_4_3_generate_score_select__attempts_are_capped():
     """A GAN that delivers nothing is asked --attempts times for each one wanted, and not once more."""
     cubes, _, rate, latents = run_generate(1, 33, 2, "--attempts", "3")
@@ -261,6 +267,14 @@ def test_generate_classes__as_many_as_the_reals_with_flips_of_both_classes(tmp_p
     for name in ("positive", "negative"):
         made = np.load(tmp_path / "classifiers" / "generated" / f"{name}.npy")
         assert classes[name]["wanted"] == 24 and classes[name]["accepted"] == len(made) <= 24
+
+
+@pytest.mark.parametrize("probability, delivers", [("0", True), ("1", False)])
+def test_generate_classes__says_so_where_the_gan_does_not_deliver(tmp_path, monkeypatch, capsys, probability, delivers):
+    """Where fewer are accepted than wanted, and only there, the output says so and names the options."""
+    _, classes = run_generate_classes(tmp_path, monkeypatch, "--score-quantile", "0", "--class-probability", probability)
+    assert (classes["positive"]["accepted"] == 24) == delivers
+    assert ("lower --score-quantile" not in capsys.readouterr().out) == delivers
 
 
 def test_generate_classes__a_second_time_they_are_read_back(tmp_path, monkeypatch):
