@@ -196,8 +196,8 @@ def read_voxels(path, start, wanted, compressed):
     return found
 
 
-def read_tags(path, names=None):
-    """A DICOM file's header, all of it or the named tags; an empty one where it does not read."""
+def read_tags(path, names):
+    """The named tags of a DICOM file, those that it has; none where it does not read."""
     try:
         return pydicom.dcmread(path, stop_before_pixels=True, specific_tags=names)
     except Exception:       # what a broken DICOM file raises has no bounds; its caller passes it over for want of tags
@@ -233,7 +233,7 @@ def stack(source):
     own UID and is left out. Raises Refusal; a missing or doubled slice is named by its place.
     """
     where, groups = source.files[0].parent, defaultdict(list)
-    for tags in map(read_tags, source.files):
+    for tags in (read_tags(path, list(GEOMETRY)) for path in source.files):
         if all(name in tags for name in GEOMETRY):
             plane = np.round(np.array([*tags.ImageOrientationPatient, *tags.PixelSpacing], float), 3)
             groups[tags.Rows, tags.Columns, *plane].append(tags)
@@ -318,17 +318,17 @@ def grid(scan):
 def resample(scan, step=1, origin=None, shape=None):
     """HU at 1×1×1 mm by linear interpolation: index = (direction·spacing)⁻¹ · (x − origin)   [rule_2_1_1_resample]
 
-    origin (x, y, z) in mm and shape (z, y, x): the part of the grid to fill (default: all); step: mm between points.
+    origin (x, y, z) in mm and shape (z, y, x): a part of the grid to fill (default: all); step: mm between points.
     Returns Volume(hu (z, y, x) in the scan's dtype, origin); outside the scan lies air. Linear, because a higher
     order overshoots at bone and metal.
     """
     scan = reorient(scan)
     origin, shape = (origin, shape) if origin is not None else grid(scan)
     inverse = np.linalg.inv(affine(scan))[::-1, ::-1]
-    matrix, offset = inverse * step, inverse @ (origin - scan.origin)[::-1]
+    matrix, offset, mode = inverse * step, inverse @ (origin - scan.origin)[::-1], "grid-constant"
     if np.count_nonzero(inverse) == 3:
-        matrix = np.diag(matrix)        # the axes agree: many times quicker
-    hu = ndimage.affine_transform(scan.hu, matrix, offset, tuple(shape), order=1, mode="grid-constant", cval=AIR)
+        matrix, mode = np.diag(matrix), "nearest"       # the axes agree: quicker, and no point lies outside the scan
+    hu = ndimage.affine_transform(scan.hu, matrix, offset, tuple(shape), order=1, mode=mode, cval=AIR)
     return Volume(hu, origin)
 
 

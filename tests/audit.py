@@ -22,6 +22,7 @@ from typing import NamedTuple
 
 ROOT = Path(__file__).resolve().parent.parent
 FILES = ("preprocessing.py", "models.py", "losses.py", "train_gan.py", "train_classifier.py", "evaluate.py", "lungaug.py")
+TABLES = {"num_table_1": [2, 1, 5]} | {f"num_table_{n}": [5, 2, n] for n in (2, 3, 4, 5)}      # the section of each
 ID = r"(?:eq|rule|num)_[0-9a-z_]+"
 
 
@@ -47,7 +48,7 @@ def entries(root=ROOT):
                 found.append(Entry(mark[2], mark[1].strip(" ,"), f"{stem}.{constant}"))
             elif (mark := re.match(rf'    Preset\("(\w+)", "([\w-]+)", ([\w.-]+), .*\[({ID})\]', line)):
                 found.append(Entry(mark[4], f"{mark[2]} = {mark[3]}", f"lungaug.PRESETS ({mark[1]})"))
-    return sorted(found, key=lambda entry: [int(n) for n in re.findall(r"_(\d)(?=_)", entry.id)])
+    return sorted(found, key=lambda entry: TABLES.get(entry.id) or [int(n) for n in re.findall(r"_(\d)(?=_)", entry.id)])
 
 
 def tests(root=ROOT):

@@ -165,6 +165,13 @@ def test_eq_1_3_5_gradient_penalty__is_of_the_score_alone():
     assert torch.equal(gradient_penalty(steep, real, fake, epsilon), gradient_penalty(quadratic, real, fake, epsilon))
 
 
+def test_eq_1_3_5_gradient_penalty__no_gradient_to_the_samples():
+    """It is a loss of the critic's weights: none of it reaches what made the real, the fake or ε."""
+    a, real, fake, epsilon = (t.requires_grad_() for t in (numbers(2), random(*SHAPE), random(*SHAPE), random(3)))
+    gradient_penalty(lambda x: quadratic(x, a), real, fake, epsilon).sum().backward()
+    assert real.grad is None and fake.grad is None and epsilon.grad is None and a.grad.abs() > 0
+
+
 def test_eq_1_3_5_gradient_penalty__norm_of_a_network_by_finite_differences():
     """‖∇f(x̂)‖ of a real critic from central differences in each of its 216 voxels."""
     critic, real, fake, epsilon = Critic(6, 1).double(), random(1, 1, 6, 6, 6), random(1, 1, 6, 6, 6), numbers(0.3)

@@ -9,6 +9,7 @@ import os
 import pickle
 import re
 import struct
+import subprocess
 import sys
 import zlib
 from pathlib import Path
@@ -113,13 +114,14 @@ def test_settle__typed_options_override_the_preset(word, value):
 
 def test_typed__hands_each_stage_what_it_knows():
     """Each stage gets those of the typed options that are its own, and understands them as they were."""
-    words = ("--run r --preset demo --seed 0 --device cpu --scans s --workers 2 --strict --cube 12 --width 3 --precision bfloat16 "
+    words = ("--run r --preset demo --seed 0 --device cpu --scans s --workers 2 --strict --part 2/8 --cube 12 --width 3 --precision bfloat16 "
              "--overwrite --epochs 4 --attempts 2 --score-quantile 0 --batch-size 8 --checkpoint-minutes 0.5").split()
     every, given = lungaug.parse("", *STAGES, words=words), {}
     for stage in STAGES:
         given[stage] = vars(lungaug.parse("", stage, words=[str(word) for word in lungaug.typed(every, stage)]))
         assert all(value == getattr(every, key) for key, value in given[stage].items())
     assert given["preprocessing"]["cube"] == 12 and given["preprocessing"]["strict"] is True
+    assert given["preprocessing"]["part"] == (2, 8)
     assert given["train_gan"]["epochs"] == given["train_classifier"]["epochs"] == 4
     assert given["train_classifier"]["score_quantile"] == 0 and "width" not in given["train_classifier"]
     assert set(given["evaluate"]) == {"run", "preset", "seed", "device"}
@@ -137,6 +139,14 @@ def test_parse__what_no_stage_can_use_exits_2(words, capsys):
     """An unknown or shortened option, or a value out of range, ends with status 2 and a line that names it."""
     with pytest.raises(SystemExit) as stopped:
         lungaug.parse("", "train_classifier", words=words.split())
+    assert stopped.value.code == 2 and words.split()[0] in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("words", ["--part 0/2", "--part 3/2", "--part 2", "--part a/b", "--part 1/2/3", "--max-slice-mm nan", "--workers 0"])
+def test_parse__what_preprocessing_cannot_use_exits_2(words, capsys):
+    """A part that is none, or a number out of range, ends with status 2 and a line that names the option."""
+    with pytest.raises(SystemExit) as stopped:
+        lungaug.parse("", "preprocessing", words=words.split())
     assert stopped.value.code == 2 and words.split()[0] in capsys.readouterr().err
 
 
@@ -321,15 +331,36 @@ def test_read_json__the_value_or_one_line(tmp_path):
 
 
 def test_claim__a_folder_of_other_parameters_is_refused(tmp_path):
-    """A folder made with other parameters is refused, the same ones go on, --overwrite empties it."""
-    lungaug.claim(tmp_path, {"cube": 12}, False)
-    lungaug.write_bytes(tmp_path / "a.npy", b"old")
-    lungaug.claim(tmp_path, {"cube": 12}, False)
-    with pytest.raises(Refusal, match="cube 12, not 24"):
-        lungaug.claim(tmp_path, {"cube": 24}, False)
-    assert (tmp_path / "a.npy").exists()
+    """A folder made with other parameters is refused and stays theirs; the same go on; --overwrite makes it ours."""
+    for _ in range(2):
+        lungaug.claim(tmp_path, {"cube": 12}, False)
+        with pytest.raises(Refusal, match="cube 12, not 24"):
+            lungaug.claim(tmp_path, {"cube": 24}, False)
     lungaug.claim(tmp_path, {"cube": 24}, True)
-    assert not (tmp_path / "a.npy").exists() and lungaug.read_json(tmp_path / "parameters.json", "") == {"cube": 24}
+    lungaug.claim(tmp_path, {"cube": 24}, False)
+    with pytest.raises(Refusal, match="cube 24, not 12"):
+        lungaug.claim(tmp_path, {"cube": 12}, False)
+
+
+def test_alone__a_second_process_at_the_same_work_is_refused(tmp_path):
+    """Two trainings in one folder would spoil each other: the second is refused; other work, or a later one, is not."""
+    code = "import sys; sys.path.insert(0, sys.argv[1]); import lungaug; lungaug.command(lambda: lungaug.alone(sys.argv[2], sys.argv[3]).__enter__())"
+    words = [sys.executable, "-c", code, str(HERE), str(tmp_path)]
+    with lungaug.alone(tmp_path, "training"):
+        second = subprocess.run([*words, "training"], capture_output=True, text=True)
+        with lungaug.alone(tmp_path, "part 1 of 2"):
+            pass
+    assert second.returncode == 2 and re.fullmatch(f"lungaug: {tmp_path}: [^\n]+ — [^\n]+\n", second.stderr)
+    with lungaug.alone(tmp_path, "training"):
+        pass
+
+
+def test_alone__a_work_that_failed_leaves_the_folder_free(tmp_path):
+    """The lock goes with the work, however it ends."""
+    with pytest.raises(ZeroDivisionError), lungaug.alone(tmp_path, "training"):
+        1 / 0
+    with lungaug.alone(tmp_path, "training"):
+        pass
 
 
 # Checkpoints and logs

@@ -83,7 +83,7 @@ def test_sides__double_from_three_to_the_cube():
     assert (sides(6), sides(48)) == ([3, 6], [3, 6, 12, 24, 48])
 
 
-@pytest.mark.parametrize("cube", [20, 3, 50, 0, -6, 7])
+@pytest.mark.parametrize("cube", [20, 3, 50, 0, -6, 36])
 def test_sides__refuses_others(cube):
     """A cube that halvings do not bring to 3, or that is 3 itself, is turned away by its number."""
     with pytest.raises(ValueError, match=f"not {cube}$"):
@@ -305,6 +305,13 @@ def test_rule_3_1_generator__linear_from_128_to_three_cubed():
     assert (linear.in_features, linear.out_features) == (128, 8 * 16 * 27)
 
 
+def test_rule_3_1_generator__formula():
+    """tanh(conv 3³(block(block(linear(z) as 4w×3³)))) for cube 12, w = 1, with nothing between."""
+    g, z = shaken(Generator(12, 1)), random(2, LATENT)
+    h = (z @ g.linear.weight.T + g.linear.bias).reshape(2, 4, 3, 3, 3)
+    assert near(g(z), three(g.blocks[1](g.blocks[0](h)), g.conv).tanh())
+
+
 @pytest.mark.parametrize("place", [0, 1, 64, 127])
 def test_rule_3_1_generator__reads_the_whole_latent(place):
     """Every entry, the one-hot's two among them, reaches the cube."""
@@ -357,6 +364,23 @@ def test_rule_3_1_critic__heads_are_linear(output, head):
     layer.weight.data *= -1024
     layer.bias.data *= -1024
     assert torch.equal(critic(x)[output], -1024 * before) and before.abs().min() > 0
+
+
+def test_rule_3_1_critic__formula():
+    """The heads' trunk is block(block(LReLU(LN(conv 3³(x))))) for cube 12, with nothing between or after."""
+    c, x = shaken(Critic(12, 1)), samples(Critic, 12)
+    h = F.leaky_relu(layer_norm(three(x, c.conv), c.norm), 0.2)
+    trunk = c.blocks[1](c.blocks[0](h)).reshape(3, -1)
+    assert near(c(x)[0], trunk @ c.score.weight[0] + c.score.bias, 1e-11)
+    assert near(c(x)[1], trunk @ c.logits.weight.T + c.logits.bias, 1e-11)
+
+
+def test_rule_3_1_critic__outputs_stay_float32_under_autocast():
+    """bfloat16 inside, but scores and logits leave as float32; float64 stays float64."""
+    critic, x = Critic(6, 1), torch.randn(2, 1, 6, 6, 6)
+    with torch.autocast("cpu", torch.bfloat16):
+        assert {y.dtype for y in critic(x)} == {torch.float32}
+    assert {y.dtype for y in critic.double()(x.double())} == {torch.float64}
 
 
 def test_rule_3_1_critic__heads_share_one_trunk():

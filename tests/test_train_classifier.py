@@ -511,6 +511,19 @@ def test_train_arm__stopped_and_resumed_it_ends_with_the_same_bytes(tmp_path, mo
     assert logs[0] == logs[1] and [json.loads(line)["epoch"] for line in logs[0].splitlines()] == [1, 2, 3, 4]
 
 
+def test_train_arm__the_log_holds_the_mean_loss_of_the_epochs_batches(tmp_path, monkeypatch):
+    """train_loss is the mean over an epoch's batches; validation_f1 and _loss are those of the epoch's validation."""
+    small_run(tmp_path)
+    losses, loss = [], train_classifier.classifier_loss
+    monkeypatch.setattr(train_classifier, "classifier_loss", lambda *words: losses.append(loss(*words)) or losses[-1])
+    monkeypatch.setattr(train_classifier, "validate", lambda *_: (0.25, 0.75))
+    train(tmp_path, "real", "--epochs", "2")
+    rows = [json.loads(line) for line in (tmp_path / "classifiers" / "real" / "log.jsonl").read_text().splitlines()]
+    batches = np.array([value.item() for value in losses]).reshape(2, 6)
+    assert np.allclose([row["train_loss"] for row in rows], batches.mean(1), rtol=1e-6)
+    assert [(row["validation_f1"], row["validation_loss"]) for row in rows] == [(0.25, 0.75)] * 2
+
+
 def test_train_arm__the_arms_start_from_the_same_weights(tmp_path, monkeypatch):
     """The arms differ in their data alone: before the first step all have the same weights."""
     small_run(tmp_path), write_generated(tmp_path)

@@ -1,0 +1,129 @@
+"""How fast preprocessing is, as ratios to plainer ways, side by side in one run; medians over the scans.
+
+    python tests/bench_preprocessing.py --scans DIR      # a few scans; minutes, for the plain ways are slow
+
+ours      a scan from its files to its cubes, as preprocessing.py does it
+public    the recipe in wide use: zoom of order 3, then a 2-D segmentation of the lungs slice by slice
+plain     full resolution: zoom of order 3, then lung_mask at 1 mm with one large ball for the closing
+
+Then: the mask at 2 mm against the same at 1 mm (Dice), two processes against one, the peak memory of a process, the disk
+a scan takes, and what they make for 888 scans.
+"""
+
+import argparse
+import resource
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+import numpy as np
+from scipy import ndimage
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+
+import preprocessing
+from preprocessing import clip_hu, coarse_lungs, find_scans, grid, lung_mask, prepare_scan, read_source, resample
+
+PARAMETERS = {"cube": 48, "negatives": 655, "max_slice_mm": 2.5, "seed": 0}
+ALL = 888
+
+
+def disk(radius):
+    """A flat disk of `radius` pixels."""
+    y, x = np.ogrid[-radius:radius + 1, -radius:radius + 1]
+    return x * x + y * y <= radius * radius
+
+
+def slice_mask(image):
+    """The 2-D recipe on one slice: threshold, clear the border, keep the two largest, erode, close, fill."""
+    labels, _ = ndimage.label(image < -400)
+    border = np.unique(np.concatenate([labels[0], labels[-1], labels[:, 0], labels[:, -1]]))
+    labels[np.isin(labels, border)] = 0
+    sizes = np.bincount(labels.ravel())
+    sizes[0] = 0
+    mask = np.isin(labels, np.argsort(sizes)[-2:]) & (labels > 0)
+    mask = ndimage.binary_erosion(mask, disk(2))
+    mask = ndimage.binary_closing(mask, disk(10))
+    return ndimage.binary_fill_holes(mask)
+
+
+def public_recipe(source):
+    """zoom of order 3 to 1 mm, then the lungs slice by slice."""
+    scan = read_source(source)
+    hu = ndimage.zoom(scan.hu, scan.spacing[::-1], order=3)
+    return hu, np.stack([slice_mask(image) for image in hu])
+
+
+def plain(source):
+    """zoom of order 3 to 1 mm, then lung_mask at full resolution, closed by one ball."""
+    def close_ball(mask, radius):
+        z, y, x = np.ogrid[-radius:radius + 1, -radius:radius + 1, -radius:radius + 1]
+        return ndimage.binary_closing(np.pad(mask, radius), x * x + y * y + z * z <= radius * radius)[(slice(radius, -radius),) * 3]
+
+    scan, ours = read_source(source), preprocessing.close_ball
+    hu = ndimage.zoom(clip_hu(scan.hu), scan.spacing[::-1], order=3)
+    preprocessing.close_ball = close_ball
+    try:
+        return hu, lung_mask(hu)
+    finally:
+        preprocessing.close_ball = ours
+
+
+def seconds(function, *arguments):
+    start = time.perf_counter()
+    function(*arguments)
+    return time.perf_counter() - start
+
+
+def dice(source):
+    """The mask at 2 mm, brought to the 1 mm grid, against the mask made there."""
+    scan = read_source(source)
+    scan = scan._replace(hu=clip_hu(scan.hu))
+    full = lung_mask(resample(scan).hu)
+    _, mask = coarse_lungs(scan)
+    coarse = resample(mask._replace(hu=mask.hu.astype(np.int16)), 1, *grid(scan)).hu > 0
+    return 2 * (full & coarse).sum() / (full.sum() + coarse.sum())
+
+
+def whole_command(scans, workers):
+    """Wall seconds of `python preprocessing.py`, its peak memory a process in MB and its disk a scan in MB."""
+    with tempfile.TemporaryDirectory() as run:
+        command = [sys.executable, Path(preprocessing.__file__), "--scans", scans, "--run", run, "--workers", str(workers)]
+        start = time.perf_counter()
+        subprocess.run(command, check=True, capture_output=True)
+        wall = time.perf_counter() - start
+        volumes = [path.stat().st_size for path in (Path(run) / "prepared").glob("*") if path.name[0].isdigit()]
+        return wall, resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss / 1024, sum(volumes) / 1e6
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser.add_argument("--scans", type=Path, required=True, help="a folder with a few scans and their annotations.csv")
+    parser.add_argument("--skip-plain", action="store_true", help="leave out the full-resolution way, the slowest")
+    arguments = parser.parse_args()
+    sources = find_scans(arguments.scans)
+    nodules = preprocessing.read_annotations(preprocessing.find_annotations(arguments.scans))
+    times = {"ours": [], "public": [], "plain": []}
+    with tempfile.TemporaryDirectory() as folder:
+        for source in sources:
+            for _ in range(3):
+                times["ours"].append(seconds(prepare_scan, source, nodules.get(source.seriesuid, []), Path(folder), PARAMETERS))
+            times["public"].append(seconds(public_recipe, source))
+            if not arguments.skip_plain:
+                times["plain"].append(seconds(plain, source))
+    ours = statistics.median(times["ours"])
+    for name, values in times.items():
+        if values:
+            print(f"{name:<8}{statistics.median(values):8.2f} s a scan   {statistics.median(values) / ours:6.1f} × ours")
+    print(f"Dice of the 2 mm mask with the 1 mm mask: least {min(map(dice, sources)):.4f} of {len(sources)} scans")
+    one, two = whole_command(arguments.scans, 1), whole_command(arguments.scans, 2)
+    print(f"one process {one[0]:.1f} s, two {two[0]:.1f} s for {len(sources)} scans: {one[0] / two[0]:.2f} ×")
+    print(f"peak memory {one[1]:.0f} MB a process; disk {one[2] / len(sources):.0f} MB a scan")
+    print(f"{ALL} scans: {ALL * ours / 3600:.1f} h in one process, {ALL * ours / 3600 / 8:.1f} h in eight; {ALL * one[2] / len(sources) / 1000:.0f} GB")
+
+
+if __name__ == "__main__":
+    main()
