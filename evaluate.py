@@ -19,7 +19,6 @@ from scipy.spatial.distance import cdist
 
 import lungaug
 import preprocessing
-from lungaug import Refusal
 from models import Classifier, Critic
 
 
@@ -124,14 +123,12 @@ def load_networks(run, device):
         if arm in ("mixed", "fake") and not path.exists():
             continue
         state = lungaug.load_checkpoint(path, f"run python train_classifier.py --run {run} first")
-        try:
+        with lungaug.refusing(path, "train it again with --overwrite"):
             if arm == "critic":
                 network, weights = Critic(cube, state["settings"]["width"]), state["critic"]
             else:
                 network, weights = Classifier(cube), state["best"]["classifier"]
             network.load_state_dict(weights)
-        except (KeyError, ValueError, RuntimeError, TypeError, AttributeError) as error:
-            raise Refusal(path, f"does not fit ({error})", "train it again with --overwrite") from None
         network.eval().to(device)
         networks[arm] = (lambda x, critic=network: critic(x)[1]) if arm == "critic" else network
     return networks

@@ -184,6 +184,22 @@ def check(holds, where, found, do):
         raise Refusal(where, found, do)
 
 
+@contextmanager
+def refusing(path, do):
+    """Turn whatever a missing or damaged file makes the code within raise into a Refusal that names the file.
+
+    What parsers raise on damaged input has no bounds. An OSError of the disk itself passes: `command` tells of it.
+    """
+    try:
+        yield
+    except FileNotFoundError:
+        raise Refusal(path, "is not there", do) from None
+    except (Refusal, OSError):
+        raise
+    except Exception as error:
+        raise Refusal(path, f"does not read ({type(error).__name__}: {error})", do) from error
+
+
 def printable(text, most=300):
     """`text` on one line: what a file says about itself may hold line ends and terminal codes."""
     text = "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in str(text))
@@ -276,12 +292,8 @@ def write_json(path, value):
 
 def read_json(path, do):
     """The JSON file's value; `do` is what to tell the user where it is missing or broken."""
-    try:
+    with refusing(path, do):
         return json.loads(Path(path).read_bytes())
-    except FileNotFoundError:
-        raise Refusal(path, "is not there", do) from None
-    except (ValueError, RecursionError) as error:
-        raise Refusal(path, f"is no JSON ({error})", do) from None
 
 
 def claim(folder, parameters, overwrite):
@@ -315,18 +327,14 @@ def save_checkpoint(path, state):
 
 def load_checkpoint(path, do):
     """The state that `save_checkpoint` wrote (tensors, numbers, text, lists and dicts: no code is run). Raises Refusal."""
-    try:
-        data = io.BytesIO(Path(path).read_bytes())
-    except FileNotFoundError:
-        raise Refusal(path, "is not there", do) from None
-    try:
-        check(zipfile.ZipFile(data).testzip() is None, path, "is damaged", "start again with --overwrite")
-        data.seek(0)
-        return torch.load(data, map_location="cpu", weights_only=True)
-    except Refusal:
-        raise
-    except Exception as error:      # a damaged file raises anything: pickle, zip, runtime, key, attribute errors
-        raise Refusal(path, f"does not read back ({type(error).__name__})", "start again with --overwrite") from None
+    with refusing(path, do):
+        data = Path(path).read_bytes()
+    with refusing(path, "start again with --overwrite"):
+        try:
+            check(zipfile.ZipFile(io.BytesIO(data)).testzip() is None, path, "is damaged", "start again with --overwrite")
+            return torch.load(io.BytesIO(data), map_location="cpu", weights_only=True)
+        except OSError as error:        # a nonsense offset in the data, not the disk
+            raise ValueError(error) from error
 
 
 def same_settings(path, found, asked):
@@ -346,10 +354,11 @@ def append_log(path, row):
 def read_log(path):
     """The log's rows; a last line cut short by a kill is passed over. An empty list where there is none."""
     rows = []
-    for line in Path(path).read_text().splitlines() if Path(path).exists() else []:
+    for line in Path(path).read_bytes().split(b"\n") if Path(path).exists() else []:
         try:
-            rows.append(json.loads(line))
-        except ValueError:
+            row = json.loads(line)
+            rows.append(row | {"epoch": int(row["epoch"])})
+        except (ValueError, TypeError, LookupError, OverflowError):
             break
     return rows
 
@@ -374,10 +383,8 @@ def record_stage(folder, arguments, seconds, page):
 
 def file_crc(path, do):
     """CRC-32 of a file's bytes, to tell whether what was made from it still fits."""
-    try:
+    with refusing(path, do):
         return zlib.crc32(Path(path).read_bytes())
-    except FileNotFoundError:
-        raise Refusal(path, "is not there", do) from None
 
 
 @torch.no_grad()
@@ -605,14 +612,16 @@ def report(run):
     """Draw <run>/report.html from the page that each stage left in its options.json; returns its path."""
     body, rows = [], []
     for folder in (run / name for name in ("prepared", "gan", "classifiers", "evaluation")):
-        left = read_json(folder / "options.json", f"run python lungaug.py --run {run} first")
-        for item in left["page"]:
-            if isinstance(item, str):
-                body.append(f"<h2>{html.escape(item)}</h2>")
-            else:
-                body.append(figure_html(folder / item[1], item[0]) if len(item) == 2 else table_html(*item))
-        rows.append(("seconds", shown(left["seconds"]), left["command"]))
-        rows += [("", key, value) for key, value in (left["options"] | left["versions"]).items()]
+        path = folder / "options.json"
+        with refusing(path, f"run python lungaug.py --run {run} first"):
+            left = json.loads(path.read_bytes())
+            for item in left["page"]:
+                if isinstance(item, str):
+                    body.append(f"<h2>{html.escape(item)}</h2>")
+                else:
+                    body.append(figure_html(folder / Path(item[1]).name, item[0]) if len(item) == 2 else table_html(*item))
+            rows.append(("seconds", shown(left["seconds"]), left["command"]))
+            rows += [("", key, value) for key, value in (left["options"] | left["versions"]).items()]
     body += ["<h2>This run</h2>", table_html("Each stage's time and options.", ("", "", ""), rows)]
     write_text(run / "report.html", '<!doctype html><html lang="en"><meta charset="utf-8"><title>lungaug</title>'
                f"<style>{STYLE}</style><body><h1>{TITLE}</h1>{''.join(body)}</body></html>\n")

@@ -96,16 +96,11 @@ def read_scan(path):
     return read_source(sources[0])
 
 
-BROKEN = (ArithmeticError, AttributeError, EOFError, LookupError, RuntimeError, TypeError, ValueError, zlib.error)
-
-
 def read_source(source):
     """A Source's Scan. Whatever a broken file makes a reader raise becomes one Refusal that names the file."""
     where = source.files[0]
-    try:
+    with lungaug.refusing(where, "replace the file"):
         scan = (read_metaimage if where.suffix.lower() in (".mhd", ".mha") else read_dicom)(source)
-    except BROKEN as error:
-        raise Refusal(where, f"does not read ({type(error).__name__}: {error})", "replace the file") from error
     check(min(scan.hu.shape) > 1, where, f"{scan.hu.shape} voxels", "two at least are wanted along each axis")
     check(np.isfinite(scan.origin).all(), where, f"origin {scan.origin}", "mend the header")
     check((scan.spacing > 0).all() and (scan.spacing < 100).all(), where, f"spacing {scan.spacing}",
@@ -197,11 +192,12 @@ def read_voxels(path, start, wanted, compressed):
 
 
 def read_tags(path, names):
-    """The named tags of a DICOM file, those that it has; none where it does not read."""
+    """{name: value} of the named tags that a DICOM file has, and {"path": path}; no more where it does not read."""
     try:
-        return pydicom.dcmread(path, stop_before_pixels=True, specific_tags=names)
-    except Exception:       # what a broken DICOM file raises has no bounds; its caller passes it over for want of tags
-        return pydicom.Dataset()
+        tags = pydicom.dcmread(path, stop_before_pixels=True, specific_tags=list(names))
+        return {name: tags[name].value for name in names if name in tags} | {"path": path}
+    except Exception:       # what a broken DICOM file raises has no bounds; for want of tags its caller passes it over
+        return {"path": path}
 
 
 def read_dicom(source):
@@ -212,15 +208,15 @@ def read_dicom(source):
     slices = stack(source)
     step = (position(slices[-1]) - position(slices[0])) / (len(slices) - 1)
     between = round(float(np.linalg.norm(step)), 6)         # positions are decimal strings: 1.8, not 1.7999999999999
-    row, column = np.array(slices[0].ImageOrientationPatient, float).reshape(2, 3)
-    hu = np.stack([slice_hu(tags.filename) for tags in slices])
-    return Scan(source.seriesuid, to_hu(hu, source.files[0]), np.array([*slices[0].PixelSpacing[::-1], between], float),
+    row, column = np.array(slices[0]["ImageOrientationPatient"], float).reshape(2, 3)
+    hu = np.stack([slice_hu(tags["path"]) for tags in slices])
+    return Scan(source.seriesuid, to_hu(hu, source.files[0]), np.array([*slices[0]["PixelSpacing"][::-1], between], float),
                 position(slices[0]), np.stack([row, column, np.round(step / between, 6)], axis=1))
 
 
 def position(tags):
     """ImagePositionPatient: where a slice's first voxel lies, (x, y, z) in mm, LPS."""
-    return np.array(tags.ImagePositionPatient, float)
+    return np.array(tags["ImagePositionPatient"], float)
 
 
 GEOMETRY = ("ImagePositionPatient", "ImageOrientationPatient", "PixelSpacing", "Rows", "Columns")
@@ -233,15 +229,15 @@ def stack(source):
     own UID and is left out. Raises Refusal; a missing or doubled slice is named by its place.
     """
     where, groups = source.files[0].parent, defaultdict(list)
-    for tags in (read_tags(path, list(GEOMETRY)) for path in source.files):
-        if all(name in tags for name in GEOMETRY):
-            plane = np.round(np.array([*tags.ImageOrientationPatient, *tags.PixelSpacing], float), 3)
-            groups[tags.Rows, tags.Columns, *plane].append(tags)
+    for tags in (read_tags(path, GEOMETRY) for path in source.files):
+        if tags.keys() >= set(GEOMETRY):
+            plane = np.round(np.array([*tags["ImageOrientationPatient"], *tags["PixelSpacing"]], float), 3)
+            groups[tags["Rows"], tags["Columns"], *plane].append(tags)
     slices, *others = sorted(groups.values(), key=len, reverse=True) or [[]]
     check(len(slices) > 2, where, f"{len(source.files)} DICOM files, no three of one geometry", "a CT series is wanted")
     second = max(map(len, others), default=0)
     check(second < len(slices) / 4, where, f"stacks of {len(slices)} and {second} slices in a series", "keep one")
-    normal = np.cross(*np.array(slices[0].ImageOrientationPatient, float).reshape(2, 3))
+    normal = np.cross(*np.array(slices[0]["ImageOrientationPatient"], float).reshape(2, 3))
     slices.sort(key=lambda tags: position(tags) @ normal)
     places = np.array([position(tags) for tags in slices])
     steps = np.diff(places @ normal)
@@ -270,18 +266,16 @@ COLUMNS = ["seriesuid", "coordX", "coordY", "coordZ", "diameter_mm"]
 def read_annotations(path):
     """LUNA16's annotations.csv: series UID → its Nodules, each once. Raises Refusal, naming the line."""
     nodules = defaultdict(dict)
-    try:
-        with open(path, newline="", encoding="utf-8-sig") as file:
-            rows = csv.reader(file)
-            check(next(rows, None) == COLUMNS, path, "another first line", f"{','.join(COLUMNS)} is wanted")
-            for row in filter(None, rows):
+    with lungaug.refusing(path, "LUNA16's text with commas is wanted"), open(path, newline="", encoding="utf-8-sig") as file:
+        rows = csv.reader(file)
+        check(next(rows, None) == COLUMNS, path, "another first line", f"{','.join(COLUMNS)} is wanted")
+        for row in filter(None, rows):
+            with lungaug.refusing(f"{path}, line {rows.line_num}", "numbers are wanted"):
                 numbers = [float(cell) for cell in row[1:]]
-                good = len(numbers) == 4 and np.isfinite(numbers).all() and numbers[3] > 0
-                check(good, f"{path}, line {rows.line_num}", ",".join(row),
-                      "a series UID, three finite coordinates and a diameter above 0 are wanted")
-                nodules[row[0].strip()][Nodule(tuple(numbers[:3]), numbers[3])] = None
-    except (ValueError, csv.Error) as error:
-        raise Refusal(path, f"does not read ({error})", "LUNA16's text with commas is wanted") from None
+            good = len(numbers) == 4 and np.isfinite(numbers).all() and numbers[3] > 0
+            check(good, f"{path}, line {rows.line_num}", ",".join(row),
+                  "a series UID, three finite coordinates and a diameter above 0 are wanted")
+            nodules[row[0].strip()][Nodule(tuple(numbers[:3]), numbers[3])] = None
     return {uid: list(found) for uid, found in nodules.items()}
 
 
@@ -555,18 +549,20 @@ def scan_picture(hu, lungs, marks):
 
 def read_record(source, folder, parameters):
     """The record that an earlier run left of a scan with the same parameters; {} where there is none, or a damaged one."""
+    path = folder / f"{scan_name(source.seriesuid)}.json"
     try:
-        record = lungaug.read_json(folder / f"{scan_name(source.seriesuid)}.json", "")
-        return record if record["parameters"] == parameters else {}
-    except (Refusal, LookupError, TypeError):
+        with lungaug.refusing(path, ""):
+            record = lungaug.read_json(path, "")
+            return record if record["parameters"] == parameters and {"volume", "reason"} & record.keys() else {}
+    except Refusal:
         return {}
 
 
 def is_whole(record, folder):
     """Whether a record's volume is there and reads back as it was written."""
     try:
-        return zlib.crc32(np.load(folder / record["volume"]).tobytes()) == record["crc32"]
-    except (OSError, ValueError, EOFError, LookupError):
+        return zlib.crc32(open_array(folder / record["volume"])) == record["crc32"]
+    except (Refusal, LookupError):
         return False
 
 
@@ -596,7 +592,7 @@ class Dataset(NamedTuple):
 def open_dataset(run):
     """The Dataset in <run>/prepared. Raises Refusal where there is none to train on."""
     path = Path(run) / "prepared" / "dataset.json"
-    info = lungaug.read_json(path, f"run python preprocessing.py --run {run} first")
+    info, do = lungaug.read_json(path, f"run python preprocessing.py --run {run} first"), "run preprocessing.py again"
 
     def rows(kind, split):
         scans = [(i, scan) for i, scan in enumerate(info["scans"]) if scan["split"] == split]
@@ -604,8 +600,11 @@ def open_dataset(run):
         check(found or split != "train", path, f"training scans without {kind}", "give more scans, or another --seed")
         return np.array(found, np.int32).reshape(-1, 4)
 
-    kinds = ({split: rows(kind, split) for split in SPLITS} for kind in ("positives", "negatives"))
-    return Dataset(path.parent, info, info["parameters"]["cube"], *kinds)
+    with lungaug.refusing(path, do):
+        cube, names = info["parameters"]["cube"], [scan["volume"] for scan in info["scans"]]
+        check(cube in CUBES and all(Path(name).name == name for name in names), path, "a cube or a file name of no use", do)
+        kinds = [{split: rows(kind, split) for split in SPLITS} for kind in ("positives", "negatives")]
+        return Dataset(path.parent, info, cube, *kinds)
 
 
 def labelled(dataset, split):
@@ -619,10 +618,10 @@ def labelled(dataset, split):
 @functools.lru_cache(maxsize=256)
 def open_array(path):
     """An array on disk, mapped rather than read: only the cubes that are cut come into memory. Raises Refusal."""
-    try:
-        return np.load(path, mmap_mode="r")
-    except (OSError, ValueError, EOFError) as error:
-        raise Refusal(path, f"does not read back ({error})", "run the stage that made it again") from None
+    with lungaug.refusing(path, "run the stage that made it again"):
+        array = np.load(path, mmap_mode="r")
+        check(array.dtype == np.int16 and array.ndim > 2, path, f"{array.dtype}, {array.shape}", "int16 HU are wanted")
+        return array
 
 
 def read_cubes(dataset, rows, flips=None):

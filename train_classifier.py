@@ -17,7 +17,7 @@ import torch
 import lungaug
 import preprocessing
 from losses import classifier_loss
-from lungaug import Refusal, check
+from lungaug import check
 from models import LATENT, Classifier, Critic, Generator, conditional_latent
 
 ARMS = ("real", "mixed", "fake")
@@ -88,12 +88,10 @@ def load_gan(run, device):
     """Generator and critic from <run>/gan/checkpoint.pt, as they are after training. Raises Refusal."""
     path = run / "gan" / "checkpoint.pt"
     state = lungaug.load_checkpoint(path, f"run python train_gan.py --run {run} first")
-    try:
+    with lungaug.refusing(path, "train the GAN again with --overwrite"):
         networks = [build(state["settings"]["cube"], state["settings"]["width"]) for build in (Generator, Critic)]
         for network, name in zip(networks, ("generator", "critic")):
             network.load_state_dict(state[name])
-    except (KeyError, ValueError, RuntimeError, TypeError, AttributeError) as error:
-        raise Refusal(path, f"does not fit ({error})", "train the GAN again with --overwrite") from None
     return [network.eval().requires_grad_(False).to(device) for network in networks]
 
 
@@ -220,10 +218,11 @@ def train_arm(arm, run, dataset, arguments, delivered, device):
     if path.exists() and not a.overwrite:
         state = lungaug.load_checkpoint(path, "")
         lungaug.same_settings(path, state.get("settings"), asked)
-        epoch, best = state["epoch"], state["best"]
-        classifier.load_state_dict(state["classifier"])
-        optimizer.load_state_dict(state["optimizer"])
-        lungaug.restore_stream(draws, state["draws"])
+        with lungaug.refusing(path, "start again with --overwrite"):
+            epoch, best = state["epoch"], state["best"]
+            classifier.load_state_dict(state["classifier"])
+            optimizer.load_state_dict(state["optimizer"])
+            lungaug.restore_stream(draws, state["draws"])
     lungaug.rewind_log(folder / "log.jsonl", epoch)
     step = lungaug.progress(f"{arm} epochs", a.epochs)
     while epoch < a.epochs:

@@ -17,7 +17,7 @@ import torch
 import lungaug
 import preprocessing
 from losses import critic_loss, generator_loss
-from lungaug import Refusal, check
+from lungaug import check
 from models import LATENT, Critic, Generator, conditional_latent, sides
 
 BETAS = (0.0, 0.9)      # 4.1.1   [num_4_1_adam]
@@ -205,10 +205,8 @@ def load_or_start(folder, arguments, cube, device):
         return trainer
     state = lungaug.load_checkpoint(path, "")
     lungaug.same_settings(path, state.get("settings"), settings(arguments))
-    try:
+    with lungaug.refusing(path, "start again with --overwrite"):
         trainer.restore(state)
-    except (KeyError, ValueError, RuntimeError, TypeError, AttributeError) as error:
-        raise Refusal(path, f"does not fit ({error})", "start again with --overwrite") from None
     lungaug.rewind_log(folder / "log.jsonl", trainer.epoch)
     return trainer
 

@@ -10,8 +10,6 @@ line, more than 5 s, more than 1 GB, a scan that breaks its own contract, or a f
 """
 
 import argparse
-import io
-import json
 import re
 import resource
 import signal
@@ -188,8 +186,8 @@ def main():
             path.write_bytes(valid)
             done += 1
             if wrong:
-                where = wrong.strip().splitlines()[-1][:150]
-                findings.setdefault(f"{name}: {where}", (number, wrong))
+                kind = wrong.strip().splitlines()[-1].split(":")[0][:80]
+                findings.setdefault(f"{name}: {kind}", (number, wrong))
         strange = [path for parent, names in before.items() for path in set(parent.iterdir()) - names if path.name != "report.html"]
     for title, (number, wrong) in findings.items():
         print(f"--- input {number}, {title}\n{wrong}")

@@ -126,10 +126,10 @@ WRONG = {
         (("slices.sort(key=lambda tags: position(tags) @ normal)", "slices.sort(key=lambda tags: position(tags)[2])"),)),
     "thickness_for_spacing": Wrong(
         "SliceThickness taken for the spacing", "rule_2_dicom_geometry", "preprocessing.py",
-        (("between = round(float(np.linalg.norm(step)), 6)", "between = float(slices[0].SliceThickness)"),)),
+        (("between = round(float(np.linalg.norm(step)), 6)", "between = float(pydicom.dcmread(slices[0]['path']).SliceThickness)"),)),
     "localizer_left_in": Wrong(
         "a localizer under the series' own UID left in", "rule_2_dicom_geometry", "preprocessing.py",
-        (("groups[tags.Rows, tags.Columns, *plane].append(tags)", "groups[0].append(tags)"),)),
+        (('groups[tags["Rows"], tags["Columns"], *plane].append(tags)', "groups[0].append(tags)"),)),
     "no_rescale": Wrong(
         "stored values taken for HU", "rule_2_rescale", "preprocessing.py",
         (("slope, intercept = float(tags.RescaleSlope), float(tags.RescaleIntercept)", "slope, intercept = 1.0, 0.0"),)),
