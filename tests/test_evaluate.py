@@ -460,10 +460,10 @@ def test_load_networks__what_is_missing_is_one_line(tmp_path, gone):
 
 @pytest.mark.parametrize("state", [{}, {"best": {"classifier": {}}}, {"best": None}, {"best": {"classifier": Classifier(12).state_dict()}}])
 def test_load_networks__a_checkpoint_that_does_not_fit_is_one_line(tmp_path, state):
-    """A checkpoint of something else, or of another cube, is refused."""
+    """A checkpoint of something else, or of another cube, is a Refusal that names it."""
     trained_run(tmp_path)
     lungaug.save_checkpoint(tmp_path / "classifiers" / "mixed" / "checkpoint.pt", state)
-    with pytest.raises(Refusal, match="does not fit"):
+    with pytest.raises(Refusal, match="mixed/checkpoint.pt"):
         evaluate.load_networks(tmp_path, CPU)
 
 

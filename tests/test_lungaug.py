@@ -142,6 +142,13 @@ def test_parse__what_no_stage_can_use_exits_2(words, capsys):
     assert stopped.value.code == 2 and words.split()[0] in capsys.readouterr().err
 
 
+@pytest.mark.parametrize("words, key, value", [("--part 1/1", "part", (1, 1)), ("--part 2/2", "part", (2, 2)), ("--batch-size 2", "batch_size", 2),
+                                               ("--micro-batch 1", "micro_batch", 1), ("--score-quantile 1", "score_quantile", 1)])
+def test_parse__the_least_and_the_most_are_taken(words, key, value):
+    """A value at the edge of its range is read."""
+    assert getattr(lungaug.parse("", *STAGES, words=words.split()), key) == value
+
+
 @pytest.mark.parametrize("words", ["--part 0/2", "--part 3/2", "--part 2", "--part a/b", "--part 1/2/3", "--max-slice-mm nan", "--workers 0"])
 def test_parse__what_preprocessing_cannot_use_exits_2(words, capsys):
     """A part that is none, or a number out of range, ends with status 2 and a line that names the option."""
@@ -435,12 +442,11 @@ def test_same_settings__what_differs_is_named(found):
 
 def test_log__rows_come_back_in_order(tmp_path):
     """What was appended is read, in order; where there is no log there are no rows."""
-    rows = [{"epoch": n, "loss": n / 3} for n in range(4)]
-    assert lungaug.read_log(tmp_path / "log.jsonl") == []
+    rows, path = [{"epoch": n, "loss": n / 3} for n in range(4)], tmp_path / "new" / "folder" / "log.jsonl"
+    assert lungaug.read_log(path) == []
     for row in rows:
-        lungaug.append_log(tmp_path / "log.jsonl", row)
-    assert lungaug.read_log(tmp_path / "log.jsonl") == rows
-    assert [json.loads(line) for line in (tmp_path / "log.jsonl").read_text().splitlines()] == rows
+        lungaug.append_log(path, row)
+    assert lungaug.read_log(path) == rows == [json.loads(line) for line in path.read_text().splitlines()]
 
 
 def test_log__a_torn_last_line_is_passed_over(tmp_path):
@@ -513,6 +519,24 @@ def test_progress__elsewhere_than_on_a_terminal_the_last_line_is_whole(capsys):
     assert len(err.splitlines()) <= 2
 
 
+@pytest.mark.parametrize("seconds, line", [(5, "x 20/40  2.0/s, 10 s left  "), (50, "x 20/40  12.0/min, 100 s left  "), (0, "x 20/40")])
+def test_progress__rate_and_time_left(monkeypatch, capsys, seconds, line):
+    """From 10 to 20 of 40 in 5 s: 2 a second, 10 s left; what a resumed run found done does not count as its speed."""
+    now = [1000.0]
+    monkeypatch.setattr(lungaug.time, "monotonic", lambda: now[0])
+    step = lungaug.progress("x", 40, every=0)
+    step(10)
+    now[0] += seconds
+    step(20)
+    assert capsys.readouterr().err.splitlines()[1].startswith(line)
+
+
+def test_print_table__columns_stand_under_their_heads(capsys):
+    """The first column to the left, the others to the right, as wide as their widest cell."""
+    lungaug.print_table("T", ("", "one", "b"), [("name", "1", "12,345"), ("x", "–", "2")])
+    assert capsys.readouterr().out == "\nT\n        one       b\n  name    1  12,345\n  x       –       2\n"
+
+
 def test_progress__a_files_own_name_cannot_steer_the_terminal(capsys):
     """A series UID with terminal codes is shown escaped, as in a Refusal."""
     lungaug.progress("scans", 1)(1, "1.2\x1b]0;x\a\n3")
@@ -555,7 +579,7 @@ def test_png__of_a_view_too():
 
 def test_grey__black_is_air_and_white_is_bone():
     """-1 (-1000 HU) is 0, 1 (400 HU) is 255, what lies beyond is held; halfway is the middle."""
-    assert lungaug.grey([-3, -1, 0, 1, 3, -1 + 2 / 255]).tolist() == [0, 0, 128, 255, 255, 1]
+    assert lungaug.grey([-3, -1, 0, 1, 3, -1 + 2 / 255, 0.5]).tolist() == [0, 0, 128, 255, 255, 1, 191]
 
 
 @pytest.mark.parametrize("count, columns, shape", [(5, 3, (4, 6)), (3, 3, (4, 6)), (2, 4, (4, 6)), (4, 2, (3, 5, 3))])
@@ -656,11 +680,35 @@ def test_curves__is_well_formed_with_finite_numbers(lines):
 
 def test_curves__higher_values_stand_higher_and_later_ones_to_the_right():
     """x grows to the right and y upwards, in proportion."""
-    tree = ElementTree.fromstring(lungaug.curves("t", [("a", [0, 1, 4], [0, 10, 40], None)], "x", "y"))
+    tree = ElementTree.fromstring(lungaug.curves("t", [("a", [2, 3, 6], [5, 15, 45], None)], "x", "y"))
     points, = (node.get("points") for node in tree.iter() if node.tag.endswith("polyline"))
     (x0, y0), (x1, y1), (x2, y2) = (map(float, point.split(",")) for point in points.split())
     assert x0 < x1 < x2 and y0 > y1 > y2
     assert abs((x2 - x0) - 4 * (x1 - x0)) < 0.3 and abs((y0 - y2) - 4 * (y0 - y1)) < 0.3
+
+
+def test_curves__a_constant_stands_in_the_middle():
+    """A curve that never changes is drawn halfway between those that fill the chart."""
+    def heights(values):
+        tree = ElementTree.fromstring(lungaug.curves("t", [("a", [1, 2], values, None)], "x", "y"))
+        points, = (node.get("points") for node in tree.iter() if node.tag.endswith("polyline"))
+        return [float(point.split(",")[1]) for point in points.split()]
+
+    assert heights([7, 7]) == [sum(heights([0, 1])) / 2] * 2
+
+
+def test_curves__the_band_goes_out_along_its_top_and_back_along_its_bottom():
+    """The shaded polygon is bounded by the two curves of the band, where they would be drawn themselves."""
+    low, high = np.array([0.0, 1, 2]), np.array([5.0, 3, 4])
+    tree = ElementTree.fromstring(lungaug.curves("t", [("a", [1, 2, 3], low, (low, high)), ("b", [1, 2, 3], high, None)], "x", "y"))
+    bottom, top = (node.get("points").split() for node in tree.iter() if node.tag.endswith("polyline"))
+    polygon, = (node.get("points").split() for node in tree.iter() if node.tag.endswith("polygon"))
+    assert polygon == top + bottom[::-1]
+
+
+def test_ticks__zero_has_no_sign():
+    """A tick at zero reads 0, not -0."""
+    assert "-0" not in [f"{value:g}" for value in lungaug.ticks(-1, 1)] and 0 in lungaug.ticks(-1, 1)
 
 
 def test_curves__words_are_escaped():
@@ -685,6 +733,12 @@ def test_rule_4_1_smoothed__by_hand():
     assert middle.tolist() == [1.5, 3, 4]
     assert np.allclose(high - middle, 1.96 * np.array([0.5, np.sqrt(14 / 3), 2]), rtol=1e-14)
     assert np.allclose(middle - low, high - middle, rtol=1e-14)
+
+
+def test_rule_4_1_smoothed__the_window_is_centred_and_whole():
+    """Over a window of 5 the middle of five values is the mean of all, and the first that of the first three."""
+    middle, _ = lungaug.smooth([0, 0, 0, 10, 20], 5)
+    assert middle.tolist() == [0, 2.5, 6, 7.5, 10]
 
 
 def test_rule_4_1_smoothed__a_window_of_one_changes_nothing():

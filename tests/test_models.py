@@ -416,6 +416,12 @@ def test_rule_3_2_classifier__each_halves_every_axis():
     assert shapes == ["16×24×24×24", "16×12×12×12", "32×6×6×6", "32×3×3×3", "864", "64", "2"]
 
 
+def test_rule_3_2_classifier__kernels_of_three():
+    """Parameters for 48: 27·16 + 16, 27·16·32 + 32, 864·64 + 64, 64·2 + 2."""
+    counts = [parameters for _, _, _, parameters in table(Classifier, 48) if parameters]
+    assert counts == [448, 13856, 55360, 130]
+
+
 def test_rule_3_2_classifier__formula():
     """For cube 12, from plain parts: a max over 2×2×2 of LReLU(conv 3³ of stride 2), then two linear layers."""
     classifier, x = shaken(Classifier(12)), samples(Classifier, 12)

@@ -312,9 +312,9 @@ def test_load_gan__gives_the_saved_networks(tmp_path):
 
 @pytest.mark.parametrize("state", [{}, {"settings": {"cube": 7, "width": 1}}, {"settings": {"cube": 12, "width": 1}, "generator": {}}])
 def test_load_gan__what_does_not_fit_is_refused(tmp_path, state):
-    """A checkpoint that is no GAN's, or of another size, is one line."""
+    """A checkpoint that is no GAN's, or of another size, is a Refusal that names it."""
     lungaug.save_checkpoint(tmp_path / "gan" / "checkpoint.pt", state)
-    with pytest.raises(Refusal, match="does not fit"):
+    with pytest.raises(Refusal, match="gan/checkpoint.pt"):
         train_classifier.load_gan(tmp_path, CPU)
 
 

@@ -120,7 +120,8 @@ WRONG = {
         (("np.where(back, np.array(hu.shape[::-1]) - 1, 0)", "np.where(back, np.array(hu.shape[::-1]), 0)"),)),
     "rounded_zoom": Wrong(
         "a zoom by a rounded factor, which moves nodules", "rule_2_1_1_resample", "preprocessing.py",
-        (("    matrix, offset = inverse * step,", "    inverse = inverse * (np.array(shape) * step - 1) / (np.round(np.array(shape) * step) + 1)\n    matrix, offset = inverse * step,"),)),
+        (("    scan = reorient(scan)\n    origin, shape", "    scan = reorient(scan)\n    size = np.array(scan.hu.shape[::-1])\n"
+          "    scan = scan._replace(spacing=np.round(size * scan.spacing) / size)\n    origin, shape"),)),
     "slices_sorted_by_z": Wrong(
         "slices sorted by z alone", "rule_2_dicom_geometry", "preprocessing.py",
         (("slices.sort(key=lambda tags: position(tags) @ normal)", "slices.sort(key=lambda tags: position(tags)[2])"),)),
