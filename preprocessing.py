@@ -491,7 +491,7 @@ def with_flips(rows):
 def scan_name(seriesuid):
     """A file name for a series, within the folder whatever the UID says: a hostile file may have made it anything."""
     plain = "".join(c if c.isascii() and (c.isalnum() or c in "-._") else "_" for c in seriesuid)[:100]
-    return plain if plain == seriesuid and plain[:1].isalnum() else f"_{plain}_{zlib.crc32(seriesuid.encode()):08x}"
+    return plain if plain == seriesuid and plain[:1].isalnum() else f"_{plain}_{zlib.crc32(seriesuid.encode(errors='surrogatepass')):08x}"
 
 
 def prepare_scan(source, nodules, folder, parameters):
@@ -516,9 +516,10 @@ def prepare_scan(source, nodules, folder, parameters):
               "mend the annotations: (x, y, z) in mm, LPS, are wanted")
     lungs = (np.argwhere(mask.hu)[:, ::-1] @ affine(mask).T + mask.origin - corner)[:, ::-1]
     reach = np.concatenate([np.rint(lungs).astype(int), centres])
-    start, stop = np.maximum(reach.min(0) - cube // 2, 0), np.minimum(reach.max(0) + cube // 2 + 1, shape)
+    margin = cube // 2 + 1      # a negative's centre may lie a millimetre outside the mask's outermost points
+    start, stop = np.maximum(reach.min(0) - margin, 0), np.minimum(reach.max(0) + margin + 1, shape)
     volume = resample(scan, 1, corner + start[::-1], stop - start)
-    spheres = [(centre, nodule.diameter / 2) for centre, nodule in zip(centres, nodules)]
+    spheres = [((np.array(nodule.centre) - corner)[::-1], nodule.diameter / 2) for nodule in nodules]
     rng = lungaug.stream(parameters["seed"], "negatives", source.seriesuid)
     negatives = draw_negatives(lungs, spheres, cube, parameters["negatives"], rng)
     name = scan_name(source.seriesuid)
