@@ -381,6 +381,11 @@ def record_stage(folder, arguments, seconds, page):
         "versions": {"python": platform.python_version(), "torch": torch.__version__, "numpy": np.__version__}})
 
 
+def fingerprint(value):
+    """CRC-32 of a value that JSON holds."""
+    return zlib.crc32(json.dumps(value, sort_keys=True).encode())
+
+
 def file_crc(path, do):
     """CRC-32 of a file's bytes, to tell whether what was made from it still fits."""
     with refusing(path, do):

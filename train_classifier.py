@@ -205,16 +205,17 @@ def train_arm(arm, run, dataset, arguments, delivered, device):
 
     Every epoch is a checkpoint, so that a stopped run goes on and ends with the same bytes.
     """
-    a, folder = arguments, run / "classifiers" / arm
+    a, folder, path = arguments, run / "classifiers" / arm, run / "classifiers" / arm / "checkpoint.pt"
     positives, negatives = arm_pools(arm, run, dataset)
     if arm != "real" and not len(positives.generated) or not len(negatives):
         print(f"{arm}: no generated samples to train on; left out.")
+        path.unlink(missing_ok=True)    # an older GAN's classifier is not this one's
         return
     torch.manual_seed(int(lungaug.stream(a.seed, "classifier weights").integers(2 ** 62)))      # the arms start alike
     classifier, draws = Classifier(dataset.cube).to(device), lungaug.stream(a.seed, "classifier batches", arm)
     optimizer = torch.optim.Adam(classifier.parameters(), a.learning_rate, BETAS)
     epoch, best = 0, {"f1": -1.0, "loss": float("inf"), "epoch": -1, "classifier": None}
-    path, asked = folder / "checkpoint.pt", settings(a) | {"delivered": delivered}
+    asked = settings(a) | {"delivered": delivered, "prepared": lungaug.fingerprint(dataset.info["scans"])}
     if path.exists() and not a.overwrite:
         state = lungaug.load_checkpoint(path, "")
         lungaug.same_settings(path, state.get("settings"), asked)

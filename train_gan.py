@@ -82,8 +82,8 @@ class Trainer:
 def settings(arguments):
     """What a checkpoint must agree on with the command that resumes it."""
     names = ("seed", "cube", "width", "batch_size", "learning_rate", "penalty_scale", "auxiliary_scale",
-             "late_auxiliary_scale", "critic_iterations", "precision")
-    return {name: getattr(arguments, name) for name in names}
+             "late_auxiliary_scale", "critic_iterations", "precision", "prepared")
+    return {name: getattr(arguments, name, None) for name in names}
 
 
 def half_precision(trainer):
@@ -251,7 +251,7 @@ def main():
         lungaug.stage("preprocessing.py", "--run", run, "--seed", arguments.seed or 0)
     dataset = preprocessing.open_dataset(run)
     lungaug.settle(arguments, "train_gan", dataset.info["preset"])
-    arguments.cube = dataset.cube
+    arguments.cube, arguments.prepared = dataset.cube, lungaug.fingerprint(dataset.info["scans"])
     device = lungaug.pick_device(arguments.device)
     folder = run / "gan"
     with lungaug.alone(folder, "training"):

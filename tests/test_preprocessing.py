@@ -886,7 +886,7 @@ def finished(tmp_path_factory):
     (folder / "scans/bad\x1b[31m.mhd").write_text(BROKEN)
     (folder / "scans/bad.raw").write_bytes(bytes(100))
     before = contents(folder)
-    done = prepare(folder, "--scans", "scans", "--run", "R", *WORDS)
+    done = prepare(folder, "--scans", folder / "scans", "--run", "R", *WORDS)
     assert done.returncode == 0, done.stderr
     return SimpleNamespace(folder=folder, before=before, done=done, info=json.loads((folder / "R/prepared/dataset.json").read_bytes()))
 
