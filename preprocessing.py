@@ -122,7 +122,7 @@ def to_hu(values, where):
 ELEMENTS = {"MET_CHAR": "i1", "MET_UCHAR": "u1", "MET_SHORT": "i2", "MET_USHORT": "u2", "MET_INT": "i4",
             "MET_UINT": "u4", "MET_LONG": "i4", "MET_ULONG": "u4", "MET_FLOAT": "f4", "MET_DOUBLE": "f8"}
 SYNONYMS = {"Position": "Offset", "Origin": "Offset", "Rotation": "TransformMatrix", "Orientation": "TransformMatrix",
-            "ElementSize": "ElementSpacing", "ElementByteOrderMSB": "BinaryDataByteOrderMSB"}
+            "ElementByteOrderMSB": "BinaryDataByteOrderMSB"}
 DEFAULTS = {"Offset": "0 0 0", "TransformMatrix": "1 0 0 0 1 0 0 0 1", "HeaderSize": "0", "BinaryData": "True",
             "BinaryDataByteOrderMSB": "False", "CompressedData": "False", "ElementNumberOfChannels": "1"}
 MOST_VOXELS = 2 ** 29       # twice a whole body at 512 × 512
@@ -138,6 +138,7 @@ def metaimage_header(path):
         key, _, value = (part.strip() for part in line.decode("latin-1").partition("="))
         keys.setdefault(SYNONYMS.get(key, key), value)
         if key == "ElementDataFile":
+            keys.setdefault("ElementSpacing", keys.get("ElementSize", ""))
             return DEFAULTS | keys, place
     raise Refusal(path, "no ElementDataFile in its header", "replace the file: it is cut short, or no MetaImage")
 
@@ -156,20 +157,25 @@ def read_metaimage(source):
               f"{count} numbers are wanted")
         return values
 
+    def true(key):
+        return keys[key][:1] in ("T", "t", "1")
+
     for key, known in (("ElementType", ELEMENTS), ("ElementNumberOfChannels", ["1"]), ("BinaryData", ["True"])):
         check(keys.get(key) in known, path, f"{key} = {keys.get(key)}", f"{', '.join(known)} is read here")
-    order = ">" if keys["BinaryDataByteOrderMSB"] == "True" else "<"
+    order = ">" if true("BinaryDataByteOrderMSB") else "<"
     element = np.dtype(ELEMENTS[keys["ElementType"]]).newbyteorder(order)
-    shape = numbers("DimSize", 3)[::-1].astype(int)
-    check(shape.min() >= 1 and np.prod(shape, dtype=float) <= MOST_VOXELS, path, f"DimSize = {keys['DimSize']}",
+    size = numbers("DimSize", 3)[::-1]
+    fits = (size % 1 == 0).all() and 1 <= size.min() and size.max() <= MOST_VOXELS and size.prod() <= MOST_VOXELS
+    check(fits, path, f"DimSize = {keys['DimSize']}",
           f"three whole numbers above 0, and {MOST_VOXELS:,} voxels at most, are wanted")
+    shape = size.astype(int)
     local = keys["ElementDataFile"] == "LOCAL"
     data = path if local else path.parent / keys["ElementDataFile"]
     check(local or Path(keys["ElementDataFile"]).name == keys["ElementDataFile"], path,
           f"ElementDataFile = {keys['ElementDataFile']}", "LOCAL, or a file beside the header, is read here")
     check(data.is_file(), data, "is not there", f"{path.name} names it as its data")
     start = start if local else int(keys["HeaderSize"])
-    found = read_voxels(data, start, int(shape.prod()) * element.itemsize, keys["CompressedData"] == "True")
+    found = read_voxels(data, start, int(shape.prod()) * element.itemsize, true("CompressedData"))
     values = np.frombuffer(found, element).reshape(shape).astype(element.newbyteorder("="), copy=False)
     return Scan(source.seriesuid, to_hu(values, data), numbers("ElementSpacing", 3), numbers("Offset", 3),
                 numbers("TransformMatrix", 9).reshape(3, 3).T)
@@ -209,9 +215,11 @@ def read_dicom(source):
     step = (position(slices[-1]) - position(slices[0])) / (len(slices) - 1)
     between = round(float(np.linalg.norm(step)), 6)         # positions are decimal strings: 1.8, not 1.7999999999999
     row, column = np.array(slices[0]["ImageOrientationPatient"], float).reshape(2, 3)
+    third, normal = step / between, np.cross(row, column)
+    third = normal if np.allclose(third, normal, atol=1e-4) else third      # the positions' decimals are no tilt
     hu = np.stack([slice_hu(tags["path"]) for tags in slices])
     return Scan(source.seriesuid, to_hu(hu, source.files[0]), np.array([*slices[0]["PixelSpacing"][::-1], between], float),
-                position(slices[0]), np.stack([row, column, np.round(step / between, 6)], axis=1))
+                position(slices[0]), np.stack([row, column, third], axis=1))
 
 
 def position(tags):
@@ -243,7 +251,8 @@ def stack(source):
     steps = np.diff(places @ normal)
     usual = np.median(steps)
     for place, step in zip(places, steps):
-        check(0.5 * usual < step < 1.5 * usual, where, f"slice after {place} mm {step:.2f} mm on, not {usual:.2f}",
+        at = ", ".join(f"{x:g}" for x in place)
+        check(0.5 * usual < step < 1.5 * usual, where, f"the slice after ({at}) is {step:.2f} mm on, not {usual:.2f}",
               "restore the missing slices" if step > usual else "keep one of each")
     even = np.linspace(places[0], places[-1], len(places))
     check(np.abs(even - places).max() < usual / 4, where, "slices not even along a line", "a CT series is wanted")
@@ -252,9 +261,9 @@ def stack(source):
 
 def slice_hu(path):
     """HU = slope · stored + intercept, each slice's own   [rule_2_rescale]; (y, x), int16 where both are whole"""
-    tags = pydicom.dcmread(path)
-    slope, intercept = float(tags.RescaleSlope), float(tags.RescaleIntercept)
-    pixels = tags.pixel_array
+    with lungaug.refusing(path, "replace the file, or install what pydicom asks for"):
+        tags = pydicom.dcmread(path)
+        slope, intercept, pixels = float(tags.RescaleSlope), float(tags.RescaleIntercept), tags.pixel_array
     if slope.is_integer() and intercept.is_integer():
         return np.clip(int(slope) * pixels.astype(np.int32) + int(intercept), -32768, 32767).astype(np.int16)
     return (slope * pixels + intercept).astype(np.float32)

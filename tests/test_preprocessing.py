@@ -774,6 +774,12 @@ def test_scan_name__is_injective():
     assert len({preprocessing.scan_name(uid) for uid in set(uids)}) == len(set(uids))
 
 
+def test_scan_name__and_its_draws_take_any_file_name():
+    """A file's name that is no UTF-8 (surrogates, in Python) has a name of its own and a random stream of its own."""
+    streams = [lungaug.stream(0, "negatives", uid).random() for uid in ("\udcff", "\udcfe")]
+    assert streams[0] != streams[1] and preprocessing.scan_name("\udcff") != preprocessing.scan_name("\udcfe")
+
+
 PARAMETERS = {"cube": 12, "negatives": 6000, "seed": 0, "max_slice_mm": 9}
 
 

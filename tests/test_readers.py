@@ -10,6 +10,7 @@ import os
 import re
 import shutil
 import tracemalloc
+import warnings
 import zlib
 
 import numpy as np
@@ -24,10 +25,8 @@ from preprocessing import Nodule, find_scans, read_annotations, read_scan, resam
 TYPES = {"MET_CHAR": "i1", "MET_UCHAR": "u1", "MET_SHORT": "i2", "MET_USHORT": "u2", "MET_INT": "i4", "MET_UINT": "u4",
          "MET_LONG": "i4", "MET_ULONG": "u4", "MET_FLOAT": "f4", "MET_DOUBLE": "f8"}
 SHAPE, SPACING, ORIGIN = (4, 5, 7), (0.7, 0.8, 1.3), (-31.4, 17.3, -205.9)
-ANGLE = np.radians(20)
-OBLIQUE = np.round(np.array([[np.cos(ANGLE), -np.sin(ANGLE), 0], [np.sin(ANGLE), np.cos(ANGLE), 0], [0, 0, 1]])
-                   @ np.array([[1, 0, 0], [0, np.cos(ANGLE), -np.sin(ANGLE)], [0, np.sin(ANGLE), np.cos(ANGLE)]]), 10)
-TILT = np.column_stack([(1, 0, 0), (0, 1, 0), (0, np.round(np.sin(ANGLE), 10), np.round(np.cos(ANGLE), 10))])
+OBLIQUE = np.array([[0.6, -0.768, 0.224], [0.8, 0.576, -0.168], [0, 0.28, 0.96]])     # a rotation that four digits hold
+TILT = np.array([[1, 0, 0], [0, 1, 0.28], [0, 0, 0.96]])
 SAGITTAL = np.array([[0, 0, 1], [1, 0, 0], [0, 1, 0]])
 CORONAL = np.array([[1, 0, 0], [0, 0, 1], [0, -1, 0]])
 RIGHT_HANDED = {"identity": np.eye(3), "turned": np.diag([-1, -1, 1]), "feet first": np.diag([1, -1, -1]), "sagittal": SAGITTAL,
@@ -41,8 +40,9 @@ def made(direction=np.eye(3), uid="1.2.3", shape=SHAPE, spacing=SPACING, patient
 
 
 def refused(read, *words):
-    """The Refusal of `read()` is one line, in the form that the user sees, and holds the words."""
-    with pytest.raises(Refusal) as caught:
+    """The Refusal of `read()` is one line, in the form that the user sees, no warning beside it, and holds the words."""
+    with pytest.raises(Refusal) as caught, warnings.catch_warnings():
+        warnings.simplefilter("error")
         read()
     line = str(caught.value)
     assert re.fullmatch("lungaug: [^\n]+: [^\n]+ — [^\n]+", line)
@@ -191,6 +191,7 @@ BAD = {     # keys, and the words that the Refusal must hold
     "a negative size": (dict(DimSize="-7 -5 4"), ["a.mhd", "DimSize = -7 -5 4"]),
     "a terabyte": (dict(DimSize="10000 10000 10000"), ["a.mhd", "DimSize = 10000 10000 10000"]),
     "past any number": (dict(DimSize="1e300 1e300 1e300"), ["a.mhd", "DimSize"]),
+    "a size with a fraction": (dict(DimSize="7.9 5 4"), ["a.mhd", "DimSize = 7.9 5 4"]),
     "a size of words": (dict(DimSize="seven five four"), ["a.mhd"]),
     "one slice": (dict(DimSize="28 5 1"), ["a.mhd", "(1, 5, 28)"]),
     "no spacing": (dict(ElementSpacing=None), ["a.mhd", "ElementSpacing"]),
@@ -296,9 +297,11 @@ def test_rule_2_dicom_geometry__every_form_gives_the_same_scan(forms):
 def test_rule_2_dicom_geometry__every_form_gives_the_same_volume(forms):
     """Resampled, every form gives the same grid and, voxel for voxel, the same HU."""
     _, scans = forms
-    first, *others = map(resample, scans.values())
-    for other in others:
-        assert np.array_equal(other.hu, first.hu) and np.abs(other.origin - first.origin).max() < 1e-4
+    (first, shape), *others = map(preprocessing.grid, scans.values())
+    middle = first + np.array(shape[::-1]) // 2 - 30
+    volume, *volumes = [resample(scan, 1, middle, (60, 61, 62)).hu for scan in scans.values()]
+    assert all(np.array_equal(origin, first) and np.array_equal(other, shape) for origin, other in others)
+    assert volume.std() > 100 and all(np.array_equal(other, volume) for other in volumes)
 
 
 def test_rule_2_dicom_geometry__left_handed_axes_give_the_same_volume(tmp_path):
@@ -382,14 +385,14 @@ def test_rule_2_dicom_geometry__a_localizer_is_left_out(tmp_path):
 def test_rule_2_dicom_geometry__a_missing_slice_is_refused_by_its_place(tmp_path, gap):
     """Where slices are missing the last before the gap is named, and the gap's size."""
     folder = series(tmp_path / "s", made(shape=(9, 5, 7)), keep=[k for k in range(9) if not 4 <= k < 4 + gap])
-    refused(lambda: read_scan(folder), folder, f"{-205.9 + 3 * 1.3:.1f}", f"{(1 + gap) * 1.3:.2f} mm", "missing")
+    refused(lambda: read_scan(folder), folder, f"{-205.9 + 3 * 1.3:g}", f"{(1 + gap) * 1.3:.2f} mm", "missing")
 
 
 def test_rule_2_dicom_geometry__a_doubled_slice_is_refused_by_its_place(tmp_path):
     """Two files at one place are one too many, though they be copies."""
     folder = series(tmp_path / "s", made(shape=(9, 5, 7)))
     shutil.copy(folder / "003.dcm", folder / "copy.dcm")
-    refused(lambda: read_scan(folder), folder, f"{-205.9 + 3 * 1.3:.1f}", "0.00 mm")
+    refused(lambda: read_scan(folder), folder, f"{-205.9 + 3 * 1.3:g}", "0.00 mm")
 
 
 def test_rule_2_dicom_geometry__two_equal_stacks_are_refused(tmp_path):

@@ -133,7 +133,7 @@ WRONG = {
         (('groups[tags["Rows"], tags["Columns"], *plane].append(tags)', "groups[0].append(tags)"),)),
     "no_rescale": Wrong(
         "stored values taken for HU", "rule_2_rescale", "preprocessing.py",
-        (("slope, intercept = float(tags.RescaleSlope), float(tags.RescaleIntercept)", "slope, intercept = 1.0, 0.0"),)),
+        (("float(tags.RescaleSlope), float(tags.RescaleIntercept), tags", "1.0, 0.0, tags"),)),
     "room_air_as_lung": Wrong(
         "the largest air is the lung: the room", "rule_2_1_3_lungs", "preprocessing.py",
         (("        sizes[np.unique(face)] = 0\n", "        pass\n"),)),
