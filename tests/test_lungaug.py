@@ -675,7 +675,8 @@ def test_curves__is_well_formed_with_finite_numbers(lines):
     points = [tuple(map(float, point.split(","))) for curve in curves for point in curve.get("points").split()]
     finite = sum(np.isfinite(np.asarray(y, float)).sum() for _, _, y, _ in lines)
     assert len(curves) == len(lines) and len(points) == finite
-    assert all(0 <= x <= 460 and 0 <= y <= 270 for x, y in points)
+    words = [(float(node.get("x")), float(node.get("y"))) for node in tree.iter() if node.tag.endswith("}text")]
+    assert all(0 <= x <= 460 and 0 <= y <= 270 for x, y in points + words)
 
 
 def test_curves__higher_values_stand_higher_and_later_ones_to_the_right():
