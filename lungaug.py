@@ -225,7 +225,7 @@ def command(main):
 
 def stream(seed, *names):
     """A numpy Generator that depends on the seed and the names alone."""
-    return np.random.default_rng([seed, *(zlib.crc32(str(name).encode()) for name in names)])
+    return np.random.default_rng([seed, *(zlib.crc32(str(name).encode(errors="surrogateescape")) for name in names)])
 
 
 def torch_stream(seed, *names):
@@ -278,7 +278,7 @@ def write_bytes(path, data):
 
 
 def write_text(path, text):
-    write_bytes(path, text.encode())
+    write_bytes(path, text.encode(errors="surrogateescape"))    # a file's name may be no UTF-8
 
 
 def write_array(path, array):

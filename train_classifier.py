@@ -209,7 +209,8 @@ def train_arm(arm, run, dataset, arguments, delivered, device):
     positives, negatives = arm_pools(arm, run, dataset)
     if arm != "real" and not len(positives.generated) or not len(negatives):
         print(f"{arm}: no generated samples to train on; left out.")
-        path.unlink(missing_ok=True)    # an older GAN's classifier is not this one's
+        for old in (path, folder / "log.jsonl"):    # an older GAN's classifier is not this one's
+            old.unlink(missing_ok=True)
         return
     torch.manual_seed(int(lungaug.stream(a.seed, "classifier weights").integers(2 ** 62)))      # the arms start alike
     classifier, draws = Classifier(dataset.cube).to(device), lungaug.stream(a.seed, "classifier batches", arm)

@@ -7,6 +7,7 @@ import csv
 import itertools
 import json
 import math
+import os
 from collections import Counter
 from fractions import Fraction
 
@@ -417,6 +418,14 @@ def test_write_scores__a_hostile_name_stays_in_its_cell(tmp_path):
     dataset.info["scans"][2]["seriesuid"] = '1,2"3\n4'
     evaluate.write_scores(tmp_path / "scores.csv", dataset, {"real": np.zeros(20)})
     assert [line["seriesuid"] for line in read_scores(tmp_path / "scores.csv")] == ['1,2"3\n4'] * 20
+
+
+def test_write_scores__a_file_name_that_is_no_utf_8_can_be_written(tmp_path):
+    """A MetaImage's series UID is its file's name, which may hold any bytes; its test cubes are written nevertheless."""
+    dataset = small_run(tmp_path)
+    dataset.info["scans"][2]["seriesuid"] = os.fsdecode(b"\xff")
+    evaluate.write_scores(tmp_path / "scores.csv", dataset, {"real": np.zeros(20)})
+    assert (tmp_path / "scores.csv").read_bytes().count(b"\n") == 21
 
 
 # What was trained

@@ -276,6 +276,11 @@ def test_stream__another_seed_or_name_gives_other_numbers():
     assert len({tuple(torch.rand(3, generator=lungaug.torch_stream(*words)).tolist()) for words in asked}) == len(asked)
 
 
+def test_stream__of_any_name():
+    """A scan's name may be a file's, which need not be UTF-8: it has a stream of its own too."""
+    assert lungaug.stream(0, os.fsdecode(b"\xff")).random() != lungaug.stream(0, os.fsdecode(b"\xfe")).random()
+
+
 def test_restore_stream__goes_on_where_it_was():
     """A stream set to a saved state draws what the saved one would have drawn."""
     one, other = lungaug.stream(0, "x"), lungaug.stream(9, "y")

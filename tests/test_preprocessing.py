@@ -689,6 +689,13 @@ def test_read_cubes__are_normalize_of_flip_of_cut(dataset):
         assert np.array_equal(cube[0], preprocessing.normalize(preprocessing.all_flips(hu)[flips_of_one]))
 
 
+def test_labelled__positives_in_all_flips_then_negatives_in_none(dataset):
+    """What is scored: each positive eight times, label 1, then each negative once, unflipped, label 0."""
+    rows, flips, labels = preprocessing.labelled(dataset, "train")
+    assert labels.tolist() == [1] * 16 + [0] * 2 and flips.tolist() == [*range(8)] * 2 + [0] * 2
+    assert (rows[labels == 1] == dataset.positives["train"].repeat(8, axis=0)).all() and (rows[labels == 0] == dataset.negatives["train"]).all()
+
+
 def test_read_cubes__are_as_they_are_without_flips(dataset):
     """No flips named means none made."""
     rows = dataset.positives["train"]

@@ -574,6 +574,17 @@ def test_train_arm__an_arm_left_out_leaves_no_older_classifier(tmp_path):
     assert not (tmp_path / "classifiers" / "mixed" / "checkpoint.pt").exists()
 
 
+def test_figure_8__no_chart_of_an_arm_that_was_left_out(tmp_path):
+    """Where an arm is left out, figure 8 does not show the losses of the classifier that it had before."""
+    small_run(tmp_path), write_generated(tmp_path)
+    train(tmp_path, "mixed", "--epochs", "1")
+    write_generated(tmp_path, positives=0)
+    preprocessing.open_array.cache_clear()
+    for arm in ("real", "mixed"):
+        train_classifier.train_arm(arm, tmp_path, preprocessing.open_dataset(tmp_path), options("--overwrite", "--epochs", "1"), None, CPU)
+    assert "real data" in train_classifier.figure_8(tmp_path) and "mixed data" not in train_classifier.figure_8(tmp_path)
+
+
 def test_figure_8__a_chart_an_arm_with_both_losses(tmp_path):
     """Figure 8 has a chart for each arm that was trained, each with a training and a validation curve."""
     small_run(tmp_path), write_generated(tmp_path)
