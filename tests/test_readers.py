@@ -435,9 +435,10 @@ def test_rule_2_rescale__fractions_give_float32(tmp_path, rescale):
     assert np.array_equal(hu[:3], scan.hu[:3]) and np.array_equal(hu[3], rescale[0] * (scan.hu[3] + 1024.0) + rescale[1])
 
 
-def test_rule_2_rescale__past_int16_is_clipped(tmp_path):
-    """A slope that takes stored values past int16 does not wrap around."""
-    assert (read_scan(series(tmp_path / "s", made(), rescale=[(2000, 0)] * 4)).hu == 32767).all()
+@pytest.mark.parametrize("rescale, hu", [((2000, 0), 32767), ((1, -100000), -32768)])
+def test_rule_2_rescale__past_int16_is_clipped(tmp_path, rescale, hu):
+    """What slope and intercept take past int16, up or down, becomes its end and does not wrap around."""
+    assert (read_scan(series(tmp_path / "s", made(), rescale=[rescale] * 4)).hu == hu).all()
 
 
 def test_rule_2_rescale__signed_pixels(tmp_path):
