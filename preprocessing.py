@@ -78,7 +78,8 @@ def find_scans(folder):
             sources.append(Source(path.stem, path.stem, (path,)))
         elif path.is_file() and is_dicom(path):
             tags = read_tags(path, ["SeriesInstanceUID", "PatientID"])
-            series[str(tags.get("SeriesInstanceUID", ""))].append((path, str(tags.get("PatientID") or "")))
+            if tags.get("SeriesInstanceUID"):       # a DICOMDIR has none
+                series[str(tags["SeriesInstanceUID"])].append((path, str(tags.get("PatientID") or "")))
     for uid, files in series.items():
         sources.append(Source(uid, files[0][1] or uid, tuple(path for path, _ in files)))
     check(sources, folder, "no MetaImage and no DICOM file in it", "give the folder that holds the scans with --scans")
@@ -101,6 +102,8 @@ def read_source(source):
     where = source.files[0]
     with lungaug.refusing(where, "replace the file"):
         scan = (read_metaimage if where.suffix.lower() in (".mhd", ".mha") else read_dicom)(source)
+    check(scan.hu.ndim == 3 and scan.spacing.shape == (3,), where, f"{scan.hu.shape} voxels, spacing {scan.spacing}",
+          "planes of one HU a pixel are wanted")
     check(min(scan.hu.shape) > 1, where, f"{scan.hu.shape} voxels", "two at least are wanted along each axis")
     check(np.isfinite(scan.origin).all(), where, f"origin {scan.origin}", "mend the header")
     check((scan.spacing > 0).all() and (scan.spacing < 100).all(), where, f"spacing {scan.spacing}",
@@ -115,15 +118,17 @@ def to_hu(values, where):
     """Values as int16 HU, or float32 where they have fractions."""
     if values.dtype.kind != "f":
         return np.clip(values, -32768, 32767).astype(np.int16) if values.dtype != np.int16 else values
+    with np.errstate(over="ignore"):
+        values = values.astype(np.float32)      # first: past float32 a double is infinite
     check(np.isfinite(values).all(), where, "voxels that are no numbers", "replace the file")
-    return values.astype(np.float32)
+    return values
 
 
 ELEMENTS = {"MET_CHAR": "i1", "MET_UCHAR": "u1", "MET_SHORT": "i2", "MET_USHORT": "u2", "MET_INT": "i4",
             "MET_UINT": "u4", "MET_LONG": "i4", "MET_ULONG": "u4", "MET_FLOAT": "f4", "MET_DOUBLE": "f8"}
 SYNONYMS = {"Position": "Offset", "Origin": "Offset", "Rotation": "TransformMatrix", "Orientation": "TransformMatrix",
             "ElementByteOrderMSB": "BinaryDataByteOrderMSB"}
-DEFAULTS = {"Offset": "0 0 0", "TransformMatrix": "1 0 0 0 1 0 0 0 1", "HeaderSize": "0", "BinaryData": "True",
+DEFAULTS = {"NDims": "3", "Offset": "0 0 0", "TransformMatrix": "1 0 0 0 1 0 0 0 1", "HeaderSize": "0", "BinaryData": "True",
             "BinaryDataByteOrderMSB": "False", "CompressedData": "False", "ElementNumberOfChannels": "1"}
 MOST_VOXELS = 2 ** 29       # twice a whole body at 512 × 512
 
@@ -135,7 +140,7 @@ def metaimage_header(path):
     keys, place = {}, 0
     for line in head.splitlines(keepends=True):
         place += len(line)
-        key, _, value = (part.strip() for part in line.decode("latin-1").partition("="))
+        key, _, value = (part.strip() for part in os.fsdecode(line).partition("="))
         keys.setdefault(SYNONYMS.get(key, key), value)
         if key == "ElementDataFile":
             keys.setdefault("ElementSpacing", keys.get("ElementSize", ""))
@@ -165,6 +170,7 @@ def read_metaimage(source):
     order = ">" if true("BinaryDataByteOrderMSB") else "<"
     element = np.dtype(ELEMENTS[keys["ElementType"]]).newbyteorder(order)
     size = numbers("DimSize", 3)[::-1]
+    check(keys["NDims"] == "3", path, f"NDims = {keys['NDims']}, DimSize = {keys['DimSize']}", "three of each are wanted")
     fits = (size % 1 == 0).all() and 1 <= size.min() and size.max() <= MOST_VOXELS and size.prod() <= MOST_VOXELS
     check(fits, path, f"DimSize = {keys['DimSize']}",
           f"three whole numbers above 0, and {MOST_VOXELS:,} voxels at most, are wanted")
@@ -265,7 +271,7 @@ def slice_hu(path):
         tags = pydicom.dcmread(path)
         slope, intercept, pixels = float(tags.RescaleSlope), float(tags.RescaleIntercept), tags.pixel_array
     if slope.is_integer() and intercept.is_integer():
-        return np.clip(int(slope) * pixels.astype(np.int32) + int(intercept), -32768, 32767).astype(np.int16)
+        return np.clip(int(slope) * pixels.astype(np.int64) + int(intercept), -32768, 32767).astype(np.int16)
     return (slope * pixels + intercept).astype(np.float32)
 
 

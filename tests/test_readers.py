@@ -231,6 +231,27 @@ def test_read_scan__voxels_that_are_no_numbers_are_refused(tmp_path, value):
     refused(lambda: read_scan(metaimage(tmp_path, values.tobytes(), ElementType="MET_FLOAT")), "a.raw", "no numbers")
 
 
+@pytest.mark.filterwarnings("ignore:overflow")
+def test_read_scan__doubles_past_float32_are_refused(tmp_path):
+    """1e300, finite as a double, is ∞ as float32: no HU either."""
+    with pytest.raises(Refusal, match="a.raw"):
+        read_scan(metaimage(tmp_path, np.full(SHAPE, 1e300).tobytes(), ElementType="MET_DOUBLE"))
+
+
+@pytest.mark.parametrize("count", [2, 4])
+def test_read_scan__ndims_against_dim_size_is_refused(tmp_path, count):
+    """NDims = 2 or 4 beside three sizes: the header contradicts itself."""
+    with pytest.raises(Refusal, match="a.mhd"):
+        read_scan(metaimage(tmp_path, DATA, NDims=count))
+
+
+def test_read_scan__keys_without_spaces(tmp_path):
+    """Spaces around = are a habit of the writers', no part of the format."""
+    path = metaimage(tmp_path, DATA)
+    path.write_text(path.read_text().replace(" = ", "="))
+    assert np.array_equal(read_scan(path).hu, VALUES)
+
+
 @pytest.mark.parametrize("text", [b"", b"ObjectType = Image\n", bytes(range(256)) * 600], ids=["empty", "cut short", "bytes"])
 def test_read_scan__what_is_no_header_is_refused(tmp_path, text):
     """A file without ElementDataFile is no MetaImage."""
@@ -275,7 +296,7 @@ def test_read_scan__a_file_that_is_not_there_is_refused(tmp_path):
 
 # One phantom in every form
 
-@pytest.fixture(scope="module", params=["identity", "turned", "oblique"])
+@pytest.fixture(scope="module", params=["identity", "turned", "feet first", "oblique"])
 def forms(request, tmp_path_factory):
     """A coarse chest as four kinds of file, read: form → Scan; and the phantom itself."""
     folder = tmp_path_factory.mktemp("forms")
@@ -337,6 +358,27 @@ def test_rule_2_dicom_geometry__order_is_along_the_normal(tmp_path, name):
     """Slices are ordered by position along their normal, axial, sagittal or coronal, whatever names and numbers say."""
     scan = made(RIGHT_HANDED[name])
     same(read_scan(series(tmp_path / "s", scan, names=["c", "a", "d", "b"], numbers=[2, 4, 1, 3])), scan)
+
+
+SHEARED = np.array([[0, 0, 0.96], [1, 0, 0], [0, 1, -0.28]])    # sagittal under a tilt: z falls as the normal rises
+
+
+@pytest.mark.parametrize("direction", [OBLIQUE, TILT, SHEARED], ids=["oblique", "tilt", "sheared sagittal"])
+def test_rule_2_dicom_geometry__voxels_lie_where_their_tags_say(tmp_path, direction):
+    """Each file's pixel (row j, column i) lies at IPP + i · row cosines · Δcolumn + j · column cosines · Δrow (PS3.3 C.7.6.2.1.1)."""
+    folder = series(tmp_path / "s", made(direction), names=["c", "a", "d", "b"], numbers=[2, 4, 1, 3])
+    scan, seen = read_scan(folder), set()
+    j, i = np.indices(SHAPE[1:])
+    for path in folder.iterdir():
+        tags = pydicom.dcmread(path)
+        row, column = np.array(tags.ImageOrientationPatient, float).reshape(2, 3)
+        down, across = map(float, tags.PixelSpacing)
+        places = np.array(tags.ImagePositionPatient, float) + i[..., None] * across * row + j[..., None] * down * column
+        k, = (k for k, hu in enumerate(scan.hu) if np.array_equal(hu, tags.pixel_array.astype(int) - 1024))
+        index = np.stack([i, j, np.full_like(i, k)], axis=-1)
+        assert np.abs(scan.origin + scan.spacing * index @ scan.direction.T - places).max() < 1e-5
+        seen.add(k)
+    assert seen == set(range(4))
 
 
 def test_rule_2_dicom_geometry__spacing_is_from_the_positions(tmp_path):
@@ -402,6 +444,20 @@ def test_rule_2_dicom_geometry__two_equal_stacks_are_refused(tmp_path):
     refused(lambda: read_scan(folder), folder, "6 and 6")
 
 
+def test_rule_2_dicom_geometry__a_missing_slice_under_a_tilt_is_refused(tmp_path):
+    """Steps are measured along the normal, where a tilt of 16° leaves 0.96 of each."""
+    folder = series(tmp_path / "s", made(TILT, shape=(9, 5, 7)), keep=[0, 1, 2, 3, 5, 6, 7, 8])
+    refused(lambda: read_scan(folder), folder, f"{-205.9 + 3 * 1.3 * 0.96:g}", f"{2 * 1.3 * 0.96:.2f} mm", "missing")
+
+
+def test_rule_2_dicom_geometry__a_series_copied_whole_is_refused(tmp_path):
+    """The same series in two folders is every slice twice: two equal stacks, neither taken."""
+    series(tmp_path / "a", made())
+    series(tmp_path / "b", made())
+    source, = find_scans(tmp_path)
+    refused(lambda: preprocessing.read_source(source), "0.00 mm", "keep one of each")
+
+
 def test_rule_2_dicom_geometry__a_series_out_of_line_is_refused(tmp_path):
     """Slices at even heights that do not lie along a line are no volume."""
     folder = series(tmp_path / "s", made(shape=(6, 5, 7)))
@@ -457,6 +513,46 @@ def test_rule_2_rescale__missing_is_refused(tmp_path):
     refused(lambda: read_scan(folder), "RescaleIntercept")
 
 
+def test_rule_2_rescale__does_not_wrap_around(tmp_path):
+    """A product past int32, 3,000,000 · 1000, is clipped to int16's upper end: above, not below."""
+    scan = made()
+    scan.hu[:] = -24
+    assert (read_scan(series(tmp_path / "s", scan, rescale=[(3000000, 0)] * 4)).hu == 32767).all()
+
+
+def test_rule_2_rescale__compressed_pixels(tmp_path):
+    """RLE Lossless, a transfer syntax of DICOM's that needs no other library, gives the same scan."""
+    scan = made()
+    folder = series(tmp_path / "s", scan)
+    for path in folder.iterdir():
+        tags = pydicom.dcmread(path)
+        tags.compress(pydicom.uid.RLELossless)
+        tags.save_as(path)
+    same(read_scan(folder), scan)
+
+
+ODD = {     # tags of every slice that make it no plane of CT numbers
+    "colours": dict(SamplesPerPixel=3, PhotometricInterpretation="RGB", PlanarConfiguration=0, BitsAllocated=8, BitsStored=8, HighBit=7,
+                    PixelData=bytes(106)),
+    "frames": dict(NumberOfFrames=2, PixelData=bytes(140)),
+    "three pixel spacings": dict(PixelSpacing=["0.7", "0.8", "0.9"]),
+}
+
+
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize("name", ODD)
+def test_read_scan__slices_that_are_no_planes_are_refused(tmp_path, name):
+    """A series of colour images or of images with frames has no one HU a voxel: refused here, and no traceback later."""
+    folder = series(tmp_path / "s", made())
+    for path in folder.iterdir():
+        tags = pydicom.dcmread(path)
+        for key, value in ODD[name].items():
+            setattr(tags, key, value)
+        tags.save_as(path)
+    with pytest.raises(Refusal, match="s/"):
+        read_scan(folder)
+
+
 def test_read_scan__a_slice_cut_short_is_refused_by_its_name(tmp_path):
     """A file whose pixels are cut short is named itself, not the first of the series."""
     folder = series(tmp_path / "s", made())
@@ -468,7 +564,26 @@ def test_read_scan__what_only_looks_like_dicom_is_refused(tmp_path):
     """A file with DICOM's mark and rubbish behind it is passed over, so its slice is missing."""
     folder = series(tmp_path / "s", made(shape=(9, 5, 7)))
     (folder / "004.dcm").write_bytes(bytes(128) + b"DICM" + bytes(range(256)))
+    refused(lambda: read_scan(folder), folder, "missing")
+
+
+def test_read_scan__slices_of_several_frames_are_refused(tmp_path):
+    """A DICOM series whose files hold two frames each is refused, as one line, and ends no run."""
+    folder = series(tmp_path / "s", made())
+    for path in folder.iterdir():
+        tags = pydicom.dcmread(path)
+        tags.NumberOfFrames, tags.PixelData = 2, tags.PixelData * 2
+        tags.save_as(path)
     refused(lambda: read_scan(folder), folder)
+    source, = preprocessing.find_scans(folder)
+    parameters = {"cube": 12, "negatives": 3, "max_slice_mm": 9, "seed": 0}
+    assert isinstance(preprocessing.prepare_one(source, [], tmp_path, parameters, False), Refusal)
+
+
+def test_read_scan__a_data_file_named_in_utf_8(tmp_path):
+    """A data file's name is taken as the file system writes it."""
+    (tmp_path / "Müller.raw").write_bytes(DATA)
+    assert np.array_equal(read_scan(metaimage(tmp_path, None, ElementDataFile="Müller.raw")).hu, VALUES)
 
 
 def test_read_scan__two_series_in_one_folder_are_refused(tmp_path):
@@ -512,6 +627,29 @@ def test_find_scans__an_xml_beside_the_slices_is_passed_over(tmp_path):
     folder = phantom.write_dicom(tmp_path, made())
     source, = find_scans(tmp_path)
     assert len(list(folder.iterdir())) == 5 and len(source.files) == 4 and all(path.suffix == ".dcm" for path in source.files)
+
+
+def test_find_scans__suffixes_in_capitals(tmp_path):
+    """What came through Windows, .MHD or .MHA, is found too."""
+    metaimage(tmp_path, DATA, name="A.MHD")
+    metaimage(tmp_path, DATA, name="B.MHA", ElementDataFile="LOCAL")
+    assert [source.seriesuid for source in find_scans(tmp_path)] == ["A", "B"]
+
+
+@pytest.mark.parametrize("kind", ["DICOMDIR", "rubbish"])
+def test_find_scans__dicom_of_no_series_is_passed_over(tmp_path, kind):
+    """A DICOMDIR, the index on every DICOM disc (PS3.10), or a broken file has no SeriesInstanceUID: it is no scan."""
+    series(tmp_path, made())
+    index = pydicom.Dataset()
+    index.file_meta = pydicom.dataset.FileMetaDataset()
+    index.file_meta.TransferSyntaxUID = pydicom.uid.ExplicitVRLittleEndian
+    index.file_meta.MediaStorageSOPClassUID = pydicom.uid.MediaStorageDirectoryStorage
+    index.file_meta.MediaStorageSOPInstanceUID = "1.2.99"
+    index.FileSetID, index.DirectoryRecordSequence = "DISC", []
+    pydicom.dcmwrite(tmp_path / "DICOMDIR", index, enforce_file_format=True)
+    if kind == "rubbish":
+        (tmp_path / "DICOMDIR").write_bytes(bytes(128) + b"DICM" + bytes(range(256)))
+    assert [source.seriesuid for source in find_scans(tmp_path)] == ["1.2.3"]
 
 
 def test_find_scans__without_a_patient_the_series_is_its_own(tmp_path):
