@@ -17,7 +17,6 @@ import io
 import json
 import os
 import platform
-import re
 import shlex
 import struct
 import subprocess

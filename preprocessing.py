@@ -328,8 +328,8 @@ def resample(scan, step=1, origin=None, shape=None):
     """HU at 1×1×1 mm by linear interpolation: index = (direction·spacing)⁻¹ · (x − origin)   [rule_2_1_1_resample]
 
     origin (x, y, z) in mm and shape (z, y, x): a part of the grid to fill (default: all); step: mm between points.
-    Returns Volume(hu (z, y, x) in the scan's dtype, origin); outside the scan lies air. Linear, because a higher
-    order overshoots at bone and metal.
+    Returns Volume(hu (z, y, x) in the scan's dtype, origin); where an oblique scan does not reach lies air. Linear,
+    because a higher order overshoots at bone and metal.
     """
     scan = reorient(scan)
     origin, shape = (origin, shape) if origin is not None else grid(scan)

@@ -108,6 +108,7 @@ def generate_classes(run, dataset, arguments, device):
         found = lungaug.read_json(path, "start again with --overwrite")
         lungaug.same_settings(path, found.get("settings"), asked)
         return found["classes"]
+    path.unlink(missing_ok=True)        # so that a kill leaves no old record beside new cubes
     generator, critic = load_gan(run, device)
     classes = {}
     for label, name in ((1, "positive"), (0, "negative")):

@@ -18,7 +18,7 @@ import lungaug
 import preprocessing
 from losses import critic_loss, generator_loss
 from lungaug import check
-from models import LATENT, Critic, Generator, conditional_latent, sides
+from models import LATENT, Critic, Generator, conditional_latent
 
 BETAS = (0.0, 0.9)      # 4.1.1   [num_4_1_adam]
 FIXED = 4               # samples of each class drawn from the z that stays fixed

@@ -16,7 +16,6 @@ import copy
 import sys
 import tempfile
 from concurrent.futures import ThreadPoolExecutor
-from pathlib import Path
 
 import audit
 
