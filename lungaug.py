@@ -76,20 +76,13 @@ PRESETS = (
 STAGES = ("preprocessing", "train_gan", "train_classifier", "evaluate")
 
 
-def whole(least):
-    """A parser of whole numbers from `least` on, for argparse."""
-    def parse(text):
-        if int(text) < least:
-            raise argparse.ArgumentTypeError(f"{text} is below {least}")
-        return int(text)
-    return parse
-
-
-def number(text, most=float("inf")):
-    """A number from 0 on, for argparse."""
-    if not 0 <= float(text) <= most or float(text) == float("inf"):
-        raise argparse.ArgumentTypeError(f"{text} is not a number from 0 to {most}")
-    return float(text)
+def within(kind, least, most=1e12):
+    """A parser of int or float numbers from `least` to `most`, for argparse."""
+    def number(text):
+        if not least <= kind(text) <= most:
+            raise argparse.ArgumentTypeError(f"{text} is not from {least} to {most:g}")
+        return kind(text)
+    return number
 
 
 def part(text):
@@ -100,26 +93,21 @@ def part(text):
     return one, of
 
 
-def share(text):
-    """A number from 0 to 1, for argparse."""
-    return number(text, most=1)
-
-
 OPTIONS = (     # stages, name, default, settings for argparse; PRESETS holds the others
     (STAGES, "--run", None, dict(type=Path, help="the run's folder (default runs/demo, or runs/<name of --scans>)")),
     (STAGES, "--preset", None, dict(choices=("demo", "thesis"), help="default: demo for synthetic scans, else thesis")),
-    (STAGES, "--seed", 0, dict(type=whole(0), help="the one source of all randomness (default 0)")),
+    (STAGES, "--seed", 0, dict(type=within(int, 0), help="the one source of all randomness (default 0)")),
     (STAGES, "--device", "auto", dict(help="auto, cpu, cuda, cuda:1, … (default auto: a GPU where there is one)")),
     (STAGES[:1], "--scans", None, dict(type=Path, help="a tree with MetaImage or DICOM scans (default: synthetic)")),
     (STAGES[:1], "--annotations", None, dict(type=Path, help="default: annotations.csv in or above --scans")),
     (STAGES[:1], "--workers", min(os.cpu_count() or 1, 8), dict(
-        type=whole(1), help="processes, each with a scan in memory (default: one a core, 8 at most)")),
+        type=within(int, 1), help="processes, each with a scan in memory (default: one a core, 8 at most)")),
     (STAGES[:1], "--strict", False, dict(action="store_true", help="stop at the first scan that cannot be used")),
     (STAGES[:1], "--part", (1, 1), dict(type=part, help="2/8: this machine's share of the scans; parts join in one --run")),
     (STAGES[1:2], "--precision", "float32", dict(choices=("float32", "bfloat16"), help="bfloat16: quicker on a GPU")),
     (STAGES[1:2], "--micro-batch", None, dict(
-        type=whole(1), help="cubes at a time, where a batch does not fit in memory; the gradients are the same")),
-    (STAGES[1:2], "--checkpoint-minutes", 5.0, dict(type=number, help="between checkpoints (default 5)")),
+        type=within(int, 1), help="cubes at a time, where a batch does not fit in memory; the gradients are the same")),
+    (STAGES[1:2], "--checkpoint-minutes", 5.0, dict(type=within(float, 0), help="between checkpoints (default 5)")),
     (STAGES[:3], "--overwrite", False, dict(action="store_true", help="start again, from nothing")),
 )
 
@@ -129,9 +117,10 @@ def rows_of(stage):
     rows = [(name, (default, default), settings) for stages, name, default, settings in OPTIONS if stage in stages]
     for row in PRESETS:
         if row.stage == stage:
-            kind = whole(2 if row.name == "batch-size" else 1) if isinstance(row.thesis, int) else number
+            kind = type(row.thesis)
+            least, most = 0 if kind is float else 2 if row.name == "batch-size" else 1, 1 if row.unit.startswith("share") else 1e12
             rows.append((f"--{row.name}", (row.demo, row.thesis), dict(
-                type=share if row.unit.startswith("share") else kind, metavar=row.name.split("-")[-1].upper(),
+                type=within(kind, least, most), metavar=row.name.split("-")[-1].upper(),
                 help=f"{row.unit} (thesis {row.thesis}, demo {row.demo})".lstrip())))
     return rows
 
@@ -230,15 +219,6 @@ def stream(seed, *names):
 def torch_stream(seed, *names):
     """A torch Generator of the same kind; on the CPU, for the same numbers whatever the device."""
     return torch.Generator().manual_seed(int(stream(seed, *names).integers(2 ** 62)))
-
-
-def stream_state(generator):
-    """A numpy Generator's state as text, for a checkpoint."""
-    return json.dumps(generator.bit_generator.state)
-
-
-def restore_stream(generator, text):
-    generator.bit_generator.state = json.loads(text)
 
 
 def pick_device(name):
@@ -554,19 +534,6 @@ def ticks(low, high):
     step = 10 ** np.floor(np.log10(max(high - low, 1e-12)))
     step *= next(f for f in (0.1, 0.2, 0.5, 1, 2) if (high - low) / (step * f) <= 8)
     return [float(value) for value in np.arange(np.ceil(low / step), np.floor(high / step) + 1) * step + 0.0]
-
-
-def smooth(values, window):
-    """Running mean over a centred window, and its 95% band, ±1.96 standard deviations within it   [rule_4_1_smoothed]
-
-    values: (n,). Returns the mean (n,) and the band's (low, high).
-    """
-    values = np.asarray(values, float)
-    out = np.empty((2, len(values)))
-    for i in range(len(values)):
-        part = values[max(0, i - window // 2):i + window // 2 + 1]
-        out[:, i] = part.mean(), 1.96 * part.std()
-    return out[0], (out[0] - out[1], out[0] + out[1])
 
 
 # The stages, each as the command that a student would type

@@ -102,15 +102,13 @@ def read_source(source):
     where = source.files[0]
     with lungaug.refusing(where, "replace the file"):
         scan = (read_metaimage if where.suffix.lower() in (".mhd", ".mha") else read_dicom)(source)
-    check(scan.hu.ndim == 3 and scan.spacing.shape == (3,), where, f"{scan.hu.shape} voxels, spacing {scan.spacing}",
-          "planes of one HU a pixel are wanted")
-    check(min(scan.hu.shape) > 1, where, f"{scan.hu.shape} voxels", "two at least are wanted along each axis")
+    check(scan.hu.ndim == 3 and min(scan.hu.shape) > 1, where, f"{scan.hu.shape} voxels",
+          "three axes of two voxels at least, and one HU a voxel, are wanted")
+    check(scan.spacing.shape == (3,) and (scan.spacing > 0).all() and (scan.spacing < 100).all(), where,
+          f"spacing {scan.spacing}", "every spacing must be above 0, in mm")
     check(np.isfinite(scan.origin).all(), where, f"origin {scan.origin}", "mend the header")
-    check((scan.spacing > 0).all() and (scan.spacing < 100).all(), where, f"spacing {scan.spacing}",
-          "every spacing must be above 0, in mm")
-    lengths = np.linalg.norm(scan.direction, axis=0)
-    check(np.allclose(lengths, 1, atol=1e-3) and abs(np.linalg.det(scan.direction)) > 0.5, where,
-          f"direction {scan.direction.T.ravel()}", "three axes of length 1 that span the space are wanted")
+    check(np.allclose(np.linalg.norm(scan.direction, axis=0), 1, atol=1e-3) and abs(np.linalg.det(scan.direction)) > 0.5,
+          where, f"direction {scan.direction.T.ravel()}", "three axes of length 1 that span the space are wanted")
     return scan
 
 
@@ -170,19 +168,15 @@ def read_metaimage(source):
     order = ">" if true("BinaryDataByteOrderMSB") else "<"
     element = np.dtype(ELEMENTS[keys["ElementType"]]).newbyteorder(order)
     size = numbers("DimSize", 3)[::-1]
-    check(keys["NDims"] == "3", path, f"NDims = {keys['NDims']}, DimSize = {keys['DimSize']}", "three of each are wanted")
     fits = (size % 1 == 0).all() and 1 <= size.min() and size.max() <= MOST_VOXELS and size.prod() <= MOST_VOXELS
-    check(fits, path, f"DimSize = {keys['DimSize']}",
+    check(keys["NDims"] == "3" and fits, path, f"NDims = {keys['NDims']}, DimSize = {keys['DimSize']}",
           f"three whole numbers above 0, and {MOST_VOXELS:,} voxels at most, are wanted")
-    shape = size.astype(int)
-    local = keys["ElementDataFile"] == "LOCAL"
-    data = path if local else path.parent / keys["ElementDataFile"]
-    check(local or Path(keys["ElementDataFile"]).name == keys["ElementDataFile"], path,
-          f"ElementDataFile = {keys['ElementDataFile']}", "LOCAL, or a file beside the header, is read here")
+    name = keys["ElementDataFile"]
+    check(Path(name).name == name, path, f"ElementDataFile = {name}", "LOCAL, or a file beside the header, is read here")
+    data, start = (path, start) if name == "LOCAL" else (path.with_name(name), int(keys["HeaderSize"]))
     check(data.is_file(), data, "is not there", f"{path.name} names it as its data")
-    start = start if local else int(keys["HeaderSize"])
-    found = read_voxels(data, start, int(shape.prod()) * element.itemsize, true("CompressedData"))
-    values = np.frombuffer(found, element).reshape(shape).astype(element.newbyteorder("="), copy=False)
+    found = read_voxels(data, start, int(size.prod()) * element.itemsize, true("CompressedData"))
+    values = np.frombuffer(found, element).reshape(size.astype(int)).astype(element.newbyteorder("="), copy=False)
     return Scan(source.seriesuid, to_hu(values, data), numbers("ElementSpacing", 3), numbers("Offset", 3),
                 numbers("TransformMatrix", 9).reshape(3, 3).T)
 
@@ -224,8 +218,8 @@ def read_dicom(source):
     third, normal = step / between, np.cross(row, column)
     third = normal if np.allclose(third, normal, atol=1e-4) else third      # the positions' decimals are no tilt
     hu = np.stack([slice_hu(tags["path"]) for tags in slices])
-    return Scan(source.seriesuid, to_hu(hu, source.files[0]), np.array([*slices[0]["PixelSpacing"][::-1], between], float),
-                position(slices[0]), np.stack([row, column, third], axis=1))
+    spacing = np.array([*slices[0]["PixelSpacing"][::-1], between], float)
+    return Scan(source.seriesuid, hu, spacing, position(slices[0]), np.stack([row, column, third], axis=1))
 
 
 def position(tags):
@@ -270,9 +264,8 @@ def slice_hu(path):
     with lungaug.refusing(path, "replace the file, or install what pydicom asks for"):
         tags = pydicom.dcmread(path)
         slope, intercept, pixels = float(tags.RescaleSlope), float(tags.RescaleIntercept), tags.pixel_array
-    if slope.is_integer() and intercept.is_integer():
-        return np.clip(int(slope) * pixels.astype(np.int64) + int(intercept), -32768, 32767).astype(np.int16)
-    return (slope * pixels + intercept).astype(np.float32)
+    whole = slope.is_integer() and intercept.is_integer()
+    return to_hu(int(slope) * pixels.astype(np.int64) + int(intercept) if whole else slope * pixels + intercept, path)
 
 
 COLUMNS = ["seriesuid", "coordX", "coordY", "coordZ", "diameter_mm"]
@@ -541,11 +534,10 @@ def prepare_scan(source, nodules, folder, parameters):
     lungaug.write_array(folder / f"{name}.npy", volume.hu)
     marks = (centres[:, ::-1] + corner - coarse.origin) @ np.linalg.inv(affine(coarse)).T
     lungaug.write_bytes(folder / f"{name}.png", scan_picture(coarse.hu, mask.hu, np.rint(marks[:, ::-1]).astype(int)))
-    record = {"seriesuid": source.seriesuid, "patient": source.patient, "volume": f"{name}.npy",
-              "crc32": zlib.crc32(volume.hu.tobytes()), "origin": volume.origin.tolist(), "litres": litres,
-              "positives": (centres - start).tolist(), "diameters": [nodule.diameter for nodule in nodules],
-              "negatives": (negatives - start).tolist()}
-    return record
+    return {"seriesuid": source.seriesuid, "patient": source.patient, "volume": f"{name}.npy",
+            "crc32": zlib.crc32(volume.hu.tobytes()), "origin": volume.origin.tolist(), "litres": litres,
+            "positives": (centres - start).tolist(), "diameters": [nodule.diameter for nodule in nodules],
+            "negatives": (negatives - start).tolist()}
 
 
 def scan_picture(hu, lungs, marks):
@@ -649,17 +641,6 @@ def read_cubes(dataset, rows, flips=None):
     return normalize(cubes)
 
 
-def draw_batch(dataset, count, rng):
-    """Training cubes, half positive with a random flip each, half negative as they are   [rule_4_1_balanced_batch]
-
-    Returns cubes (count, 1, c, c, c) in [-1, 1] and labels (count,), positives first.
-    """
-    labels = (np.arange(count) < count // 2).astype(np.int64)
-    rows = [part["train"][rng.integers(len(part["train"]), size=n)]
-            for part, n in ((dataset.positives, labels.sum()), (dataset.negatives, count - labels.sum()))]
-    return read_cubes(dataset, np.concatenate(rows), rng.integers(8, size=count) * labels), labels
-
-
 # Table 1, figures 2 and 3
 
 TABLE_1_HEAD = ("", "positive", "nodules", "negative", "thesis: positive", "negative")
@@ -668,11 +649,12 @@ TABLE_1 = {"train": (5712, 406791), "validation": (816, 58113), "test": (1632, 1
 
 def table_1(scans):
     """Table 1: split → nodules, positives (a nodule's eight flips each, as in the thesis), negatives   [num_table_1]"""
-    def count(kind, split):
-        return sum(len(scan[kind]) for scan in scans if scan["split"] == split)
-
-    return {split: {"positive": 8 * count("positives", split), "nodules": count("positives", split),
-                    "negative": count("negatives", split), "thesis": TABLE_1[split]} for split in SPLITS}
+    table = {}
+    for split in SPLITS:
+        nodules, negatives = (sum(len(scan[kind]) for scan in scans if scan["split"] == split)
+                              for kind in ("positives", "negatives"))
+        table[split] = {"positive": 8 * nodules, "nodules": nodules, "negative": negatives, "thesis": TABLE_1[split]}
+    return table
 
 
 def table_1_cells(table):

@@ -225,7 +225,7 @@ def train_arm(arm, run, dataset, arguments, delivered, device):
             epoch, best = state["epoch"], state["best"]
             classifier.load_state_dict(state["classifier"])
             optimizer.load_state_dict(state["optimizer"])
-            lungaug.restore_stream(draws, state["draws"])
+            draws.bit_generator.state = state["draws"]
     lungaug.rewind_log(folder / "log.jsonl", epoch)
     step = lungaug.progress(f"{arm} epochs", a.epochs)
     while epoch < a.epochs:
@@ -249,7 +249,7 @@ def train_arm(arm, run, dataset, arguments, delivered, device):
                                                   "validation_loss": loss, "validation_f1": f1})
         lungaug.save_checkpoint(path, {
             "settings": asked, "epoch": epoch, "best": best, "classifier": classifier.state_dict(),
-            "optimizer": optimizer.state_dict(), "draws": lungaug.stream_state(draws)})
+            "optimizer": optimizer.state_dict(), "draws": draws.bit_generator.state})
         step(epoch, f"loss {np.mean(losses):.3f}, validation F1 {f1:.3f}")
     print(f"{arm}: {len(positives)} positives, {len(negatives)} negatives; "
           f"best validation F1 {best['f1']:.3f}, at epoch {best['epoch']}.", flush=True)

@@ -32,6 +32,17 @@ def auxiliary_scale(epoch, epochs, early, late):
     return early if epoch < 0.75 * epochs else late
 
 
+def draw_batch(dataset, count, rng):
+    """Training cubes, half positive with a random flip each, half negative as they are   [rule_4_1_balanced_batch]
+
+    Returns cubes (count, 1, c, c, c) in [-1, 1] and labels (count,), positives first.
+    """
+    labels = (np.arange(count) < count // 2).astype(np.int64)
+    rows = [part["train"][rng.integers(len(part["train"]), size=n)]
+            for part, n in ((dataset.positives, labels.sum()), (dataset.negatives, count - labels.sum()))]
+    return preprocessing.read_cubes(dataset, np.concatenate(rows), rng.integers(8, size=count) * labels), labels
+
+
 def draw_latent(labels, noise):
     """z ~ 𝒩(0, 1), the labels' one-hot in front   [rule_3_3_1_latent]; labels (n,), noise: a Generator → (n, 128)"""
     return conditional_latent(torch.randn(len(labels), LATENT, generator=noise).to(labels.device), labels)
@@ -68,13 +79,13 @@ class Trainer:
 
     def state(self):
         return {"settings": settings(self.arguments), "epoch": self.epoch, "seconds": self.seconds,
-                "moments": self.moments, "noise": self.noise.get_state(), "draws": lungaug.stream_state(self.draws),
+                "moments": self.moments, "noise": self.noise.get_state(), "draws": self.draws.bit_generator.state,
                 **{name: part.state_dict() for name, part in self.parts().items()}}
 
     def restore(self, state):
         self.epoch, self.seconds, self.moments = state["epoch"], state["seconds"], state["moments"]
         self.noise.set_state(state["noise"])
-        lungaug.restore_stream(self.draws, state["draws"])
+        self.draws.bit_generator.state = state["draws"]
         for name, part in self.parts().items():
             part.load_state_dict(state[name])
 
@@ -151,7 +162,7 @@ def train_epoch(trainer, dataset):
     scale = auxiliary_scale(trainer.epoch, a.epochs, a.auxiliary_scale, a.late_auxiliary_scale)
     rounds = []
     for _ in range(a.critic_iterations):
-        batch = preprocessing.draw_batch(dataset, a.batch_size, trainer.draws)
+        batch = draw_batch(dataset, a.batch_size, trainer.draws)
         real, labels = (torch.from_numpy(part).to(trainer.device) for part in batch)
         rounds.append(critic_iteration(trainer, real, labels, scale))
     generator = generator_iteration(trainer, a.batch_size, scale)
@@ -180,12 +191,25 @@ def draw_pictures(folder, trainer):
     lungaug.write_bytes(folder / "progression.png", lungaug.png(lungaug.enlarge(sheet, 96 // images[0].shape[0] or 1)))
 
 
+def smooth(values, window):
+    """Running mean over a centred window, and its 95% band, ±1.96 standard deviations within it   [rule_4_1_smoothed]
+
+    values: (n,). Returns the mean (n,) and the band's (low, high).
+    """
+    values = np.asarray(values, float)
+    out = np.empty((2, len(values)))
+    for i in range(len(values)):
+        part = values[max(0, i - window // 2):i + window // 2 + 1]
+        out[:, i] = part.mean(), 1.96 * part.std()
+    return out[0], (out[0] - out[1], out[0] + out[1])
+
+
 def figure_7(rows):
     """The log's rows as one SVG of smoothed curves with 95% bands: estimate, cross-entropy, penalty, accuracy."""
     epochs, window = [row["epoch"] for row in rows], max(3, len(rows) // 40)
 
     def line(name, key, part="critic"):
-        middle, band = lungaug.smooth([row[part][key] for row in rows], window)
+        middle, band = smooth([row[part][key] for row in rows], window)
         return name, epochs, middle, band
 
     return lungaug.beside(*(lungaug.curves(title, lines, "epoch", unit) for title, unit, lines in (

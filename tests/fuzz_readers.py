@@ -28,6 +28,7 @@ sys.path[:0] = [str(Path(__file__).resolve().parent), str(Path(__file__).resolve
 import lungaug
 import phantom
 import preprocessing
+import train_gan
 
 NUMBERS = (b"0", b"-1", b"1e309", b"nan", b"inf", b"99999999999999999999", b"2147483648", b"-0.0", b"1e-320", b"0x10", b"", b"3.7")
 WORDS = (b"True", b"False", b"LOCAL", b"LIST", b"MET_FLOAT", b"MET_SHORT", b"../x.raw", b"/etc/passwd", b"null", b"[]", b"{}", b"\x00", b"\xff\xfe",
@@ -84,7 +85,7 @@ def read_annotations(path):
 
 def read_dataset(path):
     dataset = preprocessing.open_dataset(path.parent.parent)
-    preprocessing.draw_batch(dataset, 4, np.random.default_rng(0))
+    train_gan.draw_batch(dataset, 4, np.random.default_rng(0))
 
 
 def read_volume(path):

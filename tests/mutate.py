@@ -27,8 +27,8 @@ TARGETS = {
                      "metrics"), ["test_evaluate.py"]),
     "preprocessing.py": (("affine", "reorient", "grid", "resample", "clip_hu", "normalize", "denormalize", "close_ball", "lung_mask",
                           "nearest_voxel", "cut", "crop_cube", "meets_sphere", "draw_negatives", "split_patients", "flip", "all_flips",
-                          "with_flips", "draw_batch", "slice_hu"), ["test_preprocessing.py", "test_readers.py"]),
-    "train_gan.py": (("auxiliary_scale", "draw_latent", "draw_labels", "draw_epsilon", "critic_iteration", "generator_iteration", "train_epoch"),
+                          "with_flips", "slice_hu"), ["test_preprocessing.py", "test_readers.py"]),
+    "train_gan.py": (("auxiliary_scale", "draw_batch", "draw_latent", "draw_labels", "draw_epsilon", "critic_iteration", "generator_iteration", "train_epoch"),
                      ["test_train_gan.py"]),
     "train_classifier.py": (("select", "learning_rate", "balanced_batches", "f1_score"), ["test_train_classifier.py"]),
 }

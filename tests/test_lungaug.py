@@ -281,14 +281,6 @@ def test_stream__of_any_name():
     assert lungaug.stream(0, os.fsdecode(b"\xff")).random() != lungaug.stream(0, os.fsdecode(b"\xfe")).random()
 
 
-def test_restore_stream__goes_on_where_it_was():
-    """A stream set to a saved state draws what the saved one would have drawn."""
-    one, other = lungaug.stream(0, "x"), lungaug.stream(9, "y")
-    one.integers(0, 7, 3)
-    lungaug.restore_stream(other, lungaug.stream_state(one))
-    assert one.integers(0, 99, 9).tolist() == other.integers(0, 99, 9).tolist()
-
-
 # Safe files
 
 def test_writing__an_exception_midway_leaves_the_old_file_and_no_litter(tmp_path):
@@ -731,27 +723,6 @@ def test_beside__charts_in_reading_order():
     moved = [node.get("transform") for node in tree if node.tag.endswith("}g")]
     assert moved == ["translate(0 0)", "translate(460 0)", "translate(0 270)"]
     assert (tree.get("width"), tree.get("height")) == ("920", "540")
-
-
-def test_rule_4_1_smoothed__by_hand():
-    """[1, 2, 6] over a window of 3: means 1.5, 3, 4; bands ±1.96 × ½, √(14/3), 2."""
-    middle, (low, high) = lungaug.smooth([1, 2, 6], 3)
-    assert middle.tolist() == [1.5, 3, 4]
-    assert np.allclose(high - middle, 1.96 * np.array([0.5, np.sqrt(14 / 3), 2]), rtol=1e-14)
-    assert np.allclose(middle - low, high - middle, rtol=1e-14)
-
-
-def test_rule_4_1_smoothed__the_window_is_centred_and_whole():
-    """Over a window of 5 the middle of five values is the mean of all, and the first that of the first three."""
-    middle, _ = lungaug.smooth([0, 0, 0, 10, 20], 5)
-    assert middle.tolist() == [0, 2.5, 6, 7.5, 10]
-
-
-def test_rule_4_1_smoothed__a_window_of_one_changes_nothing():
-    """Over a window of one the curve is itself, and its band has no width."""
-    values = np.random.default_rng(0).normal(size=9)
-    middle, (low, high) = lungaug.smooth(values, 1)
-    assert np.array_equal(middle, values) and np.array_equal(low, values) and np.array_equal(high, values)
 
 
 # The report's parts

@@ -25,8 +25,9 @@ from scipy import ndimage
 import lungaug
 import phantom
 import preprocessing
+import train_gan
 from lungaug import Refusal
-from preprocessing import Dataset, Nodule, Scan, Source, Volume
+from preprocessing import Nodule, Scan, Source, Volume
 
 ROOT = Path(__file__).resolve().parent.parent
 PRESETS = {row.name: row for row in lungaug.PRESETS if row.stage == "preprocessing"}
@@ -667,18 +668,6 @@ def test_rule_2_1_7_reading_order__a_slice_is_shown_as_it_is():
 
 # The prepared data, as the other stages use them
 
-@pytest.fixture
-def dataset(tmp_path):
-    """Two volumes on disk, 12³ cubes: positives all in the first, negatives all in the second."""
-    scans = []
-    for i in range(2):
-        np.save(tmp_path / f"{i}.npy", np.random.default_rng(i).integers(-1100, 500, (20, 24, 28)).astype(np.int16))
-        scans.append({"volume": f"{i}.npy"})
-    rows = [np.array([(i, 10, 12, 14), (i, 3, 20, 9)], np.int32) for i in range(2)]
-    preprocessing.open_array.cache_clear()
-    return Dataset(tmp_path, {"scans": scans}, 12, {"train": rows[0]}, {"train": rows[1]})
-
-
 def test_read_cubes__are_normalize_of_flip_of_cut(dataset):
     """(n, 1, c, c, c) float32, each the cut at its row, flipped by its own flip, then scaled."""
     rows, flips = np.array([(0, 10, 12, 14), (1, 3, 20, 9), (0, 3, 20, 9)]), np.array([0, 3, 6])
@@ -700,42 +689,6 @@ def test_read_cubes__are_as_they_are_without_flips(dataset):
     """No flips named means none made."""
     rows = dataset.positives["train"]
     assert np.array_equal(preprocessing.read_cubes(dataset, rows), preprocessing.read_cubes(dataset, rows, np.zeros(2, int)))
-
-
-def test_rule_4_1_balanced_batch__half_and_half(dataset):
-    """Half of a batch is positive and comes first; of an odd batch the odd one is negative."""
-    for count, positives in ((8, 4), (7, 3)):
-        cubes, labels = preprocessing.draw_batch(dataset, count, np.random.default_rng(0))
-        assert cubes.shape == (count, 1, 12, 12, 12) and labels.tolist() == [1] * positives + [0] * (count - positives)
-
-
-def test_rule_4_1_balanced_batch__labels_tell_positives_from_negatives(dataset):
-    """Label 1 goes with the positives' volume, label 0 with the negatives'."""
-    cubes, labels = preprocessing.draw_batch(dataset, 40, np.random.default_rng(0))
-    known = [np.sort(preprocessing.read_cubes(dataset, part["train"]).reshape(2, -1)) for part in (dataset.negatives, dataset.positives)]
-    assert all((np.sort(cube.ravel()) == known[label]).all(1).any() for cube, label in zip(cubes, labels))
-
-
-def batch_flips(dataset, label, count=800):
-    """Which (nodule, flip) each cube of a label is in a large batch; no other cube fits."""
-    part = dataset.positives if label else dataset.negatives
-    known = {cube.tobytes(): (row, flip) for row in range(2) for flip, cube in
-             enumerate(preprocessing.all_flips(preprocessing.read_cubes(dataset, part["train"][[row]])[0, 0]))}
-    cubes, labels = preprocessing.draw_batch(dataset, count, np.random.default_rng(0))
-    return np.array([known[cube.tobytes()] for cube in cubes[labels == label]])
-
-
-def test_rule_4_1_balanced_batch__positives_are_flipped_at_random(dataset):
-    """Of 400 positives every nodule and every flip has its share, within five standard deviations."""
-    found = batch_flips(dataset, 1)
-    assert np.abs(np.bincount(found[:, 1], minlength=8) - 50).max() < 5 * np.sqrt(400 / 8 * 7 / 8)
-    assert np.abs(np.bincount(found[:, 0], minlength=2) - 200).max() < 5 * np.sqrt(400 / 4)
-
-
-def test_rule_4_1_balanced_batch__negatives_are_used_as_they_are(dataset):
-    """2.1.6: negatives are not flipped; each is drawn as often as another."""
-    found = batch_flips(dataset, 0)
-    assert (found[:, 1] == 0).all() and np.abs(np.bincount(found[:, 0], minlength=2) - 200).max() < 5 * np.sqrt(400 / 4)
 
 
 # Table 1
@@ -980,7 +933,7 @@ def test_command__open_dataset_reads_it_back(finished):
     dataset = preprocessing.open_dataset(finished.folder / "R")
     for split, row in finished.info["table_1"].items():
         assert (len(dataset.positives[split]), len(dataset.negatives[split])) == (row["nodules"], row["negative"])
-    cubes, labels = preprocessing.draw_batch(dataset, 6, np.random.default_rng(0))
+    cubes, labels = train_gan.draw_batch(dataset, 6, np.random.default_rng(0))
     assert cubes.shape == (6, 1, 12, 12, 12) and np.abs(cubes).max() <= 1 and cubes.std() > 0.05
 
 

@@ -20,7 +20,7 @@ import train_gan
 from lungaug import PRESETS, Refusal
 from losses import critic_loss, generator_loss
 from models import Critic, Generator
-from train_gan import Trainer, auxiliary_scale, critic_iteration, draw_epsilon, draw_labels, draw_latent, generator_iteration
+from train_gan import Trainer, auxiliary_scale, critic_iteration, draw_batch, draw_epsilon, draw_labels, draw_latent, generator_iteration
 
 CPU = torch.device("cpu")
 
@@ -81,6 +81,44 @@ def leaves(value):
     return [(value.dtype, value.shape, value.numpy().tobytes()) if torch.is_tensor(value) else value]
 
 
+# 4.1 Batches of reals
+
+def test_rule_4_1_balanced_batch__half_and_half(dataset):
+    """Half of a batch is positive and comes first; of an odd batch the odd one is negative."""
+    for count, positives in ((8, 4), (7, 3)):
+        cubes, labels = draw_batch(dataset, count, np.random.default_rng(0))
+        assert cubes.shape == (count, 1, 12, 12, 12) and labels.tolist() == [1] * positives + [0] * (count - positives)
+
+
+def test_rule_4_1_balanced_batch__labels_tell_positives_from_negatives(dataset):
+    """Label 1 goes with the positives' volume, label 0 with the negatives'."""
+    cubes, labels = draw_batch(dataset, 40, np.random.default_rng(0))
+    known = [np.sort(preprocessing.read_cubes(dataset, part["train"]).reshape(2, -1)) for part in (dataset.negatives, dataset.positives)]
+    assert all((np.sort(cube.ravel()) == known[label]).all(1).any() for cube, label in zip(cubes, labels))
+
+
+def batch_flips(dataset, label, count=800):
+    """Which (nodule, flip) each cube of a label is in a large batch; no other cube fits."""
+    part = dataset.positives if label else dataset.negatives
+    known = {cube.tobytes(): (row, flip) for row in range(2) for flip, cube in
+             enumerate(preprocessing.all_flips(preprocessing.read_cubes(dataset, part["train"][[row]])[0, 0]))}
+    cubes, labels = draw_batch(dataset, count, np.random.default_rng(0))
+    return np.array([known[cube.tobytes()] for cube in cubes[labels == label]])
+
+
+def test_rule_4_1_balanced_batch__positives_are_flipped_at_random(dataset):
+    """Of 400 positives every nodule and every flip has its share, within five standard deviations."""
+    found = batch_flips(dataset, 1)
+    assert np.abs(np.bincount(found[:, 1], minlength=8) - 50).max() < 5 * np.sqrt(400 / 8 * 7 / 8)
+    assert np.abs(np.bincount(found[:, 0], minlength=2) - 200).max() < 5 * np.sqrt(400 / 4)
+
+
+def test_rule_4_1_balanced_batch__negatives_are_used_as_they_are(dataset):
+    """2.1.6: negatives are not flipped; each is drawn as often as another."""
+    found = batch_flips(dataset, 0)
+    assert (found[:, 1] == 0).all() and np.abs(np.bincount(found[:, 0], minlength=2) - 200).max() < 5 * np.sqrt(400 / 4)
+
+
 # 4.1.1 The settings
 
 def thesis(name):
@@ -97,8 +135,8 @@ def test_num_4_1_batch_size__of_reals_and_of_fakes(tmp_path, monkeypatch):
     """Each of the six iterations of an epoch is on --batch-size samples of each kind."""
     counts, trainer = [], small_trainer(batch_size=6)
     trainer.generator.register_forward_pre_hook(lambda module, z: counts.append(len(z[0])))
-    draw = preprocessing.draw_batch
-    monkeypatch.setattr(preprocessing, "draw_batch", lambda dataset, n, rng: counts.append(n) or draw(dataset, n, rng))
+    draw = train_gan.draw_batch
+    monkeypatch.setattr(train_gan, "draw_batch", lambda dataset, n, rng: counts.append(n) or draw(dataset, n, rng))
     train_gan.train_epoch(trainer, small_dataset(tmp_path))
     assert counts == [6] * 11
 
@@ -572,21 +610,34 @@ def test_half_precision__weights_and_optimizers_stay_float32():
 
 def test_rule_4_1_smoothed__windows_worked_by_hand():
     """0, 3, 6, 0 over three: means 1.5, 3, 3, 3 (two at the ends); bands ±1.96·(1.5, √6, √6, 3)."""
-    mean, (low, high) = lungaug.smooth([0, 3, 6, 0], 3)
+    mean, (low, high) = train_gan.smooth([0, 3, 6, 0], 3)
     half = 1.96 * np.array([1.5, math.sqrt(6), math.sqrt(6), 3])
     assert mean.tolist() == [1.5, 3, 3, 3]
     assert np.allclose(high - mean, half, rtol=1e-14) and np.allclose(mean - low, half, rtol=1e-14)
 
 
+def test_rule_4_1_smoothed__the_window_is_centred_and_whole():
+    """Over a window of 5 the middle of five values is the mean of all, and the first that of the first three."""
+    middle, _ = train_gan.smooth([0, 0, 0, 10, 20], 5)
+    assert middle.tolist() == [0, 2.5, 6, 7.5, 10]
+
+
+def test_rule_4_1_smoothed__a_window_of_one_changes_nothing():
+    """Over a window of one the curve is itself, and its band has no width."""
+    values = np.random.default_rng(0).normal(size=9)
+    middle, (low, high) = train_gan.smooth(values, 1)
+    assert np.array_equal(middle, values) and np.array_equal(low, values) and np.array_equal(high, values)
+
+
 def test_rule_4_1_smoothed__a_line_is_its_own_mean():
     """A centred window does not shift a straight line, but at its ends; its band is as wide everywhere between."""
     line = 2 * np.arange(20.0) + 1
-    mean, (low, high) = lungaug.smooth(line, 5)
+    mean, (low, high) = train_gan.smooth(line, 5)
     assert np.allclose(mean[2:-2], line[2:-2], rtol=1e-14) and np.allclose((high - low)[2:-2], 2 * 1.96 * 2 * math.sqrt(2))
 
 
 def test_rule_4_1_smoothed__band_holds_95_percent():
     """Of normal values about 95% lie within the band of a long window: ±1.96 standard deviations, not of the mean."""
     values = np.random.default_rng(1).normal(size=4000)
-    _, (low, high) = lungaug.smooth(values, 1001)
+    _, (low, high) = train_gan.smooth(values, 1001)
     assert abs(np.mean((low < values) & (values < high)) - 0.95) < 4 * math.sqrt(0.95 * 0.05 / 4000)

@@ -99,8 +99,8 @@ WRONG = {
         (("    for _ in range(a.critic_iterations):\n", "    for _ in range(a.critic_iterations - 1):\n"),)),
     "reals_used_five_times": Wrong(
         "the same reals at each of the five critic steps", "rule_4_1_five_to_one", "train_gan.py",
-        (("    for _ in range(a.critic_iterations):\n        batch = preprocessing.draw_batch(dataset, a.batch_size, trainer.draws)\n",
-          "    batch = preprocessing.draw_batch(dataset, a.batch_size, trainer.draws)\n    for _ in range(a.critic_iterations):\n"),)),
+        (("    for _ in range(a.critic_iterations):\n        batch = draw_batch(dataset, a.batch_size, trainer.draws)\n",
+          "    batch = draw_batch(dataset, a.batch_size, trainer.draws)\n    for _ in range(a.critic_iterations):\n"),)),
     "critics_last_z": Wrong(
         "the generator given the critic's last z", "rule_4_1_five_to_one", "train_gan.py",
         (("    generator = generator_iteration(", "    trainer.noise.set_state(before)\n    generator = generator_iteration("),
