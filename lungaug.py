@@ -395,8 +395,8 @@ def progress(label, total, every=15.0):
             return
         shown, rate = now, (done - first) / max(now - start, 1e-9)
         left = f", {duration((total - done) / rate)} left" if rate and done < total else ""
-        speed = f"{rate:.1f}/s" if rate >= 1 else f"{rate * 60:.1f}/min"
-        line = f"{label} {done}/{total}  {speed}{left}  {printable(text)}"
+        speed = f"  {rate:.1f}/s" if rate >= 1 else f"  {rate * 60:.1f}/min" if rate else ""
+        line = f"{label} {done}/{total}{speed}{left}  {printable(text)}"
         line, end = (f"\r\x1b[K{line}", "" if done < total else "\n") if live else (line, "\n")
         print(line, end=end, file=sys.stderr, flush=True)
 
@@ -492,7 +492,7 @@ def curves(title, lines, x_label, y_label):
 
     def place(x, y):
         across, up = (x - first) / max(last - first, 1e-12), (y - low) / (high - low)
-        return 58 + across * (right - 58), bottom - up * (bottom - 32)
+        return 58 + across * (right - 58), bottom - up * (bottom - 38)
 
     def points(x, y):
         return " ".join(f"{a:.1f},{b:.1f}" for a, b in (place(*point) for point in zip(x, y)) if np.isfinite(b))
@@ -500,8 +500,8 @@ def curves(title, lines, x_label, y_label):
     def text(x, y, words, anchor="middle", more=""):
         return f'<text x="{x:.1f}" y="{y:.1f}" text-anchor="{anchor}" {more}>{html.escape(words)}</text>'
 
-    out = [text(width / 2, 15, title), text(width / 2, height - 8, x_label),
-           text(0, 0, y_label, more=f'transform="translate(13 {height / 2}) rotate(-90)"')]
+    legend, out = [], [text(width / 2, 15, title), text(width / 2, height - 8, x_label),
+                   text(0, 0, y_label, more=f'transform="translate(13 {height / 2}) rotate(-90)"')]
     for value in ticks(low, high):
         y = place(first, value)[1]
         out.append(f'<path d="M58 {y:.1f}H{right}" stroke="#ddd"/>' + text(53, y + 4, f"{value:g}", "end"))
@@ -512,7 +512,8 @@ def curves(title, lines, x_label, y_label):
             around = f"{points(x, band[1])} {points(x[::-1], band[0][::-1])}"
             out.append(f'<polygon fill="{colour}" fill-opacity=".2" points="{around}"/>')
         out.append(f'<polyline fill="none" stroke="{colour}" stroke-width="1.6" points="{points(x, y)}"/>')
-        out.append(text(right - 4, 33 + 14 * i, name, "end", f'fill="{colour}"'))
+        legend.append(f'<tspan fill="{colour}" dx="12">{html.escape(name)}</tspan>')
+    out.append(f'<text x="{right}" y="29" text-anchor="end">{"".join(legend)}</text>')
     return svg(width, height, f'<rect width="100%" height="100%" fill="#fff"/>{"".join(out)}')
 
 
@@ -530,7 +531,7 @@ def beside(*charts, columns=2):
 
 
 def ticks(low, high):
-    """Four to eight round numbers within [low, high]."""
+    """Round numbers within [low, high], half a dozen or so."""
     step = 10 ** np.floor(np.log10(max(high - low, 1e-12)))
     step *= next(f for f in (0.1, 0.2, 0.5, 1, 2) if (high - low) / (step * f) <= 8)
     return [float(value) for value in np.arange(np.ceil(low / step), np.floor(high / step) + 1) * step + 0.0]

@@ -77,8 +77,8 @@ def find_scans(folder):
         if path.suffix.lower() in (".mhd", ".mha"):
             sources.append(Source(path.stem, path.stem, (path,)))
         elif path.is_file() and is_dicom(path):
-            tags = read_tags(path, ["SeriesInstanceUID", "PatientID"])
-            if tags.get("SeriesInstanceUID"):       # a DICOMDIR has none
+            tags = read_tags(path, ["SeriesInstanceUID", "PatientID", "Rows"])
+            if tags.get("SeriesInstanceUID") and tags.get("Rows"):      # a DICOMDIR, a report, contours are no images
                 series[str(tags["SeriesInstanceUID"])].append((path, str(tags.get("PatientID") or "")))
     for uid, files in series.items():
         sources.append(Source(uid, files[0][1] or uid, tuple(path for path, _ in files)))
@@ -173,7 +173,7 @@ def read_metaimage(source):
           f"three whole numbers above 0, and {MOST_VOXELS:,} voxels at most, are wanted")
     name = keys["ElementDataFile"]
     check(Path(name).name == name, path, f"ElementDataFile = {name}", "LOCAL, or a file beside the header, is read here")
-    data, start = (path, start) if name == "LOCAL" else (path.with_name(name), int(keys["HeaderSize"]))
+    data, start = (path, start) if name.upper() == "LOCAL" else (path.with_name(name), int(keys["HeaderSize"]))
     check(data.is_file(), data, "is not there", f"{path.name} names it as its data")
     found = read_voxels(data, start, int(size.prod()) * element.itemsize, true("CompressedData"))
     values = np.frombuffer(found, element).reshape(size.astype(int)).astype(element.newbyteorder("="), copy=False)
@@ -249,7 +249,7 @@ def stack(source):
     slices.sort(key=lambda tags: position(tags) @ normal)
     places = np.array([position(tags) for tags in slices])
     steps = np.diff(places @ normal)
-    usual = np.median(steps)
+    usual = np.median([step for step in steps if step > 0.01] or [0])     # of a series copied whole every second is 0
     for place, step in zip(places, steps):
         at = ", ".join(f"{x:g}" for x in place)
         check(0.5 * usual < step < 1.5 * usual, where, f"the slice after ({at}) is {step:.2f} mm on, not {usual:.2f}",
@@ -280,7 +280,7 @@ def read_annotations(path):
         for row in filter(None, rows):
             with lungaug.refusing(f"{path}, line {rows.line_num}", "numbers are wanted"):
                 numbers = [float(cell) for cell in row[1:]]
-            good = len(numbers) == 4 and np.isfinite(numbers).all() and numbers[3] > 0
+            good = row[0].strip() and len(numbers) == 4 and np.isfinite(numbers).all() and numbers[3] > 0
             check(good, f"{path}, line {rows.line_num}", ",".join(row),
                   "a series UID, three finite coordinates and a diameter above 0 are wanted")
             nodules[row[0].strip()][Nodule(tuple(numbers[:3]), numbers[3])] = None
@@ -354,6 +354,7 @@ def denormalize(x):
 # 2.1.3 Lung segmentation
 
 CLOSING_RADIUS = 10     # mm: takes in vessels, and nodules at the pleura
+GAS = -940              # HU: lungs' mean lies above it, that of gas in the bowel below
 THIN_WALL = 2           # mm: through less, noise lets the lungs leak into gas in the bowel
 
 
@@ -513,9 +514,9 @@ def prepare_scan(source, nodules, folder, parameters):
           f"LUNA16 keeps {parameters['max_slice_mm']:g} mm at most; --max-slice-mm raises it")
     scan = scan._replace(hu=clip_hu(scan.hu).astype(np.int16))
     coarse, mask = coarse_lungs(scan)
-    litres = round(float(mask.hu.sum() * 8e-6), 3)
-    areas = mask.hu.sum((1, 2))
+    litres, areas = round(float(mask.hu.sum() * 8e-6), 3), mask.hu.sum((1, 2))
     check(1 <= litres <= 12, where, f"{litres} litres of lung", "a chest CT with both lungs in view is wanted")
+    check(coarse.hu[mask.hu].mean() > GAS, where, f"{litres} litres of gas below {GAS} HU", "a chest CT is wanted")
     check(max(areas[0], areas[-1]) < areas.max() / 2, where, "lungs cut at an end of the scan", "a whole chest is wanted")
     corner, shape = grid(scan)
     centres = nearest_voxel(corner, np.array([nodule.centre for nodule in nodules]).reshape(-1, 3))
@@ -756,6 +757,8 @@ def main():
     part, parts = arguments.part
     with lungaug.alone(folder, f"part {part} of {parts}"):
         lungaug.claim(folder, parameters, arguments.overwrite)
+        if arguments.overwrite:
+            (folder / "dataset.json").unlink(missing_ok=True)       # it must not outlive its volumes
         prepare(sources[part - 1::parts], annotations, folder, parameters, arguments)
         if not gather(sources, folder, parameters, arguments, synthetic):
             return

@@ -218,7 +218,9 @@ def train_arm(arm, run, dataset, arguments, delivered, device):
     optimizer = torch.optim.Adam(classifier.parameters(), a.learning_rate, BETAS)
     epoch, best = 0, {"f1": -1.0, "loss": float("inf"), "epoch": -1, "classifier": None}
     asked = settings(a) | {"delivered": delivered, "prepared": lungaug.fingerprint(dataset.info["scans"])}
-    if path.exists() and not a.overwrite:
+    if a.overwrite:
+        path.unlink(missing_ok=True)
+    if path.exists():
         state = lungaug.load_checkpoint(path, "")
         lungaug.same_settings(path, state.get("settings"), asked)
         with lungaug.refusing(path, "start again with --overwrite"):

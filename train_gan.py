@@ -224,7 +224,9 @@ def figure_7(rows):
 def load_or_start(folder, arguments, cube, device):
     """A Trainer at its checkpoint, or a new one where there is none or under --overwrite."""
     trainer, path = Trainer(arguments, cube, device), folder / "checkpoint.pt"
-    if arguments.overwrite or not path.exists():
+    if arguments.overwrite:
+        path.unlink(missing_ok=True)
+    if not path.exists():
         lungaug.rewind_log(folder / "log.jsonl", -1)
         return trainer
     state = lungaug.load_checkpoint(path, "")

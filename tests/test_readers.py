@@ -252,6 +252,33 @@ def test_read_scan__keys_without_spaces(tmp_path):
     assert np.array_equal(read_scan(path).hu, VALUES)
 
 
+def test_read_scan__keys_among_tabs_and_spaces(tmp_path):
+    """Blanks before a key, behind a value and several between numbers are no part of either."""
+    path = metaimage(tmp_path, DATA, " \t\r\n", DimSize="7  5\t4", ElementSpacing="  0.7   0.8 1.3")
+    path.write_bytes(b"".join(b"  " + line for line in path.read_bytes().splitlines(keepends=True)))
+    scan = read_scan(path)
+    assert np.array_equal(scan.hu, VALUES) and scan.spacing.tolist() == [0.7, 0.8, 1.3]
+
+
+def test_read_scan__a_data_file_with_a_space_in_its_name(tmp_path):
+    """The name of the data is the whole rest of its line."""
+    (tmp_path / "a b.raw").write_bytes(DATA)
+    assert np.array_equal(read_scan(metaimage(tmp_path, None, ElementDataFile="a b.raw")).hu, VALUES)
+
+
+@pytest.mark.parametrize("size", ["7 5 3", "7 5 5", "7 5", "7 5 4 1"])
+def test_read_scan__dim_size_against_the_data_is_refused(tmp_path, size):
+    """Fewer or more voxels than the data hold, or another number of axes: the bytes are not read as another shape."""
+    refused(lambda: read_scan(metaimage(tmp_path, DATA, DimSize=size)), "a.")
+
+
+def test_rule_2_1_1_resample__skew_metaimage_axes_are_honoured(tmp_path):
+    """Axes of length 1 that are not at right angles, as of a tilted gantry, go through the affine as they are."""
+    matrix = "1 0 0 0 1 0 0 0.28 0.96"
+    scan = read_scan(metaimage(tmp_path, DATA, TransformMatrix=matrix, ElementSpacing="1 1 2"))
+    assert np.allclose(preprocessing.affine(scan) @ [3, 2, 1], [3, 2.56, 1.92])
+
+
 @pytest.mark.parametrize("text", [b"", b"ObjectType = Image\n", bytes(range(256)) * 600], ids=["empty", "cut short", "bytes"])
 def test_read_scan__what_is_no_header_is_refused(tmp_path, text):
     """A file without ElementDataFile is no MetaImage."""
@@ -591,6 +618,129 @@ def test_read_scan__two_series_in_one_folder_are_refused(tmp_path):
     folder = series(tmp_path / "s", made())
     series(folder, made(uid="1.2.4"), names=list("abcd"))
     refused(lambda: read_scan(folder), folder, "2 scans")
+
+
+def change(path, **tags):
+    """Write a DICOM file again with other tags, or without those that are None."""
+    found = pydicom.dcmread(path)
+    for name, value in tags.items():
+        if value is None:
+            delattr(found, name)
+        else:
+            setattr(found, name, value)
+    found.save_as(path)
+
+
+@pytest.mark.parametrize("name", ["ImagePositionPatient", "ImageOrientationPatient", "PixelSpacing", "Rows", "Columns",
+                                  "RescaleSlope", "RescaleIntercept", "PixelData", "BitsAllocated", "SamplesPerPixel"])
+@pytest.mark.parametrize("count", [1, 9])
+def test_read_scan__a_missing_tag_is_refused(tmp_path, name, count):
+    """Without a tag that says where a slice lies or what its numbers mean, in one or in all, nothing is guessed."""
+    folder = series(tmp_path / "s", made(shape=(9, 5, 7)))
+    for path in sorted(folder.iterdir())[4:5] if count == 1 else folder.iterdir():
+        change(path, **{name: None})
+    refused(lambda: read_scan(folder), folder)
+
+
+@pytest.mark.parametrize("share", [0.05, 0.3, 0.6, 0.8, 0.95, 0.99])
+def test_read_scan__a_dicom_file_cut_anywhere_is_refused(tmp_path, share):
+    """Cut in its header or in its pixels, a slice is missing or broken: the series does not pass for whole."""
+    folder = series(tmp_path / "s", made(shape=(9, 5, 7)))
+    data = (folder / "004.dcm").read_bytes()
+    (folder / "004.dcm").write_bytes(data[:int(share * len(data))])
+    with pytest.raises(Refusal, match="s"):
+        read_scan(folder)
+
+
+MIXED = {"orientations": dict(ImageOrientationPatient=["1", "0", "0", "0", "0", "-1"]),
+         "sizes": dict(Rows=7, Columns=5), "pixel spacings": dict(PixelSpacing=["0.9", "0.9"])}
+
+
+@pytest.mark.parametrize("count", [1, 3, 4, 5])
+@pytest.mark.parametrize("name", MIXED)
+def test_rule_2_dicom_geometry__mixed_slices_are_refused(tmp_path, name, count):
+    """Slices of another orientation, size or pixel spacing within a stack, few or half of it, are not put into it."""
+    folder = series(tmp_path / "s", made(shape=(9, 5, 7)))
+    for path in sorted(folder.iterdir())[2:2 + count]:
+        change(path, **MIXED[name])
+    refused(lambda: read_scan(folder), folder)
+
+
+def test_rule_2_rescale__compressed_pixels_without_a_plugin_name_the_package(tmp_path):
+    """JPEG-LS needs another package than the five: the line names the slice and what to install."""
+    folder = series(tmp_path / "s", made())
+    for path in folder.iterdir():
+        tags = pydicom.dcmread(path)
+        tags.file_meta.TransferSyntaxUID = pydicom.uid.JPEGLSLossless
+        tags.PixelData = pydicom.encaps.encapsulate([bytes(10)])
+        tags["PixelData"].VR = "OB"
+        tags.save_as(path)
+    refused(lambda: read_scan(folder), "000.dcm", "JPEG-LS", "pylibjpeg", "install")
+
+
+def test_rule_2_rescale__photometric_interpretation_is_for_display(tmp_path):
+    """MONOCHROME1 says that low values are shown white (PS3.3 C.7.6.3.1.2): HU are as without it."""
+    scan = made()
+    same(read_scan(series(tmp_path / "s", scan, header=dict(PhotometricInterpretation="MONOCHROME1"))), scan)
+
+
+@pytest.mark.parametrize("padding", [-2000, -3024, -32768])
+def test_rule_2_rescale__padding_comes_to_air(tmp_path, padding):
+    """What lies outside the scanner's circle, however low, is clipped to air; no other voxel changes, none wraps."""
+    scan = made(shape=(6, 12, 14))
+    clean = scan._replace(hu=scan.hu.copy())
+    circle = np.hypot(*np.ogrid[-1:1:12j, -1:1:14j]) > 1
+    scan.hu[:, circle], clean.hu[:, circle] = padding, -1000
+    tags = dict(PixelPaddingValue=padding + 1024, PixelRepresentation=1, BitsStored=16, HighBit=15)
+    read = read_scan(series(tmp_path / "s", scan, header=tags, rescale=[(1, -1024)] * 6))
+    hu = preprocessing.clip_hu(read.hu)
+    assert np.array_equal(hu, np.clip(clean.hu, -1000, 400)) and (hu[:, circle] == -1000).all()
+
+
+def no_image(path, kind, uid):
+    """A DICOM object without an image: contours (RTSTRUCT) or a report (SR)."""
+    tags = phantom.dicom_header(made(uid=uid))
+    for name in ("SamplesPerPixel", "PhotometricInterpretation", "PixelRepresentation", "BitsAllocated", "BitsStored",
+                 "HighBit", "RescaleSlope", "RescaleIntercept", "RescaleType"):
+        delattr(tags, name)
+    where = {"RTSTRUCT": "RTStructureSetStorage", "SR": "ComprehensiveSRStorage"}[kind]
+    tags.Modality, tags.SOPClassUID = kind, getattr(pydicom.uid, where)
+    tags.file_meta.MediaStorageSOPClassUID = tags.SOPClassUID
+    tags.file_meta.MediaStorageSOPInstanceUID = tags.SOPInstanceUID = "1.2.99"
+    pydicom.dcmwrite(path, tags, enforce_file_format=True)
+
+
+@pytest.mark.parametrize("kind", ["RTSTRUCT", "SR"])
+@pytest.mark.parametrize("uid", ["1.2.3", "1.2.4"], ids=["the series' own UID", "another"])
+def test_find_scans__dicom_that_is_no_image_does_no_harm(tmp_path, kind, uid):
+    """Contours or a report beside the slices: the scan is read as without, and no scan is made of them."""
+    scan = made()
+    no_image(series(tmp_path / "s", scan) / "a.dcm", kind, uid)
+    source, = find_scans(tmp_path)
+    same(preprocessing.read_source(source), scan)
+
+
+def test_find_scans__ten_thousand_tiny_files_are_passed_over(tmp_path):
+    """A tree full of small files that are no DICOM, empty ones among them, holds the one scan that it holds."""
+    series(tmp_path / "s", made())
+    for number in range(10000):
+        folder = tmp_path / f"{number % 100}"
+        folder.mkdir(exist_ok=True)
+        (folder / f"{number}.dcm").write_bytes(b"tiny" * (number % 3))
+    assert [source.seriesuid for source in find_scans(tmp_path)] == ["1.2.3"]
+
+
+@pytest.mark.parametrize("uid", ["../../x", "<script>", "/etc/x", "\x1b[31mred\x1b[0m", "a\nb", "con:"])
+def test_find_scans__a_hostile_series_uid_does_not_escape(tmp_path, uid):
+    """Whatever a DICOM file calls its series: a refusal is one plain line, and its files stay inside."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        folder = series(tmp_path / "s", made(uid=uid))
+        source, = find_scans(folder)
+    parameters = {"cube": 12, "negatives": 3, "max_slice_mm": 9, "seed": 0}
+    reason = preprocessing.prepare_one(source, [], tmp_path / "out", parameters, False)
+    assert isinstance(reason, Refusal) and str(reason).isprintable()
+    assert {path.parent for path in tmp_path.rglob("*") if path.is_file()} == {folder, tmp_path / "out"}
 
 
 # find_scans

@@ -304,6 +304,25 @@ def test_stale__a_gan_trained_on_other_scans_is_refused(copy, monkeypatch, capsy
     assert in_one_line(done, "gan/checkpoint.pt")
 
 
+@pytest.mark.parametrize("stage, function, log", [("train_gan", "train_epoch", "gan/log.jsonl"),
+                                                 ("train_classifier", "validate", "classifiers/real/log.jsonl")])
+def test_overwrite__stopped_at_its_start_leaves_no_half_log(copy, monkeypatch, capsys, stage, function, log):
+    """--overwrite, stopped in its first epoch, then the command without it: as many rows as epochs, or a line."""
+    module = __import__(stage)
+
+    def stop(*_):
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(module, function, stop)
+        assert run_main(module, patch, capsys, "--run", copy, *own_words(stage), "--overwrite").status == 130
+    done = run_main(module, monkeypatch, capsys, "--run", copy, *own_words(stage))
+    if done.status:
+        assert in_one_line(done, "--overwrite")
+    else:
+        assert [row["epoch"] for row in lungaug.read_log(copy / log)] == [1, 2, 3]
+
+
 def test_hostile_file_name__is_refused_in_one_line(tmp_path):
     """A scan whose file name is no UTF-8 is left out with a reason, not by a traceback."""
     (tmp_path / os.fsdecode(b"\xff.mhd")).write_bytes(b"ObjectType = Image\n")

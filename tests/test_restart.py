@@ -1,0 +1,391 @@
+"""Preparing scans again, in parts, at the same time or otherwise; scans that are no chest's, rows that are no scan's.
+
+    python -m pytest tests/test_restart.py -v
+
+preprocessing.py is run as a user would, in this process where that does: its status, what it says, what it leaves.
+"""
+
+import json
+import re
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+
+import lungaug
+import phantom
+import preprocessing
+import train_classifier
+import train_gan
+from lungaug import Refusal
+
+WORDS = ("--cube", "12", "--negatives", "20", "--workers", "1", "--max-slice-mm", "20")
+PARAMETERS = {"cube": 12, "negatives": 20, "max_slice_mm": 20, "seed": 0}
+
+
+@pytest.fixture
+def run(monkeypatch, capsys):
+    """A function that runs a stage's main as its command would: status, out, err."""
+    def call(module, *words):
+        monkeypatch.setattr(sys, "argv", [f"{module.__name__}.py", *map(str, words)])
+        capsys.readouterr()
+        with pytest.raises(SystemExit) as stopped:
+            lungaug.command(module.main)
+        out, err = capsys.readouterr()
+        return SimpleNamespace(status=stopped.value.code or 0, out=out, err=err)
+    return call
+
+
+def in_one_line(done, *words):
+    """Whether a command ended with status 2 and, on stderr, one line alone, a Refusal's, that holds the words."""
+    whole = re.fullmatch("lungaug: [^\n]+: [^\n]+ — [^\n]+\n", done.err)
+    return done.status == 2 and whole and all(word in done.err for word in words)
+
+
+def prepared(run):
+    """The bytes of what preprocessing leaves for the other stages and for people, less its own options and times."""
+    files = (path for path in (run / "prepared").iterdir() if not path.name.startswith("."))
+    return {path.name: path.read_bytes() for path in files if path.name not in ("options.json", "parameters.json")}
+
+
+def info(run):
+    return json.loads((run / "prepared" / "dataset.json").read_bytes())
+
+
+def ellipse(shape, centre, radii):
+    """A mask (z, y, x): an ellipsoid, in voxels; a radius of ∞ makes a cylinder."""
+    return sum(((axis - c) / r) ** 2 for axis, c, r in zip(np.ogrid[tuple(map(slice, shape))], centre, radii)) < 1
+
+
+def small_chest(number):
+    """A chest of a child's size, quick to prepare: two lungs of 0.9 litres in a block, two nodules in each."""
+    rng, shape, origin = np.random.default_rng(number), (46, 40, 70), (10.5 * number, -70.25, -500)
+    hu = np.full(shape, -1000)
+    hu[:, 3:-3, 3:-3] = 40
+    nodules = []
+    for x in (20, 49):
+        hu[ellipse(shape, (23, 20, x), (18, 14, 13.5))] = -850
+        for z, y in ((14, 20), (31, 20)):
+            hu[ellipse(shape, (z, y, x), (2, 2, 2))] = 30
+            nodules.append((*(np.array(origin) + 4 * np.array((x, y, z))).tolist(), 10 + number))
+    hu = (hu + rng.normal(0, 15, shape)).clip(-1024, 400).astype(np.int16)
+    return phantom.Phantom(f"1.2.{number}", f"P{max(1, number)}", hu, (4, 4, 4), origin, np.eye(3), nodules, None, None)
+
+
+@pytest.fixture(scope="module")
+def scans(tmp_path_factory):
+    """A folder of four small scans of three patients: two MetaImage, two DICOM."""
+    folder, rows = tmp_path_factory.mktemp("scans"), []
+    for number, made in enumerate(map(small_chest, range(4))):
+        write = phantom.write_metaimage if number > 1 else phantom.write_dicom
+        write(folder, made)
+        rows += [(made.seriesuid, *row) for row in made.nodules]
+    phantom.write_annotations(folder / "annotations.csv", rows)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def once(scans, tmp_path_factory):
+    """A run in which they were prepared once, at one go."""
+    folder = tmp_path_factory.mktemp("once") / "R"
+    words = [sys.executable, preprocessing.__file__, "--scans", scans, "--run", folder, *WORDS]
+    done = subprocess.run(list(map(str, words)), capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    return folder
+
+
+@pytest.fixture
+def again(once, tmp_path):
+    """A copy of that run, to be changed."""
+    return Path(shutil.copytree(once, tmp_path / "R"))
+
+
+# Again
+
+def test_alone__a_second_preparation_of_the_same_part_is_refused(scans, again, run):
+    """While one process is at a part, the same command is one line and touches nothing; later it works."""
+    before = prepared(again)
+    (again / "prepared" / "dataset.json").unlink()
+    with lungaug.alone(again / "prepared", "part 1 of 1"):
+        done = run(preprocessing, "--scans", scans, "--run", again, *WORDS)
+        assert in_one_line(done, "prepared", "another process", "part 1 of 1")
+        assert not (again / "prepared" / "dataset.json").exists()
+    assert run(preprocessing, "--scans", scans, "--run", again, *WORDS).status == 0 and prepared(again) == before
+
+
+@pytest.mark.parametrize("stage, folder", [(train_gan, "gan"), (train_classifier, "classifiers")])
+def test_alone__a_second_training_is_refused(again, run, stage, folder):
+    """Two trainings in one run would write into one log: the second is one line."""
+    with lungaug.alone(again / folder, "training"):
+        assert in_one_line(run(stage, "--run", again), folder, "another process")
+
+
+@pytest.mark.parametrize("option, value, says", [
+    ("--seed", "1", "seed 0, not 1"), ("--negatives", "10", "negatives 20, not 10"),
+    ("--max-slice-mm", "30", "max_slice_mm 20.0, not 30.0")])
+def test_claim__a_changed_parameter_is_refused_and_overwrite_is_named(scans, again, run, option, value, says):
+    """Another --seed, --negatives or --max-slice-mm on a prepared run: one line with both values and the way out."""
+    before = prepared(again)
+    assert in_one_line(run(preprocessing, "--scans", scans, "--run", again, *WORDS, option, value), says, "--overwrite")
+    assert prepared(again) == before
+
+
+def test_claim__overwrite_makes_the_run_that_a_new_folder_would_hold(scans, again, run, tmp_path):
+    """--overwrite with --negatives 10 leaves what these options leave in an empty folder, and it stays so."""
+    words = ("--scans", scans, *WORDS, "--negatives", "10")
+    assert run(preprocessing, "--run", again, *words, "--overwrite").status == 0
+    assert run(preprocessing, "--run", tmp_path / "new", *words).status == 0
+    assert prepared(again) == prepared(tmp_path / "new")
+    assert {len(scan["negatives"]) for scan in info(again)["scans"]} == {10}
+    assert run(preprocessing, "--run", again, *words).status == 0
+    assert in_one_line(run(preprocessing, "--scans", scans, "--run", again, *WORDS), "negatives 10, not 20")
+
+
+def test_claim__half_an_overwrite_does_not_pass_for_prepared(scans, again, run):
+    """With one of two parts prepared again for other cubes, the old dataset.json does not lead to the new volumes."""
+    words = ("--scans", scans, "--run", again, *WORDS, "--cube", "24", "--overwrite")
+    assert run(preprocessing, *words, "--part", "1/2").status == 0
+    try:
+        dataset = preprocessing.open_dataset(again)
+    except Refusal:
+        return
+    preprocessing.open_array.cache_clear()
+    assert all(preprocessing.is_whole(scan, dataset.folder) for scan in dataset.info["scans"])
+
+
+SPOILT = {"cut short": lambda data: data[:-1000], "cut in its head": lambda data: data[:70], "empty": lambda data: b"",
+          "a bit in a voxel": lambda data: data[:-999] + bytes([data[-999] ^ 4]) + data[-998:],
+          "a bit in its head": lambda data: data[:9] + bytes([data[9] ^ 128]) + data[10:],
+          "longer": lambda data: data + b"x"}
+
+
+@pytest.mark.parametrize("spoil", SPOILT.values(), ids=SPOILT.keys())
+def test_prepare_one__a_damaged_volume_is_made_again(scans, once, again, run, spoil):
+    """A volume cut short, or with a bit flipped, is found and comes back as it was; the others are not touched."""
+    path, *others = sorted((again / "prepared").glob("*.npy"))
+    path.write_bytes(spoil(path.read_bytes()))
+    times = [other.stat().st_mtime_ns for other in others]
+    assert run(preprocessing, "--scans", scans, "--run", again, *WORDS).status == 0
+    assert np.array_equal(np.load(path), np.load(once / "prepared" / path.name))
+    assert times == [other.stat().st_mtime_ns for other in others]
+    assert {name: data for name, data in prepared(again).items() if name != path.name} == \
+        {name: data for name, data in prepared(once).items() if name != path.name}
+
+
+@pytest.mark.parametrize("order", [(1, 2), (2, 1)])
+def test_part__two_parts_leave_the_bytes_of_one_run(scans, once, run, tmp_path, order):
+    """--part 1/2 and 2/2, whichever comes first, leave what one run leaves; the first says what is missing."""
+    words = ("--scans", scans, "--run", tmp_path / "R", *WORDS)
+    first, second = (run(preprocessing, *words, "--part", f"{part}/2") for part in order)
+    assert (first.status, second.status) == (0, 0) and "2 scans are other parts'" in first.out
+    assert prepared(tmp_path / "R") == prepared(once)
+
+
+def test_writing__leftovers_of_a_kill_do_no_harm(scans, once, again, run):
+    """Half a file under the hidden name that a kill leaves it: the run ends with the same bytes."""
+    for name in (".dataset.json.4242", f".{info(again)['scans'][0]['volume']}.4242"):
+        (again / "prepared" / name).write_bytes(b"{")
+    (again / "prepared" / "dataset.json").unlink()
+    assert run(preprocessing, "--scans", scans, "--run", again, *WORDS).status == 0
+    assert prepared(again) == prepared(once)
+
+
+# What is left out
+
+def change(folder, scans, text):
+    """A copy of the scans' annotations with these lines behind it, or in place of it where they begin with its head."""
+    table = (scans / "annotations.csv").read_text()
+    (folder / "a.csv").write_text(text if text.startswith("seriesuid") else table + text)
+    return folder / "a.csv"
+
+
+def test_read_annotations__rows_of_unknown_series_change_nothing(scans, once, run, tmp_path):
+    """LUNA16's one table is of ten subsets: rows of scans that are not there are passed over."""
+    table = change(tmp_path, scans, "1.2.99,1,2,3,4\n")
+    assert run(preprocessing, "--scans", scans, "--annotations", table, "--run", tmp_path / "R", *WORDS).status == 0
+    assert info(tmp_path / "R")["scans"] == info(once)["scans"]
+
+
+def test_read_annotations__unknown_series_alone_are_refused(scans, run, tmp_path):
+    """Where no row is of any scan there are no positives to train on: the last line says so."""
+    table = change(tmp_path, scans, "seriesuid,coordX,coordY,coordZ,diameter_mm\n1.2.99,1,2,3,4\n")
+    done = run(preprocessing, "--scans", scans, "--annotations", table, "--run", tmp_path / "R", *WORDS)
+    assert done.status == 2 and "without positives" in done.err.splitlines()[-1]
+
+
+def test_read_annotations__a_nodule_outside_leaves_its_scan_out(scans, run, tmp_path):
+    """A row with x and z exchanged lies in no scan: it is left out, its reason in dataset.json and in the output."""
+    table = change(tmp_path, scans, "1.2.0,1,2,9000,4\n")
+    done = run(preprocessing, "--scans", scans, "--annotations", table, "--run", tmp_path / "R", *WORDS)
+    row, = info(tmp_path / "R")["left_out"]
+    assert done.status == 0 and row["seriesuid"] == "1.2.0" and "outside" in row["reason"] and "9000" in row["reason"]
+    assert row["reason"].removeprefix("lungaug: ") in done.out and len(info(tmp_path / "R")["scans"]) == 3
+
+
+def test_strict__the_first_reason_ends_the_run(scans, run, tmp_path):
+    """--strict: status 2, the reason as the last line, and no dataset.json that would pass for whole."""
+    table = change(tmp_path, scans, "1.2.0,1,2,9000,4\n")
+    done = run(preprocessing, "--scans", scans, "--annotations", table, "--run", tmp_path / "R", *WORDS, "--strict")
+    assert done.status == 2 and "outside" in done.err.splitlines()[-1]
+    assert not (tmp_path / "R" / "prepared" / "dataset.json").exists()
+
+
+HOSTILE = ["../../x", "<script>alert(1)</script>", "/etc/x", "\x1b[31mred\x1b[0m"]
+
+
+@pytest.fixture(scope="module")
+def hostile(scans, tmp_path_factory):
+    """The scans, beside DICOM series of two slices each whose UIDs are hostile, prepared: .folder, .done."""
+    folder = tmp_path_factory.mktemp("hostile")
+    shutil.copytree(scans, folder / "in" / "scans")
+    for number, uid in enumerate(HOSTILE):
+        made = small_chest(3)._replace(seriesuid=f"1.3.{number}", patient=uid, hu=np.zeros((2, 5, 7), np.int16))
+        for path in phantom.write_dicom(folder / "in" / "scans", made).glob("*.dcm"):
+            tags = phantom.pydicom.dcmread(path)
+            tags["SeriesInstanceUID"] = phantom.pydicom.DataElement("SeriesInstanceUID", "UI", uid, validation_mode=0)
+            tags.save_as(path)
+    folder = folder / "in"
+    words = [sys.executable, preprocessing.__file__, "--scans", folder / "scans", "--run", folder / "R", *WORDS]
+    done = subprocess.run(list(map(str, words)), capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    return SimpleNamespace(folder=folder, done=done)
+
+
+def test_hostile_uid__is_left_out_with_its_reason(hostile):
+    """Each is in dataset.json as its file has it, and each reason is printed at the end."""
+    rows = info(hostile.folder / "R")["left_out"]
+    assert {row["seriesuid"] for row in rows} == set(HOSTILE) and all("2 DICOM files" in row["reason"] for row in rows)
+    assert hostile.done.stdout.count("left out: ") == len(HOSTILE) and len(info(hostile.folder / "R")["scans"]) == 4
+
+
+def test_hostile_uid__never_becomes_a_path_outside_the_run(hostile):
+    """Whatever the UID, new files lie in the run, flat in its folder, and under names of letters, digits, - . and _."""
+    there = [path for path in hostile.folder.parent.rglob("*") if path.is_file()]
+    made = [path for path in there if hostile.folder / "scans" not in path.parents]
+    assert {path.parent for path in made} == {hostile.folder / "R" / "prepared"} and len(made) > 20
+    assert all(re.fullmatch(r"[\w.\-]+", path.name, re.ASCII) for path in made)
+
+
+def test_hostile_uid__cannot_steer_the_terminal_nor_the_page(hostile):
+    """Printed it holds no control character; on the page it is text."""
+    said = hostile.done.stdout + hostile.done.stderr
+    assert all(c.isprintable() or c == "\n" for c in said)
+    options = json.loads((hostile.folder / "R" / "prepared" / "options.json").read_bytes())
+    page = "".join(lungaug.table_html(*item) for item in options["page"] if len(item) == 3)
+    assert "&lt;script&gt;" in page and "<script" not in page and "\x1b" not in page and "Scans left out" in page
+
+
+# What is no chest
+
+def refusal(folder, hu, spacing=(3, 3, 3), parameters=PARAMETERS):
+    """The Refusal of a scan of these HU, its record then in `folder`; None where it was prepared."""
+    made = phantom.Phantom("1.2.3", "", hu.astype(np.int16), spacing, (0, 0, 0), np.eye(3), [], None, None)
+    source = preprocessing.Source("1.2.3", "1.2.3", (phantom.write_metaimage(folder, made),))
+    return preprocessing.prepare_one(source, [], folder / "out", parameters, False)
+
+
+@pytest.fixture(scope="module")
+def chest():
+    return phantom.make_phantom(0, scale=3, nodules=0, direction=np.eye(3))
+
+
+def head():
+    """A head of 3 mm voxels: brain, skull, and sinuses and airway of a quarter litre; air around."""
+    hu = np.full((80, 80, 80), -1000)
+    for radius, value in ((32, 40), (29, 900), (26, 35)):
+        hu[ellipse(hu.shape, (42, 40, 40), (radius * 1.2, radius, radius * 0.85))] = value
+    hu[ellipse(hu.shape, (30, 24, 40), (10, 8, 12))] = -1000
+    return hu
+
+
+def abdomen(gas):
+    """An abdomen of 3 mm voxels whose bowel holds rods of gas, radius `gas` voxels."""
+    hu = np.full((120, 100, 130), -1000)
+    hu[ellipse(hu.shape, (60, 50, 65), (np.inf, 40, 55))] = -100
+    hu[ellipse(hu.shape, (60, 50, 65), (np.inf, 34, 48))] = 50
+    for x in (35, 95):
+        hu[20:100][ellipse((80, *hu.shape[1:]), (40, 50, x), (np.inf, gas, gas))] = -990
+    return hu
+
+
+def legs():
+    """Two thighs of 3 mm voxels with the air between them."""
+    hu = np.full((100, 70, 130), -1000)
+    for x in (35, 95):
+        hu[ellipse(hu.shape, (50, 35, x), (np.inf, 25, 28))] = 50
+        hu[ellipse(hu.shape, (50, 35, x), (np.inf, 5, 5))] = 1200
+    return hu
+
+
+OTHER = {"head": head, "abdomen": lambda: abdomen(4), "abdomen full of gas": lambda: abdomen(12), "legs": legs,
+         "air": lambda: np.full((60, 60, 60), -1000), "water": lambda: np.zeros((60, 60, 60)),
+         "bone": lambda: np.full((60, 60, 60), 3000)}
+
+
+@pytest.mark.parametrize("name", OTHER)
+def test_rule_2_1_3_lungs__another_part_of_the_body_is_left_out(tmp_path, name):
+    """No lungs are made of a head's sinuses, of gas in the bowel or of the air between legs: a reason is kept."""
+    reason = refusal(tmp_path, OTHER[name]())
+    assert isinstance(reason, Refusal) and "lung" in str(reason) and not list((tmp_path / "out").glob("*.npy"))
+    assert json.loads((tmp_path / "out" / "1.2.3.json").read_bytes())["reason"] == str(reason)
+
+
+@pytest.mark.parametrize("end, share", [*(("bases", share) for share in (0.3, 0.5, 0.7)),
+                                        *(("apices", share) for share in (0.15, 0.3, 0.5, 0.7))])
+def test_rule_2_1_3_lungs__cut_lungs_are_left_out(chest, tmp_path, share, end):
+    """A scan that ends within the lungs, so that a tenth or more of them is missing above or below, gives no mask."""
+    inside = np.flatnonzero(chest.lungs.any((1, 2)))
+    gone = int(inside[0] + share * np.ptp(inside)) if end == "bases" else int(inside[-1] - share * np.ptp(inside))
+    part = slice(gone, None) if end == "bases" else slice(gone)
+    hu = chest.hu[part]
+    assert chest.lungs[part].sum() < 0.9 * chest.lungs.sum()
+    assert "lung" in str(refusal(tmp_path, hu, chest.spacing))
+
+
+@pytest.mark.parametrize("most, says", [(2.5, "--max-slice-mm"), (20, None)])
+def test_num_2_slices__max_slice_mm_lets_thick_slices_through(chest, tmp_path, most, says):
+    """Slices of 3 mm and more are left out with the option named; with the option raised the same scan is prepared."""
+    reason = refusal(tmp_path, chest.hu, chest.spacing, PARAMETERS | {"max_slice_mm": most})
+    assert reason is None if says is None else says in str(reason)
+
+
+def test_rule_2_1_3_lungs__a_whole_body_has_its_lungs_or_is_left_out(chest, tmp_path):
+    """Head, neck, abdomen with gas and legs around a chest: either a reason, or the chest's own lungs."""
+    hu, lungs = whole_body(chest)
+    reason = refusal(tmp_path, hu, chest.spacing)
+    if reason is None:
+        spacing = np.array(chest.spacing, float)
+        mask = preprocessing.coarse_lungs(preprocessing.Scan("1.2.3", hu, spacing, np.zeros(3), np.eye(3)))[1].hu
+        index = [np.rint(np.arange(n) * 2 / mm).astype(int).clip(0, m - 1)
+                 for n, mm, m in zip(mask.shape, chest.spacing[::-1], hu.shape)]
+        truth = lungs[np.ix_(*index)]
+        assert 2 * (mask & truth).sum() / (mask.sum() + truth.sum()) > 0.9
+
+
+def whole_body(chest):
+    """HU (z, y, x) and lungs of a chest with a head above it and a belly with gas and legs below it."""
+    voxels = np.array(chest.spacing[::-1])
+    below, above = (int(mm / voxels[0]) for mm in (900, 300))
+    hu = np.full((below + len(chest.hu) + above, *chest.hu.shape[1:]), -1000, np.int16)
+    hu[below:-above] = chest.hu
+    middle = np.argwhere(chest.lungs).mean(0)[1:]
+    legs, belly = slice(0, int(below * 0.7)), slice(int(below * 0.7), below)
+
+    def paint(part, shift, radii, value):
+        centre = (0, *(middle + np.array(shift) / voxels[1:]))
+        hu[part][ellipse(hu[part].shape, centre, (np.inf, *(np.array(radii) / voxels[1:])))] = value
+
+    paint(belly, (0, 0), (105, 160), 40)
+    paint(slice(belly.start + 10, below - 10), (-30, 50), (30, 35), -990)
+    for side in (-1, 1):
+        paint(legs, (0, side * 85), (75, 75), 50)
+    head = hu[-above:]
+    centre = (above * 0.45, *middle)
+    head[ellipse(head.shape, centre, (above * 0.5, *(np.array((95, 75)) / voxels[1:])))] = 40
+    lungs = np.zeros(hu.shape, bool)
+    lungs[below:-above] = chest.lungs
+    return hu, lungs
