@@ -135,7 +135,7 @@ def load_networks(run, device):
 
 
 def score_test(networks, dataset, device):
-    """arm → probability of the positive class for each test cube (n,)   [rule_5_2_argmax]; positive above ½"""
+    """Positive where ŷ(positive) > ½   [rule_5_2_argmax]: arm → that probability for each test cube (n,)"""
     rows, flips, _ = preprocessing.labelled(dataset, "test")
 
     def every(x):

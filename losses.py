@@ -12,7 +12,7 @@ import torch
 # 1.3.5 Wasserstein GAN with gradient penalty
 
 def wasserstein_estimate(real_scores, fake_scores):
-    """W ≈ 𝔼_real[f(x)] − 𝔼_fake[f(x)], the dual form at the present critic   [eq_1_3_5_dual]
+    """W = sup 𝔼_real[f(x)] − 𝔼_fake[f(x)] over ‖f‖_L ≤ 1, here at the present critic f   [eq_1_3_5_dual]
 
     real_scores, fake_scores: (n,). Returns a scalar; at the best 1-Lipschitz f it is the distance itself.
     """

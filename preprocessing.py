@@ -649,7 +649,7 @@ TABLE_1 = {"train": (5712, 406791), "validation": (816, 58113), "test": (1632, 1
 
 
 def table_1(scans):
-    """Table 1: split → nodules, positives (a nodule's eight flips each, as in the thesis), negatives   [num_table_1]"""
+    """Table 1: split → nodules, positives (eight flips each: the thesis' are multiples of 8), negatives   [num_table_1]"""
     table = {}
     for split in SPLITS:
         nodules, negatives = (sum(len(scan[kind]) for scan in scans if scan["split"] == split)
@@ -684,7 +684,7 @@ def page(dataset):
     kind = "synthetic scans: they show that it works, nothing of patients" if info["synthetic"] else "of your scans"
     left_out = [(row["seriesuid"], row["reason"]) for row in info["left_out"]]
     return ["2 Dataset",
-            (f"Table 1. Sample counts, {len(info['scans'])} {kind}. A nodule's eight flips count, as in the thesis.",
+            (f"Table 1. Sample counts, {len(info['scans'])} {kind}. Each nodule's eight flips count.",
              TABLE_1_HEAD, table_1_cells(info["table_1"])),
             *([("Scans left out.", ("series", "why"), left_out)] if left_out else []),
             (f"Scan {most['seriesuid']}: axial, coronal and sagittal plane through the middle of the lungs. "

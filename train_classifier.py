@@ -59,7 +59,7 @@ def score_reals(critic, dataset, label, device, most=2048):
 
 @torch.no_grad()
 def generate(generator, critic, label, wanted, threshold, arguments, device):
-    """Generate cubes of one class, score them, keep the best until `wanted` are kept   [rule_4_3_generate_score_select]
+    """Generate cubes of one class, score them, keep those that pass until `wanted` have   [rule_4_3_generate_score_select]
 
     Returns cubes, int16 HU (n, c, c, c), n < wanted where --attempts runs out; the best-scored of the rejected, for the
     pictures of a GAN that delivers none; and the acceptance rate.
@@ -146,7 +146,7 @@ class Pool:
 
 
 def arm_pools(arm, run, dataset):
-    """An arm's positives and negatives   [rule_5_2_arms]: real; real and generated positives; generated alone."""
+    """Real; real and generated positives, real negatives; generated alone   [rule_5_2_arms]: positives and negatives"""
     positives, negatives = conventional_positives(dataset, "train"), no_flips(dataset.negatives["train"])
     none, no_cubes = no_flips(positives[0][:0]), np.zeros((0, *[dataset.cube] * 3), np.int16)
 
