@@ -115,22 +115,35 @@ TABLES = {
 }
 
 
-def load_networks(run, device):
-    """arm → a function of cubes that gives class logits (n, 2), for each arm that was trained. Raises Refusal."""
-    networks, cube = {}, preprocessing.open_dataset(run).cube
+def load_networks(run, dataset, device):
+    """arm → a function of cubes that gives class logits (n, 2), for each arm that was trained. Raises Refusal.
+
+    All must come from this dataset and from one GAN: others may have been trained on what is the test set here.
+    """
+    networks, gan, prepared = {}, run / "gan" / "checkpoint.pt", lungaug.fingerprint(dataset.info["scans"])
+    made_with, do = run / "classifiers" / "generated" / "generated.json", f"run python train_classifier.py --run {run} first"
+    with lungaug.refusing(made_with, do):
+        made = lungaug.read_json(made_with, do)
+        used, classes = made["settings"], made["classes"]
     for arm, *_ in TABLES.values():
-        path = run / ("gan" if arm == "critic" else f"classifiers/{arm}") / "checkpoint.pt"
+        path, asked = gan, {"prepared": prepared}
+        if arm != "critic":
+            path, asked["delivered"] = run / "classifiers" / arm / "checkpoint.pt", classes if arm != "real" else None
         if arm in ("mixed", "fake") and not path.exists():
             continue
-        state = lungaug.load_checkpoint(path, f"run python train_classifier.py --run {run} first")
+        first = do if arm != "critic" else f"run python train_gan.py --run {run} first"
+        state = lungaug.load_checkpoint(path, first, **asked)
         with lungaug.refusing(path, "train it again with --overwrite"):
             if arm == "critic":
-                network, weights = Critic(cube, state["settings"]["width"]), state["critic"]
+                network, weights = Critic(dataset.cube, state["settings"]["width"]), state["critic"]
             else:
-                network, weights = Classifier(cube), state["best"]["classifier"]
+                network, weights = Classifier(dataset.cube), state["best"]["classifier"]
             network.load_state_dict(weights)
+            if state["epoch"] < state["epochs"]:
+                print(f"{path}: stopped at epoch {state['epoch']} of {state['epochs']}.")
         network.eval().to(device)
         networks[arm] = (lambda x, critic=network: critic(x)[1]) if arm == "critic" else network
+    lungaug.same_settings(made_with, used, {"gan_crc32": lungaug.file_crc(gan, "")})
     return networks
 
 
@@ -269,7 +282,7 @@ def main():
     dataset = preprocessing.open_dataset(run)
     lungaug.settle(arguments, "evaluate", dataset.info["preset"])
     device, folder = lungaug.pick_device(arguments.device), run / "evaluation"
-    scores = score_test(load_networks(run, device), dataset, device)
+    scores = score_test(load_networks(run, dataset, device), dataset, device)
     write_scores(folder / "scores.csv", dataset, scores)
     results = {"tables": tables(dataset, scores), "novelty": draw_novelty(folder, run, dataset)}
     for number, table in results["tables"].items():

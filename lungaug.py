@@ -80,8 +80,9 @@ def within(kind, least, most=1e12):
     """A parser of int or float numbers from `least` to `most`, for argparse."""
     def number(text):
         if not least <= kind(text) <= most:
-            raise argparse.ArgumentTypeError(f"{text} is not from {least} to {most:g}")
+            raise argparse.ArgumentTypeError(f"{printable(text, 20)} is not from {least} to {most:g}")
         return kind(text)
+    number.__name__ = "whole number" if kind is int else "number"      # argparse: invalid whole number value: '3.0'
     return number
 
 
@@ -128,7 +129,11 @@ def rows_of(stage):
 def parse(description, *stages, words=None):
     """What was typed: a Namespace with an attribute for each option of the stages, None where it was not typed."""
     parser = argparse.ArgumentParser(description=description, allow_abbrev=False)
-    for name, settings in {name: settings for stage in stages[::-1] for name, _, settings in rows_of(stage)}.items():
+    options = {}
+    for name, _, settings in (row for stage in stages for row in rows_of(stage)):
+        helps = dict.fromkeys((options.get(name, settings)["help"], settings["help"]))      # a stage's own, each once
+        options[name] = settings | {"help": "; ".join(helps)}
+    for name, settings in options.items():
         parser.add_argument(name, default=None, **settings)
     return parser.parse_args(words)
 
@@ -203,8 +208,12 @@ def command(main):
     except OSError as error:
         where, found = error.filename or "the file system", error.strerror or error
         print(Refusal(where, found, "mend it, then run the same command again"), file=sys.stderr)
+    except (MemoryError, RuntimeError) as error:
+        if isinstance(error, RuntimeError) and "memory" not in str(error):
+            raise
+        print(Refusal("memory", str(error), "give a smaller --batch-size, --width or --micro-batch"), file=sys.stderr)
     except KeyboardInterrupt:
-        print("\nlungaug: stopped — the same command goes on from the last checkpoint", file=sys.stderr)
+        print("\nlungaug: stopped — the same command, without --overwrite, goes on from the last checkpoint", file=sys.stderr)
         sys.exit(130)
     sys.exit(2)
 
@@ -227,7 +236,7 @@ def pick_device(name):
         name = "cuda" if torch.cuda.is_available() else "cpu"
     try:
         device = torch.device(name)
-        torch.zeros(1, device=device)
+        torch.zeros(1, device=device).cpu()
     except (RuntimeError, AssertionError, NotImplementedError) as error:
         raise Refusal(f"--device {name}", str(error).splitlines()[0], "give --device cpu, or one that is there") from None
     return device
@@ -283,6 +292,12 @@ def claim(folder, parameters, overwrite):
     write_json(path, parameters)
 
 
+def discard(folder, *patterns):
+    """Remove what an earlier run left, for --overwrite: first of all, so that nothing old stands beside what is new."""
+    for path in (path for pattern in patterns for path in sorted(Path(folder).glob(pattern))):
+        path.unlink()
+
+
 @contextmanager
 def alone(folder, work):
     """Hold a folder for one work; Refusal where another process is at the same. The lock ends with the process."""
@@ -304,16 +319,21 @@ def save_checkpoint(path, state):
         torch.save(state, file)
 
 
-def load_checkpoint(path, do):
-    """The state that `save_checkpoint` wrote (tensors, numbers, text, lists and dicts: no code is run). Raises Refusal."""
+def load_checkpoint(path, do, **asked):
+    """The state that `save_checkpoint` wrote (tensors, numbers, text, lists and dicts: no code is run). Raises Refusal.
+
+    asked: what its settings must be. do: what to tell the user where the file is missing.
+    """
     with refusing(path, do):
         data = Path(path).read_bytes()
     with refusing(path, "start again with --overwrite"):
         try:
             check(zipfile.ZipFile(io.BytesIO(data)).testzip() is None, path, "is damaged", "start again with --overwrite")
-            return torch.load(io.BytesIO(data), map_location="cpu", weights_only=True)
+            state = torch.load(io.BytesIO(data), map_location="cpu", weights_only=True)
         except OSError as error:        # a nonsense offset in the data, not the disk
             raise ValueError(error) from error
+        same_settings(path, state.get("settings"), asked)
+    return state
 
 
 def same_settings(path, found, asked):
@@ -345,6 +365,8 @@ def read_log(path):
 def rewind_log(path, epoch):
     """Keep the rows up to `epoch`, the checkpoint's, so that a resumed run's log is the uninterrupted run's."""
     rows = [row for row in read_log(path) if row["epoch"] <= epoch]
+    check([row["epoch"] for row in rows] == list(range(1, epoch + 1)), path, f"not the rows 1 to {epoch}",
+          "start again with --overwrite")
     write_text(path, "".join(json.dumps(row) + "\n" for row in rows))
 
 

@@ -77,8 +77,8 @@ def find_scans(folder):
         if path.suffix.lower() in (".mhd", ".mha"):
             sources.append(Source(path.stem, path.stem, (path,)))
         elif path.is_file() and is_dicom(path):
-            tags = read_tags(path, ["SeriesInstanceUID", "PatientID", "Rows"])
-            if tags.get("SeriesInstanceUID") and tags.get("Rows"):      # a DICOMDIR, a report, contours are no images
+            tags = read_tags(path, ["SeriesInstanceUID", "PatientID", "Modality"])
+            if tags.get("SeriesInstanceUID") and tags.get("Modality", "CT") == "CT":    # no radiograph, report, contours
                 series[str(tags["SeriesInstanceUID"])].append((path, str(tags.get("PatientID") or "")))
     for uid, files in series.items():
         sources.append(Source(uid, files[0][1] or uid, tuple(path for path, _ in files)))
@@ -238,13 +238,15 @@ def stack(source):
     """
     where, groups = source.files[0].parent, defaultdict(list)
     for tags in (read_tags(path, GEOMETRY) for path in source.files):
-        if tags.keys() >= set(GEOMETRY):
-            plane = np.round(np.array([*tags["ImageOrientationPatient"], *tags["PixelSpacing"]], float), 3)
-            groups[tags["Rows"], tags["Columns"], *plane].append(tags)
-    slices, *others = sorted(groups.values(), key=len, reverse=True) or [[]]
+        missing = [name for name in GEOMETRY if name not in tags]
+        check(not missing, tags["path"], f"no {', no '.join(missing)}", "replace the file, or take it out")
+        plane = np.round(np.array([*tags["ImageOrientationPatient"], *tags["PixelSpacing"]], float), 3)
+        groups[*plane[:6], tags["Rows"], tags["Columns"], *plane[6:]].append(tags)
+    (key, slices), *others = sorted(groups.items(), key=lambda group: -len(group[1]))
     check(len(slices) > 2, where, f"{len(source.files)} DICOM files, no three of one geometry", "a CT series is wanted")
-    second = max(map(len, others), default=0)
-    check(second < len(slices) / 4, where, f"stacks of {len(slices)} and {second} slices in a series", "keep one")
+    for other, found in others:
+        check(len(found) < len(slices) / 4, where, f"stacks of {len(slices)} and {len(found)} slices in a series", "keep one")
+        check(other[:6] != key[:6], found[0]["path"], "another size or pixel spacing than its series", "take it out")
     normal = np.cross(*np.array(slices[0]["ImageOrientationPatient"], float).reshape(2, 3))
     slices.sort(key=lambda tags: position(tags) @ normal)
     places = np.array([position(tags) for tags in slices])
@@ -500,7 +502,7 @@ def with_flips(rows):
 def scan_name(seriesuid):
     """A file name for a series, within the folder whatever the UID says: a hostile file may have made it anything."""
     plain = "".join(c if c.isascii() and (c.isalnum() or c in "-._") else "_" for c in seriesuid)[:100]
-    return plain if plain == seriesuid and plain[:1].isalnum() else f"_{plain}_{zlib.crc32(seriesuid.encode(errors='surrogatepass')):08x}"
+    return plain if plain == seriesuid and plain[:1].isdigit() else f"_{plain}_{zlib.crc32(seriesuid.encode(errors='surrogatepass')):08x}"
 
 
 def prepare_scan(source, nodules, folder, parameters):
@@ -520,9 +522,10 @@ def prepare_scan(source, nodules, folder, parameters):
     check(max(areas[0], areas[-1]) < areas.max() / 2, where, "lungs cut at an end of the scan", "a whole chest is wanted")
     corner, shape = grid(scan)
     centres = nearest_voxel(corner, np.array([nodule.centre for nodule in nodules]).reshape(-1, 3))
-    for nodule, centre in zip(nodules, centres):
-        check((centre >= 0).all() and (centre < shape).all(), where, f"a nodule outside it, at {nodule.centre} mm",
-              "mend the annotations: (x, y, z) in mm, LPS, are wanted")
+    for nodule in nodules:
+        index = np.linalg.solve(affine(scan), nodule.centre - scan.origin) + 0.5        # from the first voxel's corner
+        check((index >= 0).all() and (index <= scan.hu.shape[::-1]).all(), where,
+              f"a nodule outside it, at {nodule.centre} mm", "mend the annotations: (x, y, z) in mm, LPS, are wanted")
     lungs = (np.argwhere(mask.hu)[:, ::-1] @ affine(mask).T + mask.origin - corner)[:, ::-1]
     reach = np.concatenate([np.rint(lungs).astype(int), centres])
     margin = cube // 2 + 1      # a negative's centre may lie a millimetre outside the mask's outermost points
@@ -570,14 +573,15 @@ def read_record(source, folder, parameters):
 def is_whole(record, folder):
     """Whether a record's volume is there and reads back as it was written."""
     try:
-        return zlib.crc32(open_array(folder / record["volume"])) == record["crc32"]
-    except (Refusal, LookupError):
+        with lungaug.refusing(folder, ""):
+            return zlib.crc32(open_array(folder / record["volume"])) == record["crc32"]
+    except Refusal:
         return False
 
 
-def prepare_one(source, nodules, folder, parameters, overwrite):
+def prepare_one(source, nodules, folder, parameters):
     """Make a scan's record unless a whole one is there, or one with the reason why it cannot be used; returns the reason."""
-    if not overwrite and is_whole(read_record(source, folder, parameters), folder):
+    if is_whole(read_record(source, folder, parameters), folder):
         return None
     try:
         record, refusal = prepare_scan(source, nodules, folder, parameters), None
@@ -611,7 +615,7 @@ def open_dataset(run):
 
     with lungaug.refusing(path, do):
         cube, names = info["parameters"]["cube"], [scan["volume"] for scan in info["scans"]]
-        check(cube in CUBES and all(Path(name).name == name for name in names), path, "a cube or a file name of no use", do)
+        check(info["preset"] in ("demo", "thesis") and cube in CUBES and all(Path(name).name == name for name in names), path, "a preset, a cube or a file name of no use", do)
         kinds = [{split: rows(kind, split) for split in SPLITS} for kind in ("positives", "negatives")]
         return Dataset(path.parent, info, cube, *kinds)
 
@@ -705,8 +709,9 @@ def find_annotations(scans):
 def prepare(sources, annotations, folder, parameters, arguments):
     """Make every source's record, in --workers processes; raises the first Refusal under --strict."""
     step = lungaug.progress("scans", len(sources))
-    with ProcessPoolExecutor(arguments.workers, initializer=signal.signal, initargs=(signal.SIGINT, signal.SIG_IGN)) as pool:
-        jobs = [pool.submit(prepare_one, source, annotations.get(source.seriesuid, []), folder, parameters, arguments.overwrite)
+    workers = min(arguments.workers, len(sources) or 1)
+    with ProcessPoolExecutor(workers, initializer=signal.signal, initargs=(signal.SIGINT, signal.SIG_IGN)) as pool:
+        jobs = [pool.submit(prepare_one, source, annotations.get(source.seriesuid, []), folder, parameters)
                 for source in sources]
         try:
             for done, (source, job) in enumerate(zip(sources, jobs), 1):
@@ -747,19 +752,23 @@ def main():
     print(f"Preset {arguments.preset}: {'synthetic scans' if synthetic else 'your scans'}.", flush=True)
     check(arguments.cube in CUBES, "--cube", arguments.cube, f"one of {', '.join(map(str, CUBES))} is wanted")
     scans, folder = arguments.scans or run / "scans", run / "prepared"
+    check(synthetic or scans.is_dir(), scans, "is no folder", "give the folder that holds the scans with --scans")
     if synthetic and not (scans / "annotations.csv").exists():
         lungaug.stage("tests/phantom.py", "--run", run, "--seed", arguments.seed, "--workers", arguments.workers)
     table = arguments.annotations or find_annotations(scans)
     annotations, sources = read_annotations(table), find_scans(scans)
+    check(any(source.seriesuid in annotations for source in sources), table, "no series of the scans in it",
+          "a MetaImage's series UID is its file's name, a DICOM file's is its tag")
     parameters = {"scans": "synthetic" if synthetic else str(scans.resolve()), "annotations": lungaug.file_crc(table, ""),
                   "cube": arguments.cube, "negatives": arguments.negatives, "max_slice_mm": arguments.max_slice_mm,
                   "seed": arguments.seed}
     part, parts = arguments.part
     with lungaug.alone(folder, f"part {part} of {parts}"):
         lungaug.claim(folder, parameters, arguments.overwrite)
+        mine = sources[part - 1::parts]
         if arguments.overwrite:
-            (folder / "dataset.json").unlink(missing_ok=True)       # it must not outlive its volumes
-        prepare(sources[part - 1::parts], annotations, folder, parameters, arguments)
+            lungaug.discard(folder, "dataset.json", "options.json", *(f"{scan_name(source.seriesuid)}.json" for source in mine))
+        prepare(mine, annotations, folder, parameters, arguments)
         if not gather(sources, folder, parameters, arguments, synthetic):
             return
     dataset = open_dataset(run)

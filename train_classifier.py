@@ -84,10 +84,11 @@ def generate(generator, critic, label, wanted, threshold, arguments, device):
     return kept[:wanted], rejected, len(kept) / attempts
 
 
-def load_gan(run, device):
-    """Generator and critic from <run>/gan/checkpoint.pt, as they are after training. Raises Refusal."""
+def load_gan(run, dataset, device):
+    """Generator and critic from <run>/gan/checkpoint.pt, trained on this dataset. Raises Refusal."""
     path = run / "gan" / "checkpoint.pt"
-    state = lungaug.load_checkpoint(path, f"run python train_gan.py --run {run} first")
+    state = lungaug.load_checkpoint(path, f"run python train_gan.py --run {run} first",
+                                    prepared=lungaug.fingerprint(dataset.info["scans"]))
     with lungaug.refusing(path, "train the GAN again with --overwrite"):
         networks = [build(state["settings"]["cube"], state["settings"]["width"]) for build in (Generator, Critic)]
         for network, name in zip(networks, ("generator", "critic")):
@@ -104,25 +105,28 @@ def generate_classes(run, dataset, arguments, device):
     path = folder / "generated.json"
     asked = {key: getattr(arguments, key) for key in ("seed", "score_quantile", "class_probability", "attempts")}
     asked["gan_crc32"] = lungaug.file_crc(run / "gan" / "checkpoint.pt", f"run python train_gan.py --run {run} first")
-    if path.exists() and not arguments.overwrite:
-        found = lungaug.read_json(path, "start again with --overwrite")
-        lungaug.same_settings(path, found.get("settings"), asked)
-        return found["classes"]
+    if path.exists():
+        with lungaug.refusing(path, "start again with --overwrite"):
+            found = lungaug.read_json(path, "start again with --overwrite")
+            lungaug.same_settings(path, found["settings"], asked)
+            if all((folder / name).exists() and lungaug.file_crc(folder / name, "") == crc for name, crc in found["files"].items()):
+                return found["classes"]
     path.unlink(missing_ok=True)        # so that a kill leaves no old record beside new cubes
-    generator, critic = load_gan(run, device)
-    classes = {}
+    generator, critic = load_gan(run, dataset, device)
+    classes, files = {}, {}
     for label, name in ((1, "positive"), (0, "negative")):
         threshold = float(np.quantile(score_reals(critic, dataset, label, device), arguments.score_quantile))
         cubes, spare, rate = generate(generator, critic, label, wanted, threshold, arguments, device)
-        for kind, array in ((name, cubes), (f"{name}_rejected", spare)):
-            lungaug.write_array(folder / f"{kind}.npy", array)
+        for kind, array in ((f"{name}.npy", cubes), (f"{name}_rejected.npy", spare)):
+            lungaug.write_array(folder / kind, array)
+            files[kind] = lungaug.file_crc(folder / kind, "")
         classes[name] = {"wanted": wanted, "accepted": len(cubes), "rate": rate, "score_threshold": threshold}
         print(f"Generated {name}s: {len(cubes)} of {wanted} wanted, acceptance rate {rate:.1%} "
               f"(score ≥ {threshold:.2f}, class probability ≥ {arguments.class_probability}).", flush=True)
         if len(cubes) < wanted:
             print(f"  The GAN does not deliver in {arguments.attempts} attempts for each one wanted. Train it longer, "
                   f"or lower --score-quantile (now {arguments.score_quantile}) or --class-probability.", flush=True)
-    lungaug.write_json(path, {"settings": asked, "classes": classes})
+    lungaug.write_json(path, {"settings": asked, "classes": classes, "files": files})
     return classes
 
 
@@ -218,11 +222,8 @@ def train_arm(arm, run, dataset, arguments, delivered, device):
     optimizer = torch.optim.Adam(classifier.parameters(), a.learning_rate, BETAS)
     epoch, best = 0, {"f1": -1.0, "loss": float("inf"), "epoch": -1, "classifier": None}
     asked = settings(a) | {"delivered": delivered, "prepared": lungaug.fingerprint(dataset.info["scans"])}
-    if a.overwrite:
-        path.unlink(missing_ok=True)
     if path.exists():
-        state = lungaug.load_checkpoint(path, "")
-        lungaug.same_settings(path, state.get("settings"), asked)
+        state = lungaug.load_checkpoint(path, "", **asked)
         with lungaug.refusing(path, "start again with --overwrite"):
             epoch, best = state["epoch"], state["best"]
             classifier.load_state_dict(state["classifier"])
@@ -244,13 +245,14 @@ def train_arm(arm, run, dataset, arguments, delivered, device):
             losses.append(loss.item())
         epoch += 1
         f1, loss = validate(classifier, dataset, device)
-        check(np.isfinite(loss), path, f"a loss that is no number in epoch {epoch}", "lower --learning-rate")
+        check(np.isfinite(loss), path, f"a loss that is no number in epoch {epoch}",
+              "start again with a lower --learning-rate and --overwrite")
         if (f1, -loss) > (best["f1"], -best["loss"]):
             best = {"f1": f1, "loss": loss, "epoch": epoch, "classifier": copy.deepcopy(classifier.state_dict())}
         lungaug.append_log(folder / "log.jsonl", {"epoch": epoch, "train_loss": float(np.mean(losses)),
                                                   "validation_loss": loss, "validation_f1": f1})
         lungaug.save_checkpoint(path, {
-            "settings": asked, "epoch": epoch, "best": best, "classifier": classifier.state_dict(),
+            "settings": asked, "epochs": a.epochs, "epoch": epoch, "best": best, "classifier": classifier.state_dict(),
             "optimizer": optimizer.state_dict(), "draws": draws.bit_generator.state})
         step(epoch, f"loss {np.mean(losses):.3f}, validation F1 {f1:.3f}")
     print(f"{arm}: {len(positives)} positives, {len(negatives)} negatives; "
@@ -277,6 +279,8 @@ def main():
     device = lungaug.pick_device(arguments.device)
     print(f"Preset {arguments.preset}, cube {dataset.cube}, on {device}.", flush=True)
     with lungaug.alone(run / "classifiers", "training"):
+        if arguments.overwrite:
+            lungaug.discard(run / "classifiers", "*/checkpoint.pt", "generated/generated.json", "options.json")
         generated = generate_classes(run, dataset, arguments, device)
         for arm in ARMS:
             train_arm(arm, run, dataset, arguments, generated if arm != "real" else None, device)

@@ -78,8 +78,8 @@ class Trainer:
         return {name: getattr(self, name) for name in ("generator", "critic", "generator_step", "critic_step")}
 
     def state(self):
-        return {"settings": settings(self.arguments), "epoch": self.epoch, "seconds": self.seconds,
-                "moments": self.moments, "noise": self.noise.get_state(), "draws": self.draws.bit_generator.state,
+        return {"settings": settings(self.arguments), "epochs": self.arguments.epochs, "epoch": self.epoch,
+                "seconds": self.seconds, "moments": self.moments, "noise": self.noise.get_state(), "draws": self.draws.bit_generator.state,
                 **{name: part.state_dict() for name, part in self.parts().items()}}
 
     def restore(self, state):
@@ -225,14 +225,11 @@ def load_or_start(folder, arguments, cube, device):
     """A Trainer at its checkpoint, or a new one where there is none or under --overwrite."""
     trainer, path = Trainer(arguments, cube, device), folder / "checkpoint.pt"
     if arguments.overwrite:
-        path.unlink(missing_ok=True)
-    if not path.exists():
-        lungaug.rewind_log(folder / "log.jsonl", -1)
-        return trainer
-    state = lungaug.load_checkpoint(path, "")
-    lungaug.same_settings(path, state.get("settings"), settings(arguments))
-    with lungaug.refusing(path, "start again with --overwrite"):
-        trainer.restore(state)
+        lungaug.discard(folder, "checkpoint.pt", "options.json")
+    if path.exists():
+        state = lungaug.load_checkpoint(path, "", **settings(arguments))
+        with lungaug.refusing(path, "start again with --overwrite"):
+            trainer.restore(state)
     lungaug.rewind_log(folder / "log.jsonl", trainer.epoch)
     return trainer
 
@@ -241,7 +238,7 @@ def warn_of_hours(seconds):
     """Say so, after the first epochs, where the rest will take more than an hour."""
     if seconds > 3600:
         print(f"This will take about {lungaug.duration(seconds)}: fewer --epochs, a smaller --width or --preset demo "
-              "shorten it; stopped at any time, the same command goes on.", flush=True)
+              "shorten it; stopped at any time, the same command, without --overwrite, goes on.", flush=True)
 
 
 def train(trainer, dataset, folder):
@@ -255,7 +252,7 @@ def train(trainer, dataset, folder):
     while trainer.epoch < a.epochs:
         row = train_epoch(trainer, dataset)
         check(is_finite(row), folder / "log.jsonl", f"a loss that is no number in epoch {trainer.epoch}",
-              "lower --learning-rate; the last checkpoint is kept")
+              "start again with a lower --learning-rate and --overwrite")
         lungaug.append_log(folder / "log.jsonl", row)
         if trainer.epoch in moments:
             sample_fixed(trainer)
@@ -273,6 +270,8 @@ def main():
     arguments = lungaug.parse(__doc__.split("\n")[0], "train_gan")
     run = arguments.run = lungaug.default_run(arguments.run)
     if not (run / "prepared" / "dataset.json").exists():
+        check(not (run / "prepared" / "parameters.json").exists(), run / "prepared", "scans that are not all prepared",
+              "run python preprocessing.py with its options again")
         print(f"Nothing prepared in {run}: synthetic scans first.")
         lungaug.stage("preprocessing.py", "--run", run, "--seed", arguments.seed or 0)
     dataset = preprocessing.open_dataset(run)

@@ -94,7 +94,7 @@ def parallel(sources, nodules, workers):
     with tempfile.TemporaryDirectory() as folder:
         start = time.perf_counter()
         preprocessing.prepare(many, annotations, Path(folder), PARAMETERS,
-                              argparse.Namespace(workers=workers, strict=True, overwrite=False))
+                              argparse.Namespace(workers=workers, strict=True))
         wall = time.perf_counter() - start
         size = sum(path.stat().st_size for path in Path(folder).iterdir())
     return wall, resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss / 1024, size / 1e6 / len(many), len(many)

@@ -439,49 +439,96 @@ def test_write_scores__a_file_name_that_is_no_utf_8_can_be_written(tmp_path):
 # What was trained
 
 def trained_run(run, arms=("real", "mixed", "fake")):
-    """A small run with classifiers of which no two are alike, and a GAN; returns its networks."""
-    small_run(run)
-    networks = {arm: Classifier(6) for arm in arms}
-    for arm, network in networks.items():
-        lungaug.save_checkpoint(run / "classifiers" / arm / "checkpoint.pt", {
-            "best": {"classifier": network.state_dict()}, "classifier": Classifier(6).state_dict()})
+    """A small run with classifiers of which no two are alike, and a GAN; returns its networks and its dataset."""
+    dataset, networks, classes = small_run(run), {arm: Classifier(6) for arm in arms}, {"positive": {"accepted": 3}}
+    made_from = {"prepared": lungaug.fingerprint(dataset.info["scans"])}
     networks["critic"] = Critic(6, 1)
     lungaug.save_checkpoint(run / "gan" / "checkpoint.pt", {
-        "settings": {"cube": 6, "width": 1}, "critic": networks["critic"].state_dict()})
-    return networks
+        "settings": {"cube": 6, "width": 1} | made_from, "critic": networks["critic"].state_dict(), "epoch": 2, "epochs": 2})
+    lungaug.write_json(run / "classifiers" / "generated" / "generated.json", {
+        "settings": {"gan_crc32": lungaug.file_crc(run / "gan" / "checkpoint.pt", "")}, "classes": classes})
+    for arm in arms:
+        lungaug.save_checkpoint(run / "classifiers" / arm / "checkpoint.pt", {
+            "settings": made_from | {"delivered": None if arm == "real" else classes}, "epoch": 2, "epochs": 2,
+            "best": {"classifier": networks[arm].state_dict()}, "classifier": Classifier(6).state_dict()})
+    return networks, dataset
 
 
-def test_load_networks__the_best_epoch_of_each_arm_and_the_critics_head_as_it_is(tmp_path):
+def spoil(path, key, value):
+    """Write a checkpoint again with one of its settings, or of its other entries, changed."""
+    state = lungaug.load_checkpoint(path, "")
+    (state["settings"] if key in state["settings"] else state)[key] = value
+    lungaug.save_checkpoint(path, state)
+
+
+def test_load_networks__the_best_epoch_of_each_arm_and_the_critics_head_as_it_is(tmp_path, capsys):
     """Each arm is its best epoch's classifier, not its last; the critic's class logits come without training."""
-    saved, x = trained_run(tmp_path), torch.randn(3, 1, 6, 6, 6)
-    found = evaluate.load_networks(tmp_path, CPU)
-    assert list(found) == ["real", "mixed", "fake", "critic"]
+    (saved, dataset), x = trained_run(tmp_path), torch.randn(3, 1, 6, 6, 6)
+    found = evaluate.load_networks(tmp_path, dataset, CPU)
+    assert list(found) == ["real", "mixed", "fake", "critic"] and capsys.readouterr().out == ""
     assert all(torch.equal(found[arm](x), saved[arm](x)) for arm in ("real", "mixed", "fake"))
     assert torch.equal(found["critic"](x), saved["critic"](x)[1])
 
 
 def test_load_networks__arms_left_out_are_passed_over(tmp_path):
     """Where the GAN delivered nothing, mixed and fake are not there, and the others are evaluated."""
-    trained_run(tmp_path, arms=("real",))
-    assert list(evaluate.load_networks(tmp_path, CPU)) == ["real", "critic"]
+    _, dataset = trained_run(tmp_path, arms=("real",))
+    assert list(evaluate.load_networks(tmp_path, dataset, CPU)) == ["real", "critic"]
 
 
-@pytest.mark.parametrize("gone", ["classifiers/real", "gan"])
+@pytest.mark.parametrize("gone", ["classifiers/real/checkpoint.pt", "gan/checkpoint.pt", "classifiers/generated/generated.json"])
 def test_load_networks__what_is_missing_is_one_line(tmp_path, gone):
-    """Without the baseline's classifier or the GAN the message says what to run."""
-    trained_run(tmp_path)
-    (tmp_path / gone / "checkpoint.pt").unlink()
-    with pytest.raises(Refusal, match="is not there — run python train_"):
-        evaluate.load_networks(tmp_path, CPU)
+    """Without the baseline's classifier, the GAN or the record of what it made, the message says what to run."""
+    _, dataset = trained_run(tmp_path)
+    (tmp_path / gone).unlink()
+    script = "train_gan" if "gan" in gone else "train_classifier"
+    with pytest.raises(Refusal, match=f"is not there — run python {script}"):
+        evaluate.load_networks(tmp_path, dataset, CPU)
 
 
-@pytest.mark.parametrize("state", [{}, {"best": {"classifier": {}}}, {"best": None}, {"best": {"classifier": Classifier(12).state_dict()}}])
+@pytest.mark.parametrize("arm", ["real", "fake"])
+def test_load_networks__what_was_trained_on_other_data_is_refused(tmp_path, arm):
+    """A network of another preparation may have been trained on what is the test set now."""
+    _, dataset = trained_run(tmp_path)
+    spoil(tmp_path / "classifiers" / arm / "checkpoint.pt", "prepared", 5)
+    with pytest.raises(Refusal, match=f"{arm}/checkpoint.pt: made with prepared 5"):
+        evaluate.load_networks(tmp_path, dataset, CPU)
+
+
+def test_load_networks__classifiers_of_another_gan_are_refused(tmp_path):
+    """A GAN that was trained on since is not the one whose samples the classifiers saw."""
+    _, dataset = trained_run(tmp_path)
+    spoil(tmp_path / "gan" / "checkpoint.pt", "epoch", 3)
+    with pytest.raises(Refusal, match="generated.json: made with gan_crc32"):
+        evaluate.load_networks(tmp_path, dataset, CPU)
+
+
+def test_load_networks__an_arm_of_other_samples_is_refused(tmp_path):
+    """Two arms of one table saw the same generated samples."""
+    _, dataset = trained_run(tmp_path)
+    spoil(tmp_path / "classifiers" / "mixed" / "checkpoint.pt", "delivered", {"positive": {"accepted": 4}})
+    with pytest.raises(Refusal, match="mixed/checkpoint.pt: made with delivered"):
+        evaluate.load_networks(tmp_path, dataset, CPU)
+
+
+def test_load_networks__a_training_that_was_stopped_is_told(tmp_path, capsys):
+    """An arm of fewer epochs than were asked for is evaluated, and said to be."""
+    _, dataset = trained_run(tmp_path)
+    spoil(tmp_path / "classifiers" / "fake" / "checkpoint.pt", "epochs", 60)
+    evaluate.load_networks(tmp_path, dataset, CPU)
+    assert capsys.readouterr().out.endswith("fake/checkpoint.pt: stopped at epoch 2 of 60.\n")
+
+
+@pytest.mark.parametrize("state", [[1], {}, {"best": {"classifier": {}}}, {"best": None}, {"best": {"classifier": Classifier(12).state_dict()}}])
 def test_load_networks__a_checkpoint_that_does_not_fit_is_one_line(tmp_path, state):
     """A checkpoint of something else, or of another cube, is a Refusal that names it."""
-    trained_run(tmp_path)
-    lungaug.save_checkpoint(tmp_path / "classifiers" / "mixed" / "checkpoint.pt", state)
+    _, dataset = trained_run(tmp_path)
+    path = tmp_path / "classifiers" / "mixed" / "checkpoint.pt"
+    if state and isinstance(state, dict):
+        state = lungaug.load_checkpoint(path, "") | state
+    lungaug.save_checkpoint(path, state)
     with pytest.raises(Refusal, match="mixed/checkpoint.pt"):
-        evaluate.load_networks(tmp_path, CPU)
+        evaluate.load_networks(tmp_path, dataset, CPU)
 
 
 def test_pair__generated_left_nearest_right():

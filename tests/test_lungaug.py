@@ -218,7 +218,16 @@ def bare_os_error():
     raise OSError("odd")
 
 
-@pytest.mark.parametrize("main, names", [(refuse, "a.mhd"), (no_space, "x/y.npy: No space left"), (bare_os_error, "odd")])
+def no_memory():
+    torch.empty(2 ** 60)
+
+
+def no_memory_for_numpy():
+    np.ones(2 ** 55)
+
+
+@pytest.mark.parametrize("main, names", [(refuse, "a.mhd"), (no_space, "x/y.npy: No space left"), (bare_os_error, "odd"),
+                                         (no_memory, "--batch-size"), (no_memory_for_numpy, "--batch-size")])
 def test_command__one_line_and_status_2(main, names, capsys):
     """A Refusal, or an error of the file system, is one line on stderr, nothing on stdout, and status 2."""
     with pytest.raises(SystemExit) as stopped:
@@ -232,6 +241,8 @@ def test_command__a_bug_of_ours_is_not_hidden():
     """What the user cannot act on keeps its traceback."""
     with pytest.raises(ZeroDivisionError):
         lungaug.command(lambda: 1 / 0)
+    with pytest.raises(RuntimeError, match="shape"):
+        lungaug.command(lambda: torch.ones(2).reshape(3))
 
 
 def test_command__success_is_status_0():
@@ -417,6 +428,14 @@ def test_load_checkpoint__a_flipped_bit_is_refused_or_harmless(tmp_path):
     assert wrong == []
 
 
+@pytest.mark.parametrize("state", [[1, 2], 5, {"settings": [1]}, {}, {"settings": {"seed": 1}}])
+def test_load_checkpoint__of_other_settings_is_one_line(tmp_path, state):
+    """What holds no settings, or others than those asked for, is a Refusal that names the file."""
+    lungaug.save_checkpoint(tmp_path / "c.pt", state)
+    with pytest.raises(Refusal, match="c.pt: "):
+        lungaug.load_checkpoint(tmp_path / "c.pt", "", seed=0)
+
+
 def test_load_checkpoint__runs_no_code(tmp_path):
     """A pickle that would run a command is refused, and runs nothing."""
     class Hostile:
@@ -464,6 +483,17 @@ def test_rewind_log__keeps_the_checkpoints_epochs_and_can_go_on(tmp_path):
     lungaug.rewind_log(path, 2)
     lungaug.append_log(path, {"epoch": 3, "again": 1})
     assert path.read_text() == '{"epoch": 1}\n{"epoch": 2}\n{"epoch": 3, "again": 1}\n'
+
+
+@pytest.mark.parametrize("epochs", [(), (1, 3), (2, 3), (1, 2, 2)])
+def test_rewind_log__rows_that_are_missing_are_refused(tmp_path, epochs):
+    """A log that is not the checkpoint's, epoch by epoch, is named; it stays as it is."""
+    path = tmp_path / "log.jsonl"
+    path.write_text("".join(f'{{"epoch": {epoch}}}\n' for epoch in epochs))
+    before = path.read_text()
+    with pytest.raises(Refusal, match="log.jsonl: not the rows 1 to 3"):
+        lungaug.rewind_log(path, 3)
+    assert path.read_text() == before
 
 
 def test_rewind_log__from_the_start_leaves_an_empty_log(tmp_path):

@@ -725,6 +725,12 @@ def test_scan_name__keeps_a_dicom_uid():
     assert preprocessing.scan_name("1.3.6.1.4.1.14519.5.2.1") == "1.3.6.1.4.1.14519.5.2.1"
 
 
+@pytest.mark.parametrize("uid", ["parameters", "dataset", "options", "nodules", "figure_2"])
+def test_scan_name__is_none_of_our_own(uid):
+    """A scan may be called anything: its files do not take the place of ours."""
+    assert preprocessing.scan_name(uid) != uid
+
+
 def test_scan_name__is_injective():
     """No two UIDs share a name, nor does one take the plain name that another has."""
     uids = [uid for uid in UNSAFE if uid != "\udcff"]
@@ -800,6 +806,13 @@ def test_rule_2_1_4_padding__only_past_the_scans_edge(trunk, kind):
 def test_prepare_scan__litres_are_those_of_the_box(trunk):
     """The record's litres are the box's, to 5%."""
     assert abs(trunk.record["litres"] / (32 * 32 * 40 * 3.1 * 3.7 * 4.3e-6) - 1) < 0.05
+
+
+def test_prepare_scan__a_nodule_between_an_oblique_scan_and_its_grids_corner_is_outside(trunk, tmp_path):
+    """The 1 mm grid's box is larger than an oblique scan: its corners hold no voxel, and no nodule."""
+    corner = preprocessing.grid(trunk.scan)[0] + 3
+    with pytest.raises(Refusal, match="outside"):
+        preprocessing.prepare_scan(trunk.source, [Nodule(tuple(corner.tolist()), 5.0)], tmp_path, PARAMETERS)
 
 
 @pytest.mark.parametrize("change, says", [({"max_slice_mm": 4.2}, "4.3 mm"), ({}, "outside")])

@@ -604,7 +604,7 @@ def test_read_scan__slices_of_several_frames_are_refused(tmp_path):
     refused(lambda: read_scan(folder), folder)
     source, = preprocessing.find_scans(folder)
     parameters = {"cube": 12, "negatives": 3, "max_slice_mm": 9, "seed": 0}
-    assert isinstance(preprocessing.prepare_one(source, [], tmp_path, parameters, False), Refusal)
+    assert isinstance(preprocessing.prepare_one(source, [], tmp_path, parameters), Refusal)
 
 
 def test_read_scan__a_data_file_named_in_utf_8(tmp_path):
@@ -720,6 +720,36 @@ def test_find_scans__dicom_that_is_no_image_does_no_harm(tmp_path, kind, uid):
     same(preprocessing.read_source(source), scan)
 
 
+@pytest.mark.parametrize("k", [0, 2, 5])
+def test_rule_2_dicom_geometry__a_slice_of_another_spacing_is_refused_by_its_name(tmp_path, k):
+    """At an end, too, where its absence would leave no gap."""
+    scan = made(shape=(6, 4, 5))
+    folder = series(tmp_path / "s", scan, keep=[i for i in range(6) if i != k])
+    series(folder, scan, keep=[k], header={"PixelSpacing": [0.9, 0.9]})
+    tags = pydicom.dcmread(folder / f"{k:03d}.dcm")
+    tags.PixelSpacing = [0.9, 0.9]
+    tags.save_as(folder / f"{k:03d}.dcm")
+    refused(lambda: read_scan(folder), f"{k:03d}.dcm", "pixel spacing")
+
+
+@pytest.mark.parametrize("k", [0, 3])
+@pytest.mark.parametrize("name", ["ImagePositionPatient", "ImageOrientationPatient", "PixelSpacing"])
+def test_rule_2_dicom_geometry__a_slice_without_its_place_is_refused_by_its_name(tmp_path, k, name):
+    """A slice that does not say where it lies is not left out in silence, at an end of the series either."""
+    folder = series(tmp_path / "s", made())
+    tags = pydicom.dcmread(folder / f"{k:03d}.dcm")
+    delattr(tags, name)
+    tags.save_as(folder / f"{k:03d}.dcm")
+    refused(lambda: read_scan(folder), f"{k:03d}.dcm", name)
+
+
+def test_find_scans__radiographs_are_passed_over(tmp_path):
+    """LIDC-IDRI has chest radiographs beside its CT: a series of another modality is no scan that failed."""
+    series(tmp_path / "ct", made())
+    series(tmp_path / "dx", made(uid="1.2.9"), header={"Modality": "DX"})
+    assert [source.seriesuid for source in find_scans(tmp_path)] == ["1.2.3"]
+
+
 def test_find_scans__ten_thousand_tiny_files_are_passed_over(tmp_path):
     """A tree full of small files that are no DICOM, empty ones among them, holds the one scan that it holds."""
     series(tmp_path / "s", made())
@@ -738,7 +768,7 @@ def test_find_scans__a_hostile_series_uid_does_not_escape(tmp_path, uid):
         folder = series(tmp_path / "s", made(uid=uid))
         source, = find_scans(folder)
     parameters = {"cube": 12, "negatives": 3, "max_slice_mm": 9, "seed": 0}
-    reason = preprocessing.prepare_one(source, [], tmp_path / "out", parameters, False)
+    reason = preprocessing.prepare_one(source, [], tmp_path / "out", parameters)
     assert isinstance(reason, Refusal) and str(reason).isprintable()
     assert {path.parent for path in tmp_path.rglob("*") if path.is_file()} == {folder, tmp_path / "out"}
 

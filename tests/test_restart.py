@@ -157,6 +157,28 @@ def test_claim__half_an_overwrite_does_not_pass_for_prepared(scans, again, run):
     assert all(preprocessing.is_whole(scan, dataset.folder) for scan in dataset.info["scans"])
 
 
+def test_claim__an_overwrite_that_was_stopped_does_not_keep_the_old(scans, again, run, monkeypatch):
+    """Stopped before its first scan and run again without --overwrite, it makes every scan, not only those it lacks."""
+    words = ("--scans", scans, "--run", again, *WORDS)
+    monkeypatch.setattr(preprocessing, "prepare", lambda *_: 1 / 0)
+    with pytest.raises(ZeroDivisionError):
+        run(preprocessing, *words, "--overwrite")
+    assert not list((again / "prepared").glob("1.*.json"))
+
+
+def test_scans__what_is_no_folder_is_one_line(run, tmp_path):
+    """A folder's name mistyped is said to be none."""
+    assert in_one_line(run(preprocessing, "--scans", tmp_path / "typo", "--run", tmp_path / "R"), "typo", "no folder", "--scans")
+
+
+def test_train_gan__does_not_begin_on_half_of_the_scans(run, again):
+    """Where preparing the user's scans was not finished, training says so; it puts no synthetic scans in their place."""
+    (again / "prepared" / "dataset.json").unlink()
+    before = sorted(path.name for path in again.rglob("*"))
+    assert in_one_line(run(train_gan, "--run", again), "not all prepared", "python preprocessing.py")
+    assert before == sorted(path.name for path in again.rglob("*"))
+
+
 SPOILT = {"cut short": lambda data: data[:-1000], "cut in its head": lambda data: data[:70], "empty": lambda data: b"",
           "a bit in a voxel": lambda data: data[:-999] + bytes([data[-999] ^ 4]) + data[-998:],
           "a bit in its head": lambda data: data[:9] + bytes([data[9] ^ 128]) + data[10:],
@@ -211,10 +233,10 @@ def test_read_annotations__rows_of_unknown_series_change_nothing(scans, once, ru
 
 
 def test_read_annotations__unknown_series_alone_are_refused(scans, run, tmp_path):
-    """Where no row is of any scan there are no positives to train on: the last line says so."""
+    """Where no row is of any scan there are no positives to train on: it is said before any scan is prepared."""
     table = change(tmp_path, scans, "seriesuid,coordX,coordY,coordZ,diameter_mm\n1.2.99,1,2,3,4\n")
     done = run(preprocessing, "--scans", scans, "--annotations", table, "--run", tmp_path / "R", *WORDS)
-    assert done.status == 2 and "without positives" in done.err.splitlines()[-1]
+    assert in_one_line(done, "no series of the scans in it") and not (tmp_path / "R").exists()
 
 
 def test_read_annotations__a_nodule_outside_leaves_its_scan_out(scans, run, tmp_path):
@@ -285,7 +307,7 @@ def refusal(folder, hu, spacing=(3, 3, 3), parameters=PARAMETERS):
     """The Refusal of a scan of these HU, its record then in `folder`; None where it was prepared."""
     made = phantom.Phantom("1.2.3", "", hu.astype(np.int16), spacing, (0, 0, 0), np.eye(3), [], None, None)
     source = preprocessing.Source("1.2.3", "1.2.3", (phantom.write_metaimage(folder, made),))
-    return preprocessing.prepare_one(source, [], folder / "out", parameters, False)
+    return preprocessing.prepare_one(source, [], folder / "out", parameters)
 
 
 @pytest.fixture(scope="module")

@@ -327,7 +327,7 @@ def test_hostile_file_name__is_refused_in_one_line(tmp_path):
     """A scan whose file name is no UTF-8 is left out with a reason, not by a traceback."""
     (tmp_path / os.fsdecode(b"\xff.mhd")).write_bytes(b"ObjectType = Image\n")
     source, = preprocessing.find_scans(tmp_path)
-    result = preprocessing.prepare_one(source, [], tmp_path, {"cube": 12, "negatives": 3, "max_slice_mm": 9, "seed": 0}, False)
+    result = preprocessing.prepare_one(source, [], tmp_path, {"cube": 12, "negatives": 3, "max_slice_mm": 9, "seed": 0})
     assert isinstance(result, lungaug.Refusal) and str(result).encode()
 
 
@@ -408,6 +408,8 @@ def test_report__what_a_file_says_of_itself_is_escaped(copy, monkeypatch, capsys
     """A series UID and a reason with mark-up, from a hostile file, are text on the page, whichever stage shows them."""
     hostile, path = "<script>alert(1)</script>\"'&", copy / "prepared" / "dataset.json"
     dataset = json.loads(path.read_bytes())
+    made_from = lungaug.fingerprint(dataset["scans"])
+    monkeypatch.setattr(lungaug, "fingerprint", lambda scans: made_from)    # as if all had been trained on these
     for scan in dataset["scans"]:
         scan["seriesuid"] = scan["patient"] = hostile
     dataset["left_out"] = [{"seriesuid": hostile, "reason": hostile}]

@@ -241,7 +241,7 @@ def run_generate_classes(run, monkeypatch, *words):
     """generate_classes on a small run whose GAN is `tell` and `critic`."""
     dataset = small_run(run)
     lungaug.write_bytes(run / "gan" / "checkpoint.pt", b"some GAN")
-    monkeypatch.setattr(train_classifier, "load_gan", lambda run, device: (tell, critic))
+    monkeypatch.setattr(train_classifier, "load_gan", lambda run, dataset, device: (tell, critic))
     return dataset, train_classifier.generate_classes(run, dataset, options(*words), CPU)
 
 
@@ -302,20 +302,41 @@ def test_generate_classes__another_gan_is_refused(tmp_path, monkeypatch):
 
 def test_load_gan__gives_the_saved_networks(tmp_path):
     """Generator and critic compute what the saved ones did, and take no gradient."""
-    generator, saved, z = Generator(6, 1), Critic(6, 1), torch.randn(3, 128)
+    generator, saved, z, dataset = Generator(6, 1), Critic(6, 1), torch.randn(3, 128), small_run(tmp_path)
     lungaug.save_checkpoint(tmp_path / "gan" / "checkpoint.pt", {
-        "settings": {"cube": 6, "width": 1}, "generator": generator.state_dict(), "critic": saved.state_dict()})
-    found = train_classifier.load_gan(tmp_path, CPU)
+        "settings": {"cube": 6, "width": 1, "prepared": lungaug.fingerprint(dataset.info["scans"])}, "generator": generator.state_dict(), "critic": saved.state_dict()})
+    found = train_classifier.load_gan(tmp_path, dataset, CPU)
     assert torch.equal(found[0](z), generator(z)) and torch.equal(found[1](generator(z))[0], saved(generator(z))[0])
     assert not any(weight.requires_grad for network in found for weight in network.parameters())
 
 
-@pytest.mark.parametrize("state", [{}, {"settings": {"cube": 7, "width": 1}}, {"settings": {"cube": 12, "width": 1}, "generator": {}}])
-def test_load_gan__what_does_not_fit_is_refused(tmp_path, state):
+@pytest.mark.parametrize("settings", [None, {"cube": 7, "width": 1}, {"cube": 12, "width": 1}])
+def test_load_gan__what_does_not_fit_is_refused(tmp_path, settings):
     """A checkpoint that is no GAN's, or of another size, is a Refusal that names it."""
-    lungaug.save_checkpoint(tmp_path / "gan" / "checkpoint.pt", state)
+    dataset = small_run(tmp_path)
+    found = settings and settings | {"prepared": lungaug.fingerprint(dataset.info["scans"])}
+    lungaug.save_checkpoint(tmp_path / "gan" / "checkpoint.pt", {"settings": found, "generator": {}})
     with pytest.raises(Refusal, match="gan/checkpoint.pt"):
-        train_classifier.load_gan(tmp_path, CPU)
+        train_classifier.load_gan(tmp_path, dataset, CPU)
+
+
+def test_load_gan__of_other_data_is_refused(tmp_path):
+    """A GAN of another preparation has perhaps seen this one's test patients."""
+    dataset = small_run(tmp_path)
+    lungaug.save_checkpoint(tmp_path / "gan" / "checkpoint.pt", {"settings": {"cube": 6, "width": 1, "prepared": 5}})
+    with pytest.raises(Refusal, match="made with prepared 5"):
+        train_classifier.load_gan(tmp_path, dataset, CPU)
+
+
+def test_generate_classes__files_that_are_gone_or_changed_are_made_again(tmp_path, monkeypatch):
+    """Generated cubes are there when they read back as they were written."""
+    dataset, classes = run_generate_classes(tmp_path, monkeypatch)
+    folder = tmp_path / "classifiers" / "generated"
+    before = {path.name: path.read_bytes() for path in folder.glob("*.npy")}
+    (folder / "positive.npy").unlink()
+    (folder / "negative_rejected.npy").write_bytes(b"else")
+    assert run_generate_classes(tmp_path, monkeypatch)[1] == classes
+    assert {path.name: path.read_bytes() for path in folder.glob("*.npy")} == before
 
 
 # 4.4, 5.2 Arms and batches

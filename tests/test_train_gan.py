@@ -581,7 +581,7 @@ def test_train__other_settings_do_not_resume(tmp_path):
 def test_train__loss_that_is_no_number_stops(tmp_path, monkeypatch, loss):
     """In epoch 3 of 4: Refusal that says so; the checkpoint of epoch 2 and a log of two rows are left."""
     monkeypatch.setattr(train_gan, "train_epoch", lambda t, _: fake_epoch(t, _, loss if t.epoch == 2 else 0.0))
-    with pytest.raises(Refusal, match="no number in epoch 3 — lower --learning-rate"):
+    with pytest.raises(Refusal, match="no number in epoch 3 — start again with a lower --learning-rate and --overwrite"):
         train_gan.train(small_trainer(), None, tmp_path)
     assert lungaug.load_checkpoint(tmp_path / "checkpoint.pt", "")["epoch"] == 2
     assert [row["epoch"] for row in lungaug.read_log(tmp_path / "log.jsonl")] == [1, 2]
