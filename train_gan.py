@@ -2,7 +2,7 @@
 
     python train_gan.py                              # nothing prepared yet: synthetic scans first, then the demo preset
     python train_gan.py --run runs/luna16            # the thesis preset on your prepared scans
-    python train_gan.py --run runs/demo --epochs 600 # goes on from the checkpoint, to epoch 600
+    python train_gan.py --run runs/demo --epochs 900 # goes on from the checkpoint, to epoch 900
 
 An epoch is five critic iterations and one generator iteration. Leaves <run>/gan: checkpoint.pt, log.jsonl (every term
 of every epoch), figure_7.svg (loss curves) and progression.png (a fixed z through the training). Stopped at any time,
