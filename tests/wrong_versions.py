@@ -130,7 +130,7 @@ WRONG = {
         (("between = round(float(np.linalg.norm(step)), 6)", "between = float(pydicom.dcmread(slices[0]['path']).SliceThickness)"),)),
     "localizer_left_in": Wrong(
         "a localizer under the series' own UID left in", "rule_2_dicom_geometry", "preprocessing.py",
-        (('groups[tags["Rows"], tags["Columns"], *plane].append(tags)', "groups[0].append(tags)"),)),
+        (('groups[*plane[:6], tags["Rows"], tags["Columns"], *plane[6:]].append(tags)', "groups[0].append(tags)"),)),
     "no_rescale": Wrong(
         "stored values taken for HU", "rule_2_rescale", "preprocessing.py",
         (("float(tags.RescaleSlope), float(tags.RescaleIntercept), tags", "1.0, 0.0, tags"),)),
