@@ -270,8 +270,10 @@ def main():
     arguments = lungaug.parse(__doc__.split("\n")[0], "train_gan")
     run = arguments.run = lungaug.default_run(arguments.run)
     if not (run / "prepared" / "dataset.json").exists():
-        check(not (run / "prepared" / "parameters.json").exists(), run / "prepared", "scans that are not all prepared",
-              "run python preprocessing.py with its options again")
+        begun, do = run / "prepared" / "parameters.json", "run python preprocessing.py with its options again"
+        with lungaug.refusing(begun, do):
+            mine = begun.exists() and lungaug.read_json(begun, do)["scans"] != "synthetic"
+        check(not mine, begun, "scans that are not all prepared", do)
         print(f"Nothing prepared in {run}: synthetic scans first.")
         lungaug.stage("preprocessing.py", "--run", run, "--seed", arguments.seed or 0)
     dataset = preprocessing.open_dataset(run)

@@ -179,6 +179,14 @@ def test_train_gan__does_not_begin_on_half_of_the_scans(run, again):
     assert before == sorted(path.name for path in again.rglob("*"))
 
 
+def test_train_gan__goes_on_with_half_of_the_synthetic_scans(run, tmp_path, monkeypatch):
+    """Stopped while it prepared the synthetic scans, the same command prepares the rest of them first."""
+    lungaug.write_json(tmp_path / "prepared" / "parameters.json", {"scans": "synthetic"})
+    commands = []
+    monkeypatch.setattr(lungaug, "stage", lambda *words: commands.append(words[0]))
+    assert in_one_line(run(train_gan, "--run", tmp_path), "dataset.json") and commands == ["preprocessing.py"]
+
+
 SPOILT = {"cut short": lambda data: data[:-1000], "cut in its head": lambda data: data[:70], "empty": lambda data: b"",
           "a bit in a voxel": lambda data: data[:-999] + bytes([data[-999] ^ 4]) + data[-998:],
           "a bit in its head": lambda data: data[:9] + bytes([data[9] ^ 128]) + data[10:],
