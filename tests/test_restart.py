@@ -21,29 +21,11 @@ import phantom
 import preprocessing
 import train_classifier
 import train_gan
+from conftest import in_one_line
 from lungaug import Refusal
 
 WORDS = ("--cube", "12", "--negatives", "20", "--workers", "1", "--max-slice-mm", "20")
 PARAMETERS = {"cube": 12, "negatives": 20, "max_slice_mm": 20, "seed": 0}
-
-
-@pytest.fixture
-def run(monkeypatch, capsys):
-    """A function that runs a stage's main as its command would: status, out, err."""
-    def call(module, *words):
-        monkeypatch.setattr(sys, "argv", [f"{module.__name__}.py", *map(str, words)])
-        capsys.readouterr()
-        with pytest.raises(SystemExit) as stopped:
-            lungaug.command(module.main)
-        out, err = capsys.readouterr()
-        return SimpleNamespace(status=stopped.value.code or 0, out=out, err=err)
-    return call
-
-
-def in_one_line(done, *words):
-    """Whether a command ended with status 2 and, on stderr, one line alone, a Refusal's, that holds the words."""
-    whole = re.fullmatch("lungaug: [^\n]+: [^\n]+ — [^\n]+\n", done.err)
-    return done.status == 2 and whole and all(word in done.err for word in words)
 
 
 def prepared(run):

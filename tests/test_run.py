@@ -28,6 +28,7 @@ import evaluate
 import lungaug
 import phantom
 import preprocessing
+from conftest import in_one_line
 from evaluate import Confusion, confusion_matrix
 
 HERE = Path(__file__).resolve().parent.parent
@@ -84,13 +85,6 @@ def twin(tiny):
 def copy(tiny, tmp_path):
     """A copy of the tiny run, to be spoilt."""
     return Path(shutil.copytree(tiny.run, tmp_path / "C"))
-
-
-def in_one_line(done, *words):
-    """Whether a command ended with status 2 and one line, in the form of a Refusal, that holds the words."""
-    line = done.err.strip()
-    assert done.status == 2 and re.fullmatch("lungaug: [^\n]+: [^\n]+ — [^\n]+", line), done.err
-    return all(word in line for word in words)
 
 
 # What the command does
@@ -257,29 +251,19 @@ def own_words(stage):
     return map(str, lungaug.typed(lungaug.parse("", *lungaug.STAGES, words=WORDS), stage))
 
 
-def run_main(module, monkeypatch, capsys, *words):
-    """Run a stage's main in this process as its command would; status, stdout and stderr."""
-    monkeypatch.setattr(sys, "argv", [f"{module.__name__}.py", *map(str, words)])
-    capsys.readouterr()
-    with pytest.raises(SystemExit) as stopped:
-        lungaug.command(module.main)
-    out, err = capsys.readouterr()
-    return SimpleNamespace(status=stopped.value.code or 0, out=out, err=err)
-
-
 @pytest.mark.parametrize("stage, gone, first", [
     ("train_classifier", "prepared", "preprocessing.py"), ("train_classifier", "gan", "train_gan.py"),
     ("evaluate", "prepared", "preprocessing.py"), ("evaluate", "gan", "train_"), ("evaluate", "classifiers", "train_classifier.py")])
-def test_without_its_input__a_stage_says_what_to_run(copy, monkeypatch, capsys, stage, gone, first):
+def test_without_its_input__a_stage_says_what_to_run(copy, run, stage, gone, first):
     """A stage run too early, or without its input, names the missing file and the command that makes it."""
     shutil.rmtree(copy / gone)
-    done = run_main(__import__(stage), monkeypatch, capsys, "--run", copy)
+    done = run(__import__(stage), "--run", copy)
     assert in_one_line(done, f"{copy}/{gone}", "is not there", f"python {first}")
 
 
-def test_without_its_input__report_says_what_to_run(tmp_path, monkeypatch, capsys):
+def test_without_its_input__report_says_what_to_run(tmp_path, run):
     """A report of a run that is not there is one line."""
-    done = run_main(lungaug, monkeypatch, capsys, "report", "--run", tmp_path / "none")
+    done = run(lungaug, "report", "--run", tmp_path / "none")
     assert in_one_line(done, "none", "is not there", "python lungaug.py")
 
 
@@ -287,26 +271,26 @@ def test_without_its_input__report_says_what_to_run(tmp_path, monkeypatch, capsy
     ("prepared/dataset.json", "evaluate"), ("gan/checkpoint.pt", "train_gan"), ("gan/checkpoint.pt", "evaluate"),
     ("classifiers/real/checkpoint.pt", "train_classifier"), ("classifiers/real/checkpoint.pt", "evaluate"),
     ("classifiers/generated/generated.json", "train_classifier"), ("classifiers/generated/positive.npy", "evaluate")])
-def test_damaged__a_file_cut_short_is_one_line_that_names_it(copy, monkeypatch, capsys, path, stage):
+def test_damaged__a_file_cut_short_is_one_line_that_names_it(copy, run, path, stage):
     """A stage that finds its input cut short names the file."""
     data = (copy / path).read_bytes()
     (copy / path).write_bytes(data[:len(data) // 2])
-    assert in_one_line(run_main(__import__(stage), monkeypatch, capsys, "--run", copy, *own_words(stage)), path)
+    assert in_one_line(run(__import__(stage), "--run", copy, *own_words(stage)), path)
 
 
-def test_stale__a_gan_trained_on_other_scans_is_refused(copy, monkeypatch, capsys):
+def test_stale__a_gan_trained_on_other_scans_is_refused(copy, run):
     """Where the data were prepared again, otherwise, a finished GAN is not passed off as trained on them."""
     path = copy / "prepared" / "dataset.json"
     dataset = json.loads(path.read_bytes())
     next(scan for scan in dataset["scans"] if scan["split"] == "train")["negatives"].pop()
     lungaug.write_json(path, dataset)
-    done = run_main(__import__("train_gan"), monkeypatch, capsys, "--run", copy, *own_words("train_gan"))
+    done = run(__import__("train_gan"), "--run", copy, *own_words("train_gan"))
     assert in_one_line(done, "gan/checkpoint.pt")
 
 
 @pytest.mark.parametrize("stage, function, log", [("train_gan", "train_epoch", "gan/log.jsonl"),
                                                  ("train_classifier", "validate", "classifiers/real/log.jsonl")])
-def test_overwrite__stopped_at_its_start_leaves_no_half_log(copy, monkeypatch, capsys, stage, function, log):
+def test_overwrite__stopped_at_its_start_leaves_no_half_log(copy, monkeypatch, run, stage, function, log):
     """--overwrite, stopped in its first epoch, then the command without it: as many rows as epochs, or a line."""
     module = __import__(stage)
 
@@ -315,8 +299,8 @@ def test_overwrite__stopped_at_its_start_leaves_no_half_log(copy, monkeypatch, c
 
     with monkeypatch.context() as patch:
         patch.setattr(module, function, stop)
-        assert run_main(module, patch, capsys, "--run", copy, *own_words(stage), "--overwrite").status == 130
-    done = run_main(module, monkeypatch, capsys, "--run", copy, *own_words(stage))
+        assert run(module, "--run", copy, *own_words(stage), "--overwrite").status == 130
+    done = run(module, "--run", copy, *own_words(stage))
     if done.status:
         assert in_one_line(done, "--overwrite")
     else:
@@ -396,15 +380,15 @@ def test_report__shows_the_results_own_numbers(tiny):
             assert [key, *("–" if value is None else f"{value:.3f}" for value in values)] in cells
 
 
-def test_report__is_drawn_again_by_its_command(tiny, copy, monkeypatch, capsys):
+def test_report__is_drawn_again_by_its_command(tiny, copy, run):
     """`lungaug.py report --run R` draws the same page from what the stages left, and says where it is."""
     (copy / "report.html").unlink()
-    done = run_main(lungaug, monkeypatch, capsys, "report", "--run", copy)
+    done = run(lungaug, "report", "--run", copy)
     assert done.status == 0 and done.out.strip() == str(copy / "report.html")
     assert (copy / "report.html").read_bytes() == (tiny.run / "report.html").read_bytes()
 
 
-def test_report__what_a_file_says_of_itself_is_escaped(copy, monkeypatch, capsys):
+def test_report__what_a_file_says_of_itself_is_escaped(copy, monkeypatch, run):
     """A series UID and a reason with mark-up, from a hostile file, are text on the page, whichever stage shows them."""
     hostile, path = "<script>alert(1)</script>\"'&", copy / "prepared" / "dataset.json"
     dataset = json.loads(path.read_bytes())
@@ -417,6 +401,6 @@ def test_report__what_a_file_says_of_itself_is_escaped(copy, monkeypatch, capsys
     options = json.loads((copy / "prepared" / "options.json").read_bytes())
     options["page"], options["command"] = preprocessing.page(preprocessing.open_dataset(copy)), hostile
     lungaug.write_json(copy / "prepared" / "options.json", options)
-    assert run_main(evaluate, monkeypatch, capsys, "--run", copy).status == 0
+    assert run(evaluate, "--run", copy).status == 0
     page = Page(lungaug.report(copy).read_text())
     assert "script" not in {tag for tag, _ in page.elements} and page.text.count(hostile) >= 3
