@@ -130,9 +130,11 @@ def parse(description, *stages, words=None):
     """What was typed: a Namespace with an attribute for each option of the stages, None where it was not typed."""
     parser = argparse.ArgumentParser(description=description, allow_abbrev=False)
     options = {}
-    for name, _, settings in (row for stage in stages for row in rows_of(stage)):
-        helps = dict.fromkeys((options.get(name, settings)["help"], settings["help"]))      # a stage's own, each once
-        options[name] = settings | {"help": "; ".join(helps)}
+    for stage in stages:
+        for name, _, settings in rows_of(stage):
+            other = options.get(name, settings)["help"]
+            both = settings["help"] if other == settings["help"] else f"{other}; {stage}: {settings['help']}"
+            options[name] = settings | {"help": both}
     for name, settings in options.items():
         parser.add_argument(name, default=None, **settings)
     return parser.parse_args(words)

@@ -102,8 +102,10 @@ def mutants(path, functions):
             continue
         if functions and top.name not in functions:
             continue
+        told = {id(node) for call in ast.walk(top) if isinstance(call, ast.Call) and getattr(call.func, "id", "") == "step"
+                for node in ast.walk(call)}     # the progress line is no mathematics
         for node in ast.walk(top):
-            if not hasattr(node, "end_col_offset"):
+            if not hasattr(node, "end_col_offset") or id(node) in told:
                 continue
             begin, end = starts[node.lineno - 1] + node.col_offset, starts[node.end_lineno - 1] + node.end_col_offset
             for other in mutants_of(node):

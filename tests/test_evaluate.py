@@ -78,7 +78,7 @@ def test_eq_5_1_nearest_neighbour__float32_and_int16_do_not_round_or_overflow():
 
 
 @pytest.mark.parametrize("size", [1, 5, 7, 29, 128])
-def test_nearest_training__in_parts_as_at_once(tmp_path, size):
+def test_eq_5_1_nearest_neighbour__in_parts_as_at_once(tmp_path, size):
     """Whatever the number of cubes read at a time, the result is that of all at once."""
     dataset = small_run(tmp_path)
     rows, flips, _ = preprocessing.labelled(dataset, "train")
@@ -93,7 +93,7 @@ def test_nearest_training__in_parts_as_at_once(tmp_path, size):
 
 
 @pytest.mark.parametrize("row", [0, 4, 5, 28])
-def test_nearest_training__finds_the_first_and_the_last(tmp_path, row):
+def test_eq_5_1_nearest_neighbour__finds_the_first_and_the_last(tmp_path, row):
     """A copy of the first or last cube, of the data or of a part, is found at its place."""
     dataset = small_run(tmp_path)
     rows, flips, _ = preprocessing.labelled(dataset, "train")
@@ -102,7 +102,7 @@ def test_nearest_training__finds_the_first_and_the_last(tmp_path, row):
 
 
 @pytest.mark.parametrize("size", [1, 2, 3, 128])
-def test_nearest_training__ties_give_the_first_over_the_parts(tmp_path, size):
+def test_eq_5_1_nearest_neighbour__ties_give_the_first_over_the_parts(tmp_path, size):
     """The same cube again in a later part does not replace the first."""
     dataset = small_run(tmp_path)
     rows, flips = np.tile(dataset.negatives["train"][:2], (3, 1)), np.zeros(6, int)
