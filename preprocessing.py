@@ -565,7 +565,8 @@ def read_record(source, folder, parameters):
     try:
         with lungaug.refusing(path, ""):
             record = lungaug.read_json(path, "")
-            return record if record["parameters"] == parameters and {"volume", "reason"} & record.keys() else {}
+            whole = record.pop("fingerprint") == lungaug.fingerprint(record)
+            return record if whole and record["parameters"] == parameters else {}
     except Refusal:
         return {}
 
@@ -587,7 +588,9 @@ def prepare_one(source, nodules, folder, parameters):
         record, refusal = prepare_scan(source, nodules, folder, parameters), None
     except Refusal as error:
         record, refusal = {"seriesuid": source.seriesuid, "reason": str(error)}, error
-    lungaug.write_json(folder / f"{scan_name(source.seriesuid)}.json", {"parameters": parameters} | record)
+    record = {"parameters": parameters} | record
+    path = folder / f"{scan_name(source.seriesuid)}.json"
+    lungaug.write_json(path, record | {"fingerprint": lungaug.fingerprint(record)})
     return refusal
 
 

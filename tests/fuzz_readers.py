@@ -35,6 +35,10 @@ WORDS = (b"True", b"False", b"LOCAL", b"LIST", b"MET_FLOAT", b"MET_SHORT", b"../
          b"\r\n", b",", b"=", "\N{RIGHT-TO-LEFT OVERRIDE}".encode())
 
 
+RECORD = {"seriesuid": "1.2.3", "patient": "p", "volume": "1.2.3.npy", "crc32": 0, "origin": [0.0, 0.0, 0.0], "litres": 4.0,
+          "positives": [[9, 9, 9]], "diameters": [6.0], "negatives": [[3, 4, 5], [20, 20, 20]], "split": "train"}
+
+
 def damage(data, rng):
     """The bytes with one to four changes."""
     data = bytearray(data)
@@ -93,6 +97,14 @@ def read_volume(path):
     read_dataset(path.parent / "dataset.json")
 
 
+def read_record(path):
+    """A damaged record is found to be one, or still says what it said."""
+    source, parameters = preprocessing.Source("1.2.3", "p", ()), {"cube": 12}
+    record = preprocessing.read_record(source, path.parent, parameters)
+    assert record in ({}, {"parameters": parameters} | RECORD), record
+    preprocessing.is_whole(record, path.parent)
+
+
 def read_checkpoint(path):
     lungaug.load_checkpoint(path, "")
 
@@ -118,15 +130,15 @@ def make_targets(folder):
     run = folder / "run"
     volume = np.random.default_rng(0).integers(-1000, 400, (30, 31, 32)).astype(np.int16)
     lungaug.write_array(run / "prepared" / "1.2.3.npy", volume)
-    record = {"seriesuid": "1.2.3", "patient": "p", "volume": "1.2.3.npy", "crc32": 0, "origin": [0.0, 0.0, 0.0], "litres": 4.0,
-              "positives": [[9, 9, 9]], "diameters": [6.0], "negatives": [[3, 4, 5], [20, 20, 20]], "split": "train"}
     lungaug.write_json(run / "prepared" / "dataset.json", {"parameters": {"cube": 12}, "preset": "demo", "synthetic": True,
-                                                            "table_1": preprocessing.table_1([record]), "left_out": [], "scans": [record]})
+                                                            "table_1": preprocessing.table_1([RECORD]), "left_out": [], "scans": [RECORD]})
+    record = {"parameters": {"cube": 12}} | RECORD
+    lungaug.write_json(run / "prepared" / "1.2.3.json", record | {"fingerprint": lungaug.fingerprint(record)})
     lungaug.save_checkpoint(folder / "checkpoint.pt", {"epoch": 1, "weights": {"a": np.zeros(0).tolist()}, "draws": "{}"})
     for name in ("prepared", "gan", "classifiers", "evaluation"):
         lungaug.write_json(run / name / "options.json", {"page": ["2 Dataset", ["Table.", ["a"], [["b"]]], ["A figure.", "x.png"]], "command": "c",
                                                          "seconds": 1.0, "options": {"run": "r"}, "versions": {"torch": "2"}})
-    for epoch in range(6):
+    for epoch in range(1, 6):
         lungaug.append_log(folder / "log.jsonl", {"epoch": epoch, "loss": 0.5})
     (folder / "annotations.csv").write_text("seriesuid,coordX,coordY,coordZ,diameter_mm\n1.2.3,1.5,-2.5,3.25,6.4\n1.2.4,1,2,3,4\n")
     scan_reader = lambda path: right_scan(preprocessing.read_scan(path))
@@ -136,6 +148,7 @@ def make_targets(folder):
         "zraw": (places["zraw"].with_suffix(".zraw"), lambda path: scan_reader(path.with_suffix(".mhd"))),
         "dicom": (sorted(dicom.glob("*.dcm"))[2], lambda path: scan_reader(path.parent)),
         "annotations": (folder / "annotations.csv", read_annotations), "dataset": (run / "prepared" / "dataset.json", read_dataset),
+        "record": (run / "prepared" / "1.2.3.json", read_record),
         "volume": (run / "prepared" / "1.2.3.npy", read_volume), "checkpoint": (folder / "checkpoint.pt", read_checkpoint),
         "log": (folder / "log.jsonl", read_log), "report": (run / "gan" / "options.json", read_report)}
 

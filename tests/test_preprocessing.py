@@ -345,6 +345,14 @@ def chest(request):
     return SimpleNamespace(hu=hu.hu, mask=mask.hu, truth=truth, body=body)
 
 
+def test_rule_2_1_3_lungs__voxels_are_1_mm_unless_said():
+    """A notch 12 mm wide closes under the 10 mm ball; taken for 2 mm voxels it is 24 mm wide, and stays."""
+    hu = np.zeros((60, 60, 60), np.int16)
+    hu[8:52, 8:52, 8:52] = -850
+    hu[8:20, 24:36, 24:36] = 0
+    assert preprocessing.lung_mask(hu)[12, 30, 30] and not preprocessing.lung_mask(hu, 2)[12, 30, 30]
+
+
 def test_rule_2_1_3_lungs__dice_with_the_truth(chest):
     """Dice of the mask and all that lies inside the pleura is 0.95 at least; the scan's direction does not matter."""
     assert 2 * (chest.mask & chest.truth).sum() / (chest.mask.sum() + chest.truth.sum()) > 0.95

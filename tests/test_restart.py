@@ -188,6 +188,16 @@ def test_prepare_one__a_damaged_volume_is_made_again(scans, once, again, run, sp
         {name: data for name, data in prepared(once).items() if name != path.name}
 
 
+def test_prepare_one__a_record_that_was_changed_is_made_again(scans, once, again, run):
+    """A digit that turned in a positive's place is found, and comes back."""
+    path = again / "prepared" / f"{info(again)['scans'][0]['seriesuid']}.json"
+    record = json.loads(path.read_bytes())
+    record["positives"][0][0] += 1
+    path.write_text(json.dumps(record, indent=1) + "\n")
+    assert run(preprocessing, "--scans", scans, "--run", again, *WORDS).status == 0
+    assert prepared(again) == prepared(once)
+
+
 @pytest.mark.parametrize("order", [(1, 2), (2, 1)])
 def test_part__two_parts_leave_the_bytes_of_one_run(scans, once, run, tmp_path, order):
     """--part 1/2 and 2/2, whichever comes first, leave what one run leaves; the first says what is missing."""
