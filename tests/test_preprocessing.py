@@ -353,6 +353,31 @@ def test_rule_2_1_3_lungs__voxels_are_1_mm_unless_said():
     assert preprocessing.lung_mask(hu)[12, 30, 30] and not preprocessing.lung_mask(hu, 2)[12, 30, 30]
 
 
+def test_rule_2_1_3_lungs__the_erosion_is_of_2_mm_at_2_mm_too():
+    """Air 8 mm thick, four voxels, outlives an erosion of one voxel from each side, not one of two."""
+    hu = np.zeros((40, 40, 40), np.int16)
+    hu[5:35, 18:22, 5:35] = -850
+    assert preprocessing.lung_mask(hu, 2)[20, 19, 20]
+
+
+def test_rule_2_1_3_lungs__what_the_erosion_took_comes_back_and_one_voxel_more():
+    """Two voxels of each face, and of an edge, where two faces meet, what lies three steps from what was left."""
+    hu = np.zeros((50, 50, 50), np.int16)
+    hu[10:40, 10:40, 10:40] = -850
+    lungs = preprocessing.lung_mask(hu)
+    assert lungs[10, 25, 25] and lungs[11, 10, 25] and not lungs[9, 25, 25]
+
+
+@pytest.mark.parametrize("depth, both", [(12, True), (11, False)])
+def test_rule_2_1_3_lungs__two_where_the_second_has_a_quarter(depth, both):
+    """Less a voxel of each face, 20 × 20 × 20 and 20 × 10 × 10 are lungs, exactly a quarter; 20 × 10 × 9 is too little."""
+    hu = np.zeros((60, 60, 60), np.int16)
+    hu[5:27, 5:27, 5:27] = -850
+    hu[5:27, 40:52, 40:40 + depth] = -850
+    lungs = preprocessing.lung_mask(hu, 2)
+    assert lungs[15, 15, 15] and lungs[15, 45, 45] == both
+
+
 def test_rule_2_1_3_lungs__dice_with_the_truth(chest):
     """Dice of the mask and all that lies inside the pleura is 0.95 at least; the scan's direction does not matter."""
     assert 2 * (chest.mask & chest.truth).sum() / (chest.mask.sum() + chest.truth.sum()) > 0.95
