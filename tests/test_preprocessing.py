@@ -361,11 +361,21 @@ def test_rule_2_1_3_lungs__the_erosion_is_of_2_mm_at_2_mm_too():
 
 
 def test_rule_2_1_3_lungs__what_the_erosion_took_comes_back_and_one_voxel_more():
-    """Two voxels of each face, and of an edge, where two faces meet, what lies three steps from what was left."""
+    """Two voxels of each face, and of an edge, where two faces meet, what lies three steps from what was left, not four."""
     hu = np.zeros((50, 50, 50), np.int16)
     hu[10:40, 10:40, 10:40] = -850
     lungs = preprocessing.lung_mask(hu)
-    assert lungs[10, 25, 25] and lungs[11, 10, 25] and not lungs[9, 25, 25]
+    assert lungs[10, 25, 25] and lungs[11, 10, 25] and not lungs[10, 10, 25] and not lungs[9, 25, 25]
+
+
+@pytest.mark.parametrize("face", [np.s_[:, :2, 5:-5], np.s_[:, -2:, 5:-5], np.s_[:, 5:-5, :2], np.s_[:, 5:-5, -2:]])
+def test_rule_2_1_3_lungs__air_at_any_side_of_the_field_of_view_is_the_rooms(face):
+    """The larger of two airs, two voxels thick at one of the four sides, is not the lung; the one inside is."""
+    hu = np.zeros((60, 60, 60), np.int16)
+    hu[face] = -1000
+    hu[20:35, 20:35, 20:35] = -850
+    lungs = preprocessing.lung_mask(hu, 2)
+    assert lungs[27, 27, 27] and not lungs[face].any()
 
 
 @pytest.mark.parametrize("depth, both", [(12, True), (11, False)])
