@@ -38,6 +38,12 @@ EQUIVALENT = {      # the changed line → why nothing changes
         "UpsampleConv3d's forward has a padding of its own",
     "models.DownBlock: self.conv2, self.norm2 = ConvDownsample3d(into, out, 3, padding=(2)), norm(out)":
         "ConvDownsample3d's forward has a padding of its own",
+    "evaluate.nearest_neighbours: distances = cdist(np.reshape(queries, (len(queries), -(2))), np.reshape(references, (len(references), -1)))":
+        "NumPy takes any negative side for what is left",
+    "evaluate.nearest_neighbours: distances = cdist(np.reshape(queries, (len(queries), -1)), np.reshape(references, (len(references), -(2))))":
+        "NumPy takes any negative side for what is left",
+    "evaluate.nearest_training: def nearest_training(queries, dataset, rows, flips, size=(129)):": "the result is that of any size",
+    "train_classifier.f1_score: return float(2 * hits / max((2), labels.sum() + predictions.sum()))": "where the sum is 1 there is no hit",
     "preprocessing.reorient: order = max(itertools.permutations(range(3)), key=lambda p: np.abs(scan.direction[range(3), p]).mean())":
         "a mean of three is largest where their sum is",
     "preprocessing.reorient: back = (np.diag(axes) <= 0)": "an axis across its own may be taken in either sense: far follows",

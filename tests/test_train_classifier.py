@@ -433,7 +433,7 @@ def test_rule_4_4_balanced__the_labels_of_each_step(tmp_path, monkeypatch):
 
 # Validation, and the best epoch
 
-def test_f1_score__is_that_of_the_tables():
+def test_eq_5_2_f1__the_classifiers_own_is_that_of_the_tables():
     """The F1 that chooses the epoch is the one that section 5.2 reports; 0 where that is 0/0."""
     rng = np.random.default_rng(0)
     for _ in range(200):
