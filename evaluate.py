@@ -120,19 +120,19 @@ def load_networks(run, dataset, device):
 
     All must come from this dataset and from one GAN: others may have been trained on what is the test set here.
     """
-    networks, gan, prepared = {}, run / "gan" / "checkpoint.pt", lungaug.fingerprint(dataset.info["scans"])
+    networks, gan, asked = {}, run / "gan" / "checkpoint.pt", {"prepared": lungaug.fingerprint(dataset.info["scans"])}
     made_with, do = run / "classifiers" / "generated" / "generated.json", f"run python train_classifier.py --run {run} first"
     with lungaug.refusing(made_with, do):
         made = lungaug.read_json(made_with, do)
         used, classes = made["settings"], made["classes"]
     for arm, *_ in TABLES.values():
-        path, asked = gan, {"prepared": prepared}
-        if arm != "critic":
-            path, asked["delivered"] = run / "classifiers" / arm / "checkpoint.pt", classes if arm != "real" else None
+        path = gan if arm == "critic" else run / "classifiers" / arm / "checkpoint.pt"
         if arm in ("mixed", "fake") and not path.exists():
             continue
-        first = do if arm != "critic" else f"run python train_gan.py --run {run} first"
-        state = lungaug.load_checkpoint(path, first, **asked)
+        if arm == "critic":
+            state = lungaug.load_checkpoint(path, f"run python train_gan.py --run {run} first", **asked)
+        else:
+            state = lungaug.load_checkpoint(path, do, delivered=None if arm == "real" else classes, **asked)
         with lungaug.refusing(path, "train it again with --overwrite"):
             if arm == "critic":
                 network, weights = Critic(dataset.cube, state["settings"]["width"]), state["critic"]

@@ -118,8 +118,8 @@ def rows_of(stage):
     rows = [(name, (default, default), settings) for stages, name, default, settings in OPTIONS if stage in stages]
     for row in PRESETS:
         if row.stage == stage:
-            kind = type(row.thesis)
-            least, most = 0 if kind is float else 2 if row.name == "batch-size" else 1, 1 if row.unit.startswith("share") else 1e12
+            kind, most = type(row.thesis), 1 if row.unit.startswith("share") else 1e12
+            least = 0 if kind is float else 2 if row.name == "batch-size" else 1
             rows.append((f"--{row.name}", (row.demo, row.thesis), dict(
                 type=within(kind, least, most), metavar=row.name.split("-")[-1].upper(),
                 help=f"{row.unit} (thesis {row.thesis}, demo {row.demo})".lstrip())))
@@ -296,8 +296,9 @@ def claim(folder, parameters, overwrite):
 
 def discard(folder, *patterns):
     """Remove what an earlier run left, for --overwrite: first of all, so that nothing old stands beside what is new."""
-    for path in (path for pattern in patterns for path in sorted(Path(folder).glob(pattern))):
-        path.unlink()
+    for pattern in patterns:
+        for path in Path(folder).glob(pattern):
+            path.unlink()
 
 
 @contextmanager

@@ -502,7 +502,8 @@ def with_flips(rows):
 def scan_name(seriesuid):
     """A file name for a series, within the folder whatever the UID says: a hostile file may have made it anything."""
     plain = "".join(c if c.isascii() and (c.isalnum() or c in "-._") else "_" for c in seriesuid)[:100]
-    return plain if plain == seriesuid and plain[:1].isdigit() else f"_{plain}_{zlib.crc32(seriesuid.encode(errors='surrogatepass')):08x}"
+    is_uid = plain == seriesuid and plain[:1].isdigit()     # so never one of our own files' names, dataset or nodules
+    return plain if is_uid else f"_{plain}_{zlib.crc32(seriesuid.encode(errors='surrogatepass')):08x}"
 
 
 def prepare_scan(source, nodules, folder, parameters):
@@ -618,7 +619,8 @@ def open_dataset(run):
 
     with lungaug.refusing(path, do):
         cube, names = info["parameters"]["cube"], [scan["volume"] for scan in info["scans"]]
-        check(info["preset"] in ("demo", "thesis") and cube in CUBES and all(Path(name).name == name for name in names), path, "a preset, a cube or a file name of no use", do)
+        plain = all(Path(name).name == name for name in names)
+        check(info["preset"] in ("demo", "thesis") and cube in CUBES and plain, path, "a preset, cube or file name of no use", do)
         kinds = [{split: rows(kind, split) for split in SPLITS} for kind in ("positives", "negatives")]
         return Dataset(path.parent, info, cube, *kinds)
 

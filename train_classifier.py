@@ -109,7 +109,8 @@ def generate_classes(run, dataset, arguments, device):
         with lungaug.refusing(path, "start again with --overwrite"):
             found = lungaug.read_json(path, "start again with --overwrite")
             lungaug.same_settings(path, found["settings"], asked)
-            if all((folder / name).exists() and lungaug.file_crc(folder / name, "") == crc for name, crc in found["files"].items()):
+            if all((folder / name).exists() and lungaug.file_crc(folder / name, "") == crc
+                   for name, crc in found["files"].items()):
                 return found["classes"]
     path.unlink(missing_ok=True)        # so that a kill leaves no old record beside new cubes
     generator, critic = load_gan(run, dataset, device)

@@ -79,7 +79,8 @@ class Trainer:
 
     def state(self):
         return {"settings": settings(self.arguments), "epochs": self.arguments.epochs, "epoch": self.epoch,
-                "seconds": self.seconds, "moments": self.moments, "noise": self.noise.get_state(), "draws": self.draws.bit_generator.state,
+                "seconds": self.seconds, "moments": self.moments, "noise": self.noise.get_state(),
+                "draws": self.draws.bit_generator.state,
                 **{name: part.state_dict() for name, part in self.parts().items()}}
 
     def restore(self, state):

@@ -140,7 +140,7 @@ def test_claim__half_an_overwrite_does_not_pass_for_prepared(scans, again, run):
 
 
 def test_claim__an_overwrite_that_was_stopped_does_not_keep_the_old(scans, again, run, monkeypatch):
-    """Stopped before its first scan and run again without --overwrite, it makes every scan, not only those it lacks."""
+    """Stopped before its first scan, it has left no record that a run without --overwrite would take for done."""
     words = ("--scans", scans, "--run", again, *WORDS)
     monkeypatch.setattr(preprocessing, "prepare", lambda *_: 1 / 0)
     with pytest.raises(ZeroDivisionError):
