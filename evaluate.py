@@ -3,11 +3,13 @@
     python evaluate.py --run runs/demo       # after train_classifier.py
 
 Scores the test set with the three classifiers and with the critic's auxiliary head: Tables 2–5 beside the thesis'.
-Finds the nearest real training sample of generated ones: figures 9–14. Leaves <run>/evaluation: results.json (every
-number of every table), scores.csv (every test cube), figure_9.png … figure_14.png, samples.png.
+Finds the nearest real training sample of generated ones: figures 9–14. Draws the figures of sections 2 and 4, too, and
+first of all: while a training runs, this is how to look at it. Leaves <run>/evaluation: results.json (every number of
+every table), scores.csv (every test cube), figures 2, 3, 7 to 14, nodules.png.
 """
 
 import csv
+import html
 import io
 import math
 import time
@@ -202,7 +204,141 @@ def table_cells(table):
             for part in ("confusion", "metrics") for key in table["thesis"][part]]
 
 
-# Figures 9–14 and the samples
+# Figures 7 and 8: curves, SVG with strings
+
+def ticks(low, high):
+    """Round numbers within [low, high], half a dozen or so."""
+    step = 10 ** np.floor(np.log10(max(high - low, 1e-12)))
+    step *= next(f for f in (0.1, 0.2, 0.5, 1, 2) if (high - low) / (step * f) <= 8)
+    return [float(value) for value in np.arange(np.ceil(low / step), np.floor(high / step) + 1) * step + 0.0]
+
+
+COLOURS = ("#1f77b4", "#d62728", "#2ca02c", "#9467bd")
+CURVES = 460, 270       # width and height of one chart
+
+
+def curves(title, lines, x_label, y_label):
+    """A chart, a group of SVG. lines: (name, x (n,), y (n,), band), the band (low (n,), high (n,)) shaded, or None."""
+    (width, height), right, bottom = CURVES, CURVES[0] - 14, CURVES[1] - 42
+    values = np.concatenate([np.ravel(part) for _, _, y, band in lines for part in (y, *(band or ()))])
+    values = values[np.isfinite(values)] if np.isfinite(values).any() else np.zeros(1)
+    low, high = values.min(), values.max()
+    low, high = (low, high) if high - low > 1e-12 else (low - 0.5, high + 0.5)
+    first, last = min(x[0] for _, x, _, _ in lines), max(x[-1] for _, x, _, _ in lines)
+
+    def place(x, y):
+        across, up = (x - first) / max(last - first, 1e-12), (y - low) / (high - low)
+        return 58 + across * (right - 58), bottom - up * (bottom - 38)
+
+    def points(x, y):
+        return " ".join(f"{a:.1f},{b:.1f}" for a, b in (place(*point) for point in zip(x, y)) if np.isfinite(b))
+
+    def text(x, y, words, anchor="middle", more=""):
+        return f'<text x="{x:.1f}" y="{y:.1f}" text-anchor="{anchor}" {more}>{html.escape(words)}</text>'
+
+    legend, out = [], [text(width / 2, 15, title), text(width / 2, height - 8, x_label),
+                   text(0, 0, y_label, more=f'transform="translate(13 {height / 2}) rotate(-90)"')]
+    for value in ticks(low, high):
+        y = place(first, value)[1]
+        out.append(f'<path d="M58 {y:.1f}H{right}" stroke="#ddd"/>' + text(53, y + 4, f"{value:g}", "end"))
+    out += [text(place(value, low)[0], bottom + 15, f"{value:g}") for value in ticks(first, last)]
+    for i, (name, x, y, band) in enumerate(lines):
+        colour = COLOURS[i % len(COLOURS)]
+        if band:
+            around = f"{points(x, band[1])} {points(x[::-1], band[0][::-1])}"
+            out.append(f'<polygon fill="{colour}" fill-opacity=".2" points="{around}"/>')
+        out.append(f'<polyline fill="none" stroke="{colour}" stroke-width="1.6" points="{points(x, y)}"/>')
+        legend.append(f'<tspan fill="{colour}" dx="12">{html.escape(name)}</tspan>')
+    out.append(f'<text x="{right}" y="29" text-anchor="end">{"".join(legend)}</text>')
+    return f'<g><rect width="{width}" height="{height}" fill="#fff"/>{"".join(out)}</g>'
+
+
+def beside(*charts, columns=2):
+    """Charts of `curves` in reading order, an SVG file's text."""
+    width, height = CURVES
+    moved = [f'<g transform="translate({i % columns * width} {i // columns * height})">{chart}</g>'
+             for i, chart in enumerate(charts)]
+    wide, high = min(columns, len(charts)) * width, -(-len(charts) // columns) * height
+    return (f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {wide} {high}" width="{wide}" height="{high}" '
+            f'font-family="sans-serif" font-size="11">{"".join(moved)}</svg>')
+
+
+def smooth(values, window):
+    """Running mean over a centred window, and its 95% band, ±1.96 standard deviations within it   [rule_4_1_smoothed]
+
+    values: (n,). Returns the mean (n,) and the band's (low, high).
+    """
+    values = np.asarray(values, float)
+    out = np.empty((2, len(values)))
+    for i in range(len(values)):
+        part = values[max(0, i - window // 2):i + window // 2 + 1]
+        out[:, i] = part.mean(), 1.96 * part.std()
+    return out[0], (out[0] - out[1], out[0] + out[1])
+
+
+def figure_7(rows):
+    """The log's rows as one SVG of smoothed curves with 95% bands: estimate, cross-entropy, penalty, accuracy."""
+    epochs, window = [row["epoch"] for row in rows], max(3, len(rows) // 40)
+
+    def line(name, key, part="critic"):
+        middle, band = smooth([row[part][key] for row in rows], window)
+        return name, epochs, middle, band
+
+    return beside(*(curves(title, lines, "epoch", unit) for title, unit, lines in (
+        ("Wasserstein distance estimate", "estimate", [line("f(real) − f(fake)", "wasserstein")]),
+        ("Auxiliary classification", "cross-entropy", [line("critic, reals and fakes", "auxiliary"),
+                                                       line("generator, fakes", "auxiliary", "generator")]),
+        ("Gradient penalty", "penalty", [line("(‖∇f‖ − 1)²", "penalty")]),
+        ("Class accuracy of the critic", "accuracy", [line("on reals", "real_accuracy"),
+                                                      line("on fakes", "fake_accuracy")]))))
+
+
+def figure_8(logs):
+    """Training and validation loss of each classifier, one SVG; logs: arm → its log's rows."""
+    charts = []
+    for arm, rows in logs.items():
+        epochs = [row["epoch"] for row in rows]
+        lines = [(name, epochs, [row[f"{name}_loss"] for row in rows], None) for name in ("train", "validation")]
+        charts.append(curves(f"Classifier, {arm} data", lines, "epoch", "cross-entropy"))
+    return beside(*charts, columns=3)
+
+
+def draw_curves(folder, run):
+    """figure_7.svg and figure_8.svg, of the logs that are there, a running training's too."""
+    logs = {arm: lungaug.read_log(run / "classifiers" / arm / "log.jsonl") for arm, *_ in TABLES.values()}
+    logs, rows = {arm: rows for arm, rows in logs.items() if rows}, lungaug.read_log(run / "gan" / "log.jsonl")
+    for number, figure, shown in ((7, figure_7, rows), (8, figure_8, logs)):
+        if shown:
+            lungaug.write_text(folder / f"figure_{number}.svg", figure(shown))
+
+
+# Figures 2, 3 and 9–14: cubes
+
+def slices(cube, columns=12):
+    """All axial slices of a cube in reading order, superior to inferior   [rule_2_1_7_reading_order]
+
+    cube: (z, y, x) in [-1, 1], z rising to superior. Returns uint8 grey.
+    """
+    return lungaug.tile(lungaug.grey(cube[::-1]), columns, gap=1)
+
+
+def planes(cube):
+    """The middle planes of a cube (z, y, x) in [-1, 1]: axial, coronal, sagittal, superior up, side by side; uint8."""
+    c = cube.shape[0] // 2
+    return lungaug.tile(lungaug.grey(np.stack([cube[c], cube[::-1, c], cube[::-1, :, c]])), 3, gap=1)
+
+
+def draw_cubes(folder, dataset, shown=3):
+    """Figures 2 (positives) and 3 (negatives), slice by slice; nodules.png, the middle planes of 24 nodules at most."""
+    for number, rows in ((2, dataset.positives["train"]), (3, dataset.negatives["train"])):
+        cubes = preprocessing.read_cubes(dataset, rows[np.unique(np.linspace(0, len(rows) - 1, shown).astype(int))])[:, 0]
+        sheet = lungaug.tile([slices(cube) for cube in cubes], 1, gap=6, paper=255)
+        sheet = lungaug.enlarge(sheet, max(1, 48 // dataset.cube))
+        lungaug.write_bytes(folder / f"figure_{number}.png", lungaug.png(sheet))
+    cubes = preprocessing.read_cubes(dataset, np.concatenate(list(dataset.positives.values()))[:24])[:, 0]
+    sheet = lungaug.tile([planes(cube) for cube in cubes], 4, gap=6, paper=255)
+    lungaug.write_bytes(folder / "nodules.png", lungaug.png(lungaug.enlarge(sheet, 2)))
+
 
 def load_generated(run, name):
     """Generated cubes of a class, int16 HU (n, c, c, c): the accepted, and the best-scored of the rejected."""
@@ -215,7 +351,7 @@ def pair(left, right):
     """Two cubes in [-1, 1] side by side: their middle planes, enlarged, over all slices, superior to inferior."""
     halves = []
     for cube in (left, right):
-        sheet, middle = lungaug.slices(cube), lungaug.enlarge(lungaug.planes(cube), 3)
+        sheet, middle = slices(cube), lungaug.enlarge(planes(cube), 3)
         middle = np.pad(middle, ((0, 3), (0, sheet.shape[1] - middle.shape[1])), constant_values=40)
         halves.append(np.concatenate([middle, sheet]))
     return lungaug.enlarge(lungaug.tile(halves, 2, gap=8, paper=255), 48 // left.shape[0] or 1)
@@ -244,34 +380,25 @@ def draw_novelty(folder, run, dataset, count=6):
     return {"generated": found, "held_out_distances": distances[len(queries):].tolist()}
 
 
-def draw_samples(folder, run, dataset, count=16):
-    """samples.png: middle axial slices, a row each: real and generated positives, real and generated negatives."""
-    middles = []
-    for name, rows in (("positive", dataset.positives["train"]), ("negative", dataset.negatives["train"])):
-        real = preprocessing.read_cubes(dataset, rows[np.linspace(0, len(rows) - 1, count).astype(int)])[:, 0]
-        made = preprocessing.normalize(np.concatenate([part[:count] for part in load_generated(run, name)])[:count])
-        made = np.concatenate([made, -np.ones((count - len(made), *made.shape[1:]), np.float32)])
-        middles += [real[:, dataset.cube // 2], made[:, dataset.cube // 2]]
-    sheet = lungaug.tile(lungaug.grey(np.concatenate(middles)), count)
-    lungaug.write_bytes(folder / "samples.png", lungaug.png(lungaug.enlarge(sheet, 48 // dataset.cube or 1)))
-
-
 def distances(values):
     return ", ".join(f"{value:.1f}" for value in values)
 
 
 def page(results):
-    """What the report shows of section 5."""
+    """What the report shows: the figures of sections 2 and 4, and section 5."""
     pictures = [(f"Figure {row['figure']}. Generated{'' if row['accepted'] else ', not accepted in 4.3'} (left); the nearest "
                  f"training sample, l2 distance {row['distance']:.1f} (right).", f"figure_{row['figure']}.png")
                 for row in results["novelty"]["generated"]]
     captioned = [(f"Table {number}. {table['title']}.", TABLE_HEAD, table_cells(table))
                  for number, table in results["tables"].items()]
     held_out = [(distances(results["novelty"]["held_out_distances"]),)]
-    return ["5.1 Generated samples",
-            ("Middle axial slices, a row each: real and generated positives, real and generated negatives.",
-             "samples.png"),
-            *pictures,
+    return ["2.1.7 Processed samples",
+            ("Nodules, each in its three middle planes: axial, coronal, sagittal.", "nodules.png"),
+            ("Figure 2. Positive samples, slice by slice from superior to inferior.", "figure_2.png"),
+            ("Figure 3. Negative samples, slice by slice from superior to inferior.", "figure_3.png"),
+            "4.1 Wasserstein GAN: loss curves", ("Figure 7. Loss curves, smoothed, with 95% bands.", "figure_7.svg"),
+            "4.4 Classifier", ("Figure 8. Training and validation loss.", "figure_8.svg"),
+            "5.1 Generated samples", *pictures,
             ("For scale: a copy would lie at 0, and real test positives lie at", ("l2 distance",), held_out),
             "5.2 Classification metrics", *captioned]
 
@@ -282,6 +409,8 @@ def main():
     dataset = preprocessing.open_dataset(run)
     lungaug.settle(arguments, "evaluate", dataset.info["preset"])
     device, folder = lungaug.pick_device(arguments.device), run / "evaluation"
+    draw_cubes(folder, dataset)
+    draw_curves(folder, run)
     scores = score_test(load_networks(run, dataset, device), dataset, device)
     write_scores(folder / "scores.csv", dataset, scores)
     results = {"tables": tables(dataset, scores), "novelty": draw_novelty(folder, run, dataset)}
@@ -290,7 +419,6 @@ def main():
     generated, held_out = results["novelty"].values()
     print(f"\nl2 distance to the nearest training cube: generated {distances(row['distance'] for row in generated)}; "
           f"real test positives {distances(held_out)}.")
-    draw_samples(folder, run, dataset)
     lungaug.write_json(folder / "results.json", results)
     lungaug.record_stage(folder, arguments, time.monotonic() - start, page(results))
 

@@ -488,80 +488,6 @@ def enlarge(image, factor):
     return image.repeat(factor, 0).repeat(factor, 1)
 
 
-def slices(cube, columns=12):
-    """All axial slices of a cube in reading order, superior to inferior   [rule_2_1_7_reading_order]
-
-    cube: (z, y, x) in [-1, 1], z rising to superior. Returns uint8 grey.
-    """
-    return tile(grey(cube[::-1]), columns, gap=1)
-
-
-def planes(cube):
-    """The middle planes of a cube (z, y, x) in [-1, 1]: axial, coronal, sagittal, superior up, side by side; uint8."""
-    c = cube.shape[0] // 2
-    return tile(grey(np.stack([cube[c], cube[::-1, c], cube[::-1, :, c]])), 3, gap=1)
-
-
-COLOURS = ("#1f77b4", "#d62728", "#2ca02c", "#9467bd")
-CURVES = 460, 270       # width and height of one chart
-
-
-def curves(title, lines, x_label, y_label):
-    """An SVG chart. lines: (name, x (n,), y (n,), band), the band (low (n,), high (n,)) shaded, or None."""
-    (width, height), right, bottom = CURVES, CURVES[0] - 14, CURVES[1] - 42
-    values = np.concatenate([np.ravel(part) for _, _, y, band in lines for part in (y, *(band or ()))])
-    values = values[np.isfinite(values)] if np.isfinite(values).any() else np.zeros(1)
-    low, high = values.min(), values.max()
-    low, high = (low, high) if high - low > 1e-12 else (low - 0.5, high + 0.5)
-    first, last = min(x[0] for _, x, _, _ in lines), max(x[-1] for _, x, _, _ in lines)
-
-    def place(x, y):
-        across, up = (x - first) / max(last - first, 1e-12), (y - low) / (high - low)
-        return 58 + across * (right - 58), bottom - up * (bottom - 38)
-
-    def points(x, y):
-        return " ".join(f"{a:.1f},{b:.1f}" for a, b in (place(*point) for point in zip(x, y)) if np.isfinite(b))
-
-    def text(x, y, words, anchor="middle", more=""):
-        return f'<text x="{x:.1f}" y="{y:.1f}" text-anchor="{anchor}" {more}>{html.escape(words)}</text>'
-
-    legend, out = [], [text(width / 2, 15, title), text(width / 2, height - 8, x_label),
-                   text(0, 0, y_label, more=f'transform="translate(13 {height / 2}) rotate(-90)"')]
-    for value in ticks(low, high):
-        y = place(first, value)[1]
-        out.append(f'<path d="M58 {y:.1f}H{right}" stroke="#ddd"/>' + text(53, y + 4, f"{value:g}", "end"))
-    out += [text(place(value, low)[0], bottom + 15, f"{value:g}") for value in ticks(first, last)]
-    for i, (name, x, y, band) in enumerate(lines):
-        colour = COLOURS[i % len(COLOURS)]
-        if band:
-            around = f"{points(x, band[1])} {points(x[::-1], band[0][::-1])}"
-            out.append(f'<polygon fill="{colour}" fill-opacity=".2" points="{around}"/>')
-        out.append(f'<polyline fill="none" stroke="{colour}" stroke-width="1.6" points="{points(x, y)}"/>')
-        legend.append(f'<tspan fill="{colour}" dx="12">{html.escape(name)}</tspan>')
-    out.append(f'<text x="{right}" y="29" text-anchor="end">{"".join(legend)}</text>')
-    return svg(width, height, f'<rect width="100%" height="100%" fill="#fff"/>{"".join(out)}')
-
-
-def svg(width, height, inside):
-    return (f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {width} {height}" width="{width}" height="{height}" '
-            f'font-family="sans-serif" font-size="11">{inside}</svg>')
-
-
-def beside(*charts, columns=2):
-    """Charts of `curves` as one SVG, in reading order."""
-    width, height = CURVES
-    moved = [f'<g transform="translate({i % columns * width} {i // columns * height})">{chart}</g>'
-             for i, chart in enumerate(charts)]
-    return svg(min(columns, len(charts)) * width, -(-len(charts) // columns) * height, "".join(moved))
-
-
-def ticks(low, high):
-    """Round numbers within [low, high], half a dozen or so."""
-    step = 10 ** np.floor(np.log10(max(high - low, 1e-12)))
-    step *= next(f for f in (0.1, 0.2, 0.5, 1, 2) if (high - low) / (step * f) <= 8)
-    return [float(value) for value in np.arange(np.ceil(low / step), np.floor(high / step) + 1) * step + 0.0]
-
-
 # The stages, each as the command that a student would type
 
 def default_run(run, scans=None):
@@ -606,19 +532,20 @@ def figure_html(path, caption):
 
 
 def report(run):
-    """Draw <run>/report.html from the page that each stage left in its options.json; returns its path."""
-    body, rows = [], []
+    """Draw <run>/report.html from the pages that the stages left, in the thesis' order; returns its path."""
+    sections, rows = [], []
     for folder in (run / name for name in ("prepared", "gan", "classifiers", "evaluation")):
         path = folder / "options.json"
         with refusing(path, f"run python lungaug.py --run {run} first"):
             left = json.loads(path.read_bytes())
             for item in left["page"]:
                 if isinstance(item, str):
-                    body.append(f"<h2>{html.escape(item)}</h2>")
+                    sections.append([item, f"<h2>{html.escape(item)}</h2>"])
                 else:
-                    body.append(figure_html(folder / Path(item[1]).name, item[0]) if len(item) == 2 else table_html(*item))
+                    sections[-1].append(figure_html(folder / Path(item[1]).name, item[0]) if len(item) == 2 else table_html(*item))
             rows.append(("seconds", shown(left["seconds"]), left["command"]))
             rows += [("", key, value) for key, value in (left["options"] | left["versions"]).items()]
+    body = [part for _, *parts in sorted(sections, key=lambda section: section[0]) for part in parts]
     body += ["<h2>This run</h2>", table_html("Each stage's time and options.", ("", "", ""), rows)]
     write_text(run / "report.html", '<!doctype html><html lang="en"><meta charset="utf-8"><title>lungaug</title>'
                f"<style>{STYLE}</style><body><h1>{TITLE}</h1>{''.join(body)}</body></html>\n")

@@ -5,7 +5,7 @@
 
 Reads MetaImage and DICOM (2), brings them to 1×1×1 mm (2.1.1) and [-1, 1] (2.1.2), finds the lungs (2.1.3), cuts
 cubes (2.1.4), splits by patient (2.1.5) and flips (2.1.6). Leaves <run>/prepared: dataset.json; a volume, a picture
-and a record for each scan; figure_2.png, figure_3.png, nodules.png.
+and a record for each scan.
 
 Arrays are (z, y, x). Millimetres are (x, y, z) along the patient's axes, LPS: x rises to the left, y to the back, z
 to the head. HU are Hounsfield units.
@@ -651,7 +651,7 @@ def read_cubes(dataset, rows, flips=None):
     return normalize(cubes)
 
 
-# Table 1, figures 2 and 3
+# Table 1
 
 TABLE_1_HEAD = ("", "positive", "nodules", "negative", "thesis: positive", "negative")
 TABLE_1 = {"train": (5712, 406791), "validation": (816, 58113), "test": (1632, 116226)}
@@ -674,18 +674,6 @@ def table_1_cells(table):
             for split, row in table.items()]
 
 
-def draw_figures(dataset, shown=3):
-    """Figures 2 (positives) and 3 (negatives), slice by slice; nodules.png, the middle planes of 24 nodules at most."""
-    for number, rows in ((2, dataset.positives["train"]), (3, dataset.negatives["train"])):
-        cubes = read_cubes(dataset, rows[np.unique(np.linspace(0, len(rows) - 1, shown).astype(int))])[:, 0]
-        sheet = lungaug.tile([lungaug.slices(cube) for cube in cubes], 1, gap=6, paper=255)
-        sheet = lungaug.enlarge(sheet, max(1, 48 // dataset.cube))
-        lungaug.write_bytes(dataset.folder / f"figure_{number}.png", lungaug.png(sheet))
-    cubes = read_cubes(dataset, np.concatenate(list(dataset.positives.values()))[:24])[:, 0]
-    sheet = lungaug.tile([lungaug.planes(cube) for cube in cubes], 4, gap=6, paper=255)
-    lungaug.write_bytes(dataset.folder / "nodules.png", lungaug.png(lungaug.enlarge(sheet, 2)))
-
-
 def page(dataset):
     """What the report shows of section 2."""
     info = dataset.info
@@ -697,10 +685,7 @@ def page(dataset):
              TABLE_1_HEAD, table_1_cells(info["table_1"])),
             *([("Scans left out.", ("series", "why"), left_out)] if left_out else []),
             (f"Scan {most['seriesuid']}: axial, coronal and sagittal plane through the middle of the lungs. "
-             "Red: the lung mask. Green: the nodules' places.", most["volume"].replace(".npy", ".png")),
-            ("Nodules, each in its three middle planes: axial, coronal, sagittal.", "nodules.png"),
-            ("Figure 2. Positive samples, slice by slice from superior to inferior.", "figure_2.png"),
-            ("Figure 3. Negative samples, slice by slice from superior to inferior.", "figure_3.png")]
+             "Red: the lung mask. Green: the nodules' places.", most["volume"].replace(".npy", ".png"))]
 
 
 def find_annotations(scans):
@@ -777,11 +762,10 @@ def main():
         if not gather(sources, folder, parameters, arguments, synthetic):
             return
     dataset = open_dataset(run)
-    draw_figures(dataset)
     lungaug.print_table("Table 1. Sample counts", TABLE_1_HEAD, table_1_cells(dataset.info["table_1"]))
     litres = [scan["litres"] for scan in dataset.info["scans"]]
     print(f"{len(litres)} scans, {len(dataset.info['left_out'])} left out; lungs of {min(litres):.1f} to {max(litres):.1f} "
-          f"litres. Pictures in {folder}: one a scan, figure_2.png, figure_3.png, nodules.png.")
+          f"litres. Pictures in {folder}: one a scan.")
     lungaug.record_stage(folder, arguments, time.monotonic() - start, page(dataset))
 
 

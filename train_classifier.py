@@ -4,8 +4,8 @@
 
 The GAN generates cubes, its critic scores them, the best are selected (4.3); then three classifiers are trained
 (4.4, 5.2): on real data with conventional augmentation, on real and generated data mixed, on generated data alone.
-Leaves <run>/classifiers: generated/positive.npy and negative.npy; checkpoint.pt and log.jsonl of real, mixed and fake;
-figure_8.svg.
+Leaves <run>/classifiers: generated/positive.npy and negative.npy; samples.png; checkpoint.pt and log.jsonl of real,
+mixed and fake.
 """
 
 import copy
@@ -129,6 +129,22 @@ def generate_classes(run, dataset, arguments, device):
                   f"or lower --score-quantile (now {arguments.score_quantile}) or --class-probability.", flush=True)
     lungaug.write_json(path, {"settings": asked, "classes": classes, "files": files})
     return classes
+
+
+def draw_samples(folder, dataset, count=16):
+    """samples.png: middle axial slices, a row each: real and generated positives, real and generated negatives.
+
+    Where fewer were accepted, the best-scored of the rejected follow, and then black.
+    """
+    middles = []
+    for name, rows in (("positive", dataset.positives["train"]), ("negative", dataset.negatives["train"])):
+        real = preprocessing.read_cubes(dataset, rows[np.linspace(0, len(rows) - 1, count).astype(int)])[:, 0]
+        made = [preprocessing.open_array(folder / "generated" / f"{name}{kind}.npy")[:count] for kind in ("", "_rejected")]
+        made = preprocessing.normalize(np.concatenate(made)[:count])
+        made = np.concatenate([made, -np.ones((count - len(made), *made.shape[1:]), np.float32)])
+        middles += [real[:, dataset.cube // 2], made[:, dataset.cube // 2]]
+    sheet = lungaug.tile(lungaug.grey(np.concatenate(middles)), count)
+    lungaug.write_bytes(folder / "samples.png", lungaug.png(lungaug.enlarge(sheet, 48 // dataset.cube or 1)))
 
 
 # 4.4 Lung nodule detection classifier
@@ -260,18 +276,6 @@ def train_arm(arm, run, dataset, arguments, delivered, device):
           f"best validation F1 {best['f1']:.3f}, at epoch {best['epoch']}.", flush=True)
 
 
-def figure_8(run):
-    """Training and validation loss of each classifier, one SVG."""
-    pictures = []
-    for arm in ARMS:
-        rows = lungaug.read_log(run / "classifiers" / arm / "log.jsonl")
-        if rows:
-            epochs = [row["epoch"] for row in rows]
-            lines = [(name, epochs, [row[f"{name}_loss"] for row in rows], None) for name in ("train", "validation")]
-            pictures.append(lungaug.curves(f"Classifier, {arm} data", lines, "epoch", "cross-entropy"))
-    return lungaug.beside(*pictures, columns=3)
-
-
 def main():
     arguments, start = lungaug.parse(__doc__.split("\n")[0], "train_classifier"), time.monotonic()
     run = arguments.run = lungaug.default_run(arguments.run)
@@ -283,15 +287,15 @@ def main():
         if arguments.overwrite:
             lungaug.discard(run / "classifiers", "*/checkpoint.pt", "generated/generated.json", "options.json")
         generated = generate_classes(run, dataset, arguments, device)
+        draw_samples(run / "classifiers", dataset)
         for arm in ARMS:
             train_arm(arm, run, dataset, arguments, generated if arm != "real" else None, device)
-        lungaug.write_text(run / "classifiers" / "figure_8.svg", figure_8(run))
     rows = [(name, *map(lungaug.shown, (row["wanted"], row["accepted"], row["rate"], row["score_threshold"])))
             for name, row in generated.items()]
     lungaug.record_stage(run / "classifiers", arguments, time.monotonic() - start, [
         "4.3 Generative augmentation",
         ("Generated, scored, selected.", ("class", "wanted", "accepted", "acceptance rate", "score at least"), rows),
-        "4.4 Classifier", ("Figure 8. Training and validation loss.", "figure_8.svg")])
+        ("Middle axial slices, a row each: real and generated positives, real and generated negatives.", "samples.png")])
 
 
 if __name__ == "__main__":

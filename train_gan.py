@@ -5,8 +5,8 @@
     python train_gan.py --run runs/demo --epochs 900 # goes on from the checkpoint, to epoch 900
 
 An epoch is five critic iterations and one generator iteration. Leaves <run>/gan: checkpoint.pt, log.jsonl (every term
-of every epoch), figure_7.svg (loss curves) and progression.png (a fixed z through the training). Stopped at any time,
-the same command goes on from the checkpoint and ends with the same bytes.
+of every epoch) and progression.png (a fixed z through the training); `python evaluate.py` draws figure 7, the loss
+curves, at any time. Stopped at any time, the same command goes on from the checkpoint and ends with the same bytes.
 """
 
 import time
@@ -183,43 +183,11 @@ def sample_fixed(trainer):
     trainer.moments.append((trainer.epoch, torch.from_numpy(lungaug.grey(cubes[:, 0].float().cpu().numpy()))))
 
 
-def draw_pictures(folder, trainer):
-    """Figure 7 from the log, and the progression of the fixed z: a row a moment, the middle slice of each sample."""
-    rows = lungaug.read_log(folder / "log.jsonl")
-    lungaug.write_text(folder / "figure_7.svg", figure_7(rows))
+def draw_progression(folder, trainer):
+    """progression.png, of the fixed z: a row a moment, the middle slice of each sample."""
     images = [cube[cube.shape[0] // 2].numpy() for _, cubes in trainer.moments for cube in cubes]
     sheet = lungaug.tile(images, 2 * FIXED)
     lungaug.write_bytes(folder / "progression.png", lungaug.png(lungaug.enlarge(sheet, 96 // images[0].shape[0] or 1)))
-
-
-def smooth(values, window):
-    """Running mean over a centred window, and its 95% band, ±1.96 standard deviations within it   [rule_4_1_smoothed]
-
-    values: (n,). Returns the mean (n,) and the band's (low, high).
-    """
-    values = np.asarray(values, float)
-    out = np.empty((2, len(values)))
-    for i in range(len(values)):
-        part = values[max(0, i - window // 2):i + window // 2 + 1]
-        out[:, i] = part.mean(), 1.96 * part.std()
-    return out[0], (out[0] - out[1], out[0] + out[1])
-
-
-def figure_7(rows):
-    """The log's rows as one SVG of smoothed curves with 95% bands: estimate, cross-entropy, penalty, accuracy."""
-    epochs, window = [row["epoch"] for row in rows], max(3, len(rows) // 40)
-
-    def line(name, key, part="critic"):
-        middle, band = smooth([row[part][key] for row in rows], window)
-        return name, epochs, middle, band
-
-    return lungaug.beside(*(lungaug.curves(title, lines, "epoch", unit) for title, unit, lines in (
-        ("Wasserstein distance estimate", "estimate", [line("f(real) − f(fake)", "wasserstein")]),
-        ("Auxiliary classification", "cross-entropy", [line("critic, reals and fakes", "auxiliary"),
-                                                       line("generator, fakes", "auxiliary", "generator")]),
-        ("Gradient penalty", "penalty", [line("(‖∇f‖ − 1)²", "penalty")]),
-        ("Class accuracy of the critic", "accuracy", [line("on reals", "real_accuracy"),
-                                                      line("on fakes", "fake_accuracy")]))))
 
 
 def load_or_start(folder, arguments, cube, device):
@@ -257,7 +225,7 @@ def train(trainer, dataset, folder):
         lungaug.append_log(folder / "log.jsonl", row)
         if trainer.epoch in moments:
             sample_fixed(trainer)
-            draw_pictures(folder, trainer)
+            draw_progression(folder, trainer)
         trainer.seconds = time.monotonic() - start
         step(trainer.epoch, STATUS.format(**row["critic"]))
         if trainer.epoch == begun + PROBE:
@@ -287,12 +255,12 @@ def main():
         print(f"Preset {arguments.preset}, cube {dataset.cube}, width {arguments.width}, on {device}; "
               f"epochs {trainer.epoch} to {arguments.epochs}.", flush=True)
         train(trainer, dataset, folder)
-        draw_pictures(folder, trainer)
+        draw_progression(folder, trainer)
     estimates = [row["critic"]["wasserstein"] for row in lungaug.read_log(folder / "log.jsonl")]
     print(f"Wasserstein estimate: peak {max(estimates):.2f}, now {np.mean(estimates[-20:]):.2f}. "
-          f"Pictures: {folder / 'figure_7.svg'}, {folder / 'progression.png'}.")
+          f"Picture: {folder / 'progression.png'}; python evaluate.py --run {run} draws the curves, figure 7.")
     lungaug.record_stage(folder, arguments, trainer.seconds, [
-        "4.1 Wasserstein GAN", ("Figure 7. Loss curves, smoothed, with 95% bands.", "figure_7.svg"),
+        "4.1 Wasserstein GAN: samples through the training",
         ("The same z from the start of the training (top) to its end: four negatives, then four positives, each the "
          "middle axial slice.", "progression.png")])
 

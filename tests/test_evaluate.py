@@ -10,6 +10,7 @@ import math
 import os
 from collections import Counter
 from fractions import Fraction
+from xml.etree import ElementTree
 
 import numpy as np
 import pytest
@@ -158,21 +159,6 @@ def test_draw_novelty__distances_are_those_of_a_loop(tmp_path):
     assert np.allclose([row["distance"] for row in found["generated"]], nearest_by_loop(made, training)[1], atol=1e-4)
     test = cubes_of(dataset, "positives", "test")
     assert np.allclose(found["held_out_distances"], nearest_by_loop(test, training)[1], atol=1e-4)
-
-
-def test_draw_samples__a_row_a_kind_and_black_where_there_are_too_few(tmp_path, monkeypatch):
-    """Rows of middle slices: real positives, generated ones, real negatives, generated ones; nothing made up."""
-    dataset, sheets = small_run(tmp_path), []
-    made = write_generated(tmp_path, positives=3, negatives=20)
-    monkeypatch.setattr(lungaug, "tile", lambda images, columns: sheets.append((np.asarray(images), columns)) or np.zeros((1, 1), np.uint8))
-    evaluate.draw_samples(tmp_path, tmp_path, dataset)
-    (images, columns), = sheets
-    rows = images.reshape(4, 16, 6, 6)
-    assert columns == 16
-    real = [lungaug.grey(cubes_of(dataset, kind, "train")[:, 3]) for kind in ("positives", "negatives")]
-    assert all(np.array_equal(row[[0, -1]], middles[[0, -1]]) for row, middles in zip(rows[::2], real))
-    assert np.array_equal(rows[1, :3], lungaug.grey(made["positive"][:, 3] / 700 + 3 / 7)) and not rows[1, 6:].any()
-    assert np.array_equal(rows[3], lungaug.grey(made["negative"][:16, 3] / 700 + 3 / 7))
 
 
 # 5.2 Classification metrics
@@ -536,3 +522,210 @@ def test_pair__generated_left_nearest_right():
     sheet = evaluate.pair(np.full((6, 6, 6), -1.0), np.full((6, 6, 6), 0.0))
     left, right = np.split(sheet, 2, axis=1)
     assert (left == 0).sum() == (right == 128).sum() > 0 and not (left == 128).any() and not (right == 0).any()
+
+
+# Figures 7 and 8: curves
+
+def ranges(kind):
+    """Random (low, high) of a kind of size."""
+    rng = np.random.default_rng(0)
+    for _ in range(500):
+        size = 10 ** rng.uniform(*{"tiny": (-11, -6), "usual": (-6, 6), "negative": (-6, 6), "huge": (6, 30), "far": (-2, 2)}[kind])
+        low = {"negative": -1.5 * size, "far": 1e6}.get(kind, 0) + rng.uniform(-3, 3) * size
+        yield low, low + size
+    yield from ((0, 1), (0, 8), (1, 60), (-1, 1), (0, 20000)) if kind == "usual" else ()
+
+
+@pytest.mark.parametrize("kind", ["tiny", "usual", "negative", "huge", "far"])
+def test_ticks__are_round_even_and_within_the_range(kind):
+    """1, 2 or 5 times a power of ten apart, each a multiple of that, none outside, three to nine of them."""
+    for low, high in ranges(kind):
+        values = np.array(evaluate.ticks(low, high))
+        assert 3 <= len(values) <= 9, (low, high, values)
+        steps, slack = np.diff(values), 1e-9 * max(abs(low), abs(high))
+        step = np.median(steps)
+        assert np.abs(steps - step).max() <= slack, (low, high, values)
+        assert round(step / 10 ** np.floor(np.log10(step * 1.0001)), 3) in (1, 2, 5), (low, high, values)
+        assert np.abs(values / step - np.rint(values / step)).max() < 1e-6 * max(1, np.abs(values / step).max()), (low, high, values)
+        assert low - slack <= values.min() and values.max() <= high + slack, (low, high, values)
+
+
+NAN = float("nan")
+LINES = {
+    "plain": [("a", [1, 2, 3], [0.5, 0.25, 1], None)],
+    "band": [("a", [1, 2, 3], np.array([1.0, 2, 3]), (np.array([0.0, 1, 2]), np.array([2.0, 3, 4])))],
+    "two": [("a", [1, 2], [0, 1], None), ("b", [2, 3], [5, 9], None)],
+    "nan": [("a", [1, 2, 3], [0.5, NAN, 1], None)],
+    "all nan": [("a", [1, 2, 3], [NAN] * 3, (np.array([NAN] * 3), np.array([NAN] * 3)))],
+    "infinite": [("a", [1, 2, 3], [0.5, float("inf"), -float("inf")], None)],
+    "constant": [("a", [1, 2, 3], [7, 7, 7], None)],
+    "one point": [("a", [1], [3.5], (np.array([3.5]), np.array([3.5])))],
+    "huge": [("a", [1, 2], [-1e30, 1e30], None)],
+    "tiny": [("a", [1, 2], [1e-13, 2e-13], None)],
+}
+
+
+@pytest.mark.filterwarnings("error")
+@pytest.mark.parametrize("lines", LINES.values(), ids=LINES.keys())
+def test_curves__is_well_formed_with_finite_numbers(lines):
+    """Whatever the values, the chart is XML, a curve a line, all points finite and within the picture, no warning."""
+    tree = ElementTree.fromstring(evaluate.curves("t", lines, "x", "y"))
+    curves = [node for node in tree.iter() if node.tag.endswith("polyline")]
+    points = [tuple(map(float, point.split(","))) for curve in curves for point in curve.get("points").split()]
+    finite = sum(np.isfinite(np.asarray(y, float)).sum() for _, _, y, _ in lines)
+    assert len(curves) == len(lines) and len(points) == finite
+    words = [(float(node.get("x")), float(node.get("y"))) for node in tree.iter() if node.tag.endswith("text")]
+    assert all(0 <= x <= 460 and 0 <= y <= 270 for x, y in points + words)
+
+
+def test_curves__higher_values_stand_higher_and_later_ones_to_the_right():
+    """x grows to the right and y upwards, in proportion."""
+    tree = ElementTree.fromstring(evaluate.curves("t", [("a", [2, 3, 6], [5, 15, 45], None)], "x", "y"))
+    points, = (node.get("points") for node in tree.iter() if node.tag.endswith("polyline"))
+    (x0, y0), (x1, y1), (x2, y2) = (map(float, point.split(",")) for point in points.split())
+    assert x0 < x1 < x2 and y0 > y1 > y2
+    assert abs((x2 - x0) - 4 * (x1 - x0)) < 0.3 and abs((y0 - y2) - 4 * (y0 - y1)) < 0.3
+
+
+def test_curves__a_constant_stands_in_the_middle():
+    """A curve that never changes is drawn halfway between those that fill the chart."""
+    def heights(values):
+        tree = ElementTree.fromstring(evaluate.curves("t", [("a", [1, 2], values, None)], "x", "y"))
+        points, = (node.get("points") for node in tree.iter() if node.tag.endswith("polyline"))
+        return [float(point.split(",")[1]) for point in points.split()]
+
+    assert heights([7, 7]) == [sum(heights([0, 1])) / 2] * 2
+
+
+def test_curves__the_band_goes_out_along_its_top_and_back_along_its_bottom():
+    """The shaded polygon is bounded by the two curves of the band, where they would be drawn themselves."""
+    low, high = np.array([0.0, 1, 2]), np.array([5.0, 3, 4])
+    tree = ElementTree.fromstring(evaluate.curves("t", [("a", [1, 2, 3], low, (low, high)), ("b", [1, 2, 3], high, None)], "x", "y"))
+    bottom, top = (node.get("points").split() for node in tree.iter() if node.tag.endswith("polyline"))
+    polygon, = (node.get("points").split() for node in tree.iter() if node.tag.endswith("polygon"))
+    assert polygon == top + bottom[::-1]
+
+
+def test_ticks__zero_has_no_sign():
+    """A tick at zero reads 0, not -0."""
+    assert "-0" not in [f"{value:g}" for value in evaluate.ticks(-1, 1)] and 0 in evaluate.ticks(-1, 1)
+
+
+def test_curves__words_are_escaped():
+    """A title, label or name with mark-up is text."""
+    words = "<script>&\""
+    tree = ElementTree.fromstring(evaluate.curves(words, [(words, [1, 2], [1, 2], None)], words, words))
+    assert [node.text for node in tree.iter()].count(words) == 4
+
+
+def test_beside__charts_in_reading_order():
+    """Three charts in two columns stand at (0, 0), (1, 0), (0, 1), in a picture that holds them."""
+    charts = [evaluate.curves(name, LINES["plain"], "x", "y") for name in "abc"]
+    tree = ElementTree.fromstring(evaluate.beside(*charts, columns=2))
+    moved = [node.get("transform") for node in tree if node.tag.endswith("}g")]
+    assert moved == ["translate(0 0)", "translate(460 0)", "translate(0 270)"]
+    assert (tree.get("width"), tree.get("height")) == ("920", "540")
+
+
+def test_rule_4_1_smoothed__windows_worked_by_hand():
+    """0, 3, 6, 0 over three: means 1.5, 3, 3, 3 (two at the ends); bands ±1.96·(1.5, √6, √6, 3)."""
+    mean, (low, high) = evaluate.smooth([0, 3, 6, 0], 3)
+    half = 1.96 * np.array([1.5, math.sqrt(6), math.sqrt(6), 3])
+    assert mean.tolist() == [1.5, 3, 3, 3]
+    assert np.allclose(high - mean, half, rtol=1e-14) and np.allclose(mean - low, half, rtol=1e-14)
+
+
+def test_rule_4_1_smoothed__the_window_is_centred_and_whole():
+    """Over a window of 5 the middle of five values is the mean of all, and the first that of the first three."""
+    middle, _ = evaluate.smooth([0, 0, 0, 10, 20], 5)
+    assert middle.tolist() == [0, 2.5, 6, 7.5, 10]
+
+
+def test_rule_4_1_smoothed__a_window_of_one_changes_nothing():
+    """Over a window of one the curve is itself, and its band has no width."""
+    values = np.random.default_rng(0).normal(size=9)
+    middle, (low, high) = evaluate.smooth(values, 1)
+    assert np.array_equal(middle, values) and np.array_equal(low, values) and np.array_equal(high, values)
+
+
+def test_rule_4_1_smoothed__a_line_is_its_own_mean():
+    """A centred window does not shift a straight line, but at its ends; its band is as wide everywhere between."""
+    line = 2 * np.arange(20.0) + 1
+    mean, (low, high) = evaluate.smooth(line, 5)
+    assert np.allclose(mean[2:-2], line[2:-2], rtol=1e-14) and np.allclose((high - low)[2:-2], 2 * 1.96 * 2 * math.sqrt(2))
+
+
+def test_rule_4_1_smoothed__band_holds_95_percent():
+    """Of normal values about 95% lie within the band of a long window: ±1.96 standard deviations, not of the mean."""
+    values = np.random.default_rng(1).normal(size=4000)
+    _, (low, high) = evaluate.smooth(values, 1001)
+    assert abs(np.mean((low < values) & (values < high)) - 0.95) < 4 * math.sqrt(0.95 * 0.05 / 4000)
+
+
+def gan_row(epoch):
+    """A row of the GAN's log, each term another number."""
+    critic = dict(wasserstein=40 - epoch, penalty=1, auxiliary=2, real_accuracy=0.25, fake_accuracy=0.75)
+    return {"epoch": epoch, "critic": critic, "generator": {"auxiliary": 3}}
+
+
+def test_figure_7__a_smoothed_curve_and_its_band_for_each_term():
+    """Four charts; the estimate, both cross-entropies, the penalty and both accuracies, each with its band."""
+    tree = ElementTree.fromstring(evaluate.figure_7([gan_row(epoch) for epoch in range(1, 41)]))
+    words = " ".join(tree.itertext())
+    assert all(name in words for name in ("Wasserstein", "cross-entropy", "penalty", "accuracy", "on reals", "on fakes"))
+    lines, bands = ([node.get("points").split() for node in tree.iter() if node.tag.endswith(kind)] for kind in ("polyline", "polygon"))
+    assert [len(line) for line in lines] == [40] * 6 and [len(band) for band in bands] == [80] * 6
+    heights = [float(point.split(",")[1]) for point in lines[0]]
+    assert heights == sorted(heights)       # the estimate falls: down the page
+
+
+def test_draw_curves__of_a_training_that_still_runs(tmp_path):
+    """Figure 7 is drawn from the rows that there are, a last one cut short passed over; no log, no figure."""
+    evaluate.draw_curves(tmp_path, tmp_path)
+    assert not list(tmp_path.iterdir())
+    for epoch in (1, 2, 3):
+        lungaug.append_log(tmp_path / "gan" / "log.jsonl", gan_row(epoch))
+    with open(tmp_path / "gan" / "log.jsonl", "a") as file:
+        file.write('{"epoch": 4, "cri')
+    evaluate.draw_curves(tmp_path, tmp_path)
+    assert (tmp_path / "figure_7.svg").read_text() == evaluate.figure_7([gan_row(epoch) for epoch in (1, 2, 3)])
+    assert not (tmp_path / "figure_8.svg").exists()
+
+
+# Figures 2, 3 and 9–14: cubes
+
+def test_rule_2_1_7_reading_order__superior_first():
+    """The highest slice stands top left, the lowest bottom right; rows are y, columns x."""
+    cube = np.random.default_rng(0).uniform(-1, 1, (6, 6, 6))
+    sheet = evaluate.slices(cube, columns=3)
+    assert sheet.shape == (15, 22)
+    for i, z in enumerate((5, 4, 3, 2, 1, 0)):
+        top, left = 1 + i // 3 * 7, 1 + i % 3 * 7
+        assert np.array_equal(sheet[top:top + 6, left:left + 6], lungaug.grey(cube[z]))
+
+
+def test_planes__axial_coronal_sagittal_through_the_middle():
+    """Voxel (z, y, x) of the middle planes: row y, column x; row −z, column x; row −z, column y."""
+    cube = np.random.default_rng(0).uniform(-1, 1, (6, 6, 6))
+    sheet, middle = evaluate.planes(cube), lungaug.grey(cube)
+    assert sheet.shape == (8, 22)
+    for a in range(6):
+        for b in range(6):
+            assert sheet[1 + a, 1 + b] == middle[3, a, b]
+            assert sheet[6 - a, 8 + b] == middle[a, 3, b]
+            assert sheet[6 - a, 15 + b] == middle[a, b, 3]
+
+
+def test_rule_2_1_7_reading_order__superior_first_row_by_row():
+    """Slice by slice, twelve to a row, from superior (the last z) to inferior, left to right and then down."""
+    cube = np.linspace(-1, 1, 24)[:, None, None] + np.zeros((24, 24, 24))
+    sheet = evaluate.slices(cube)
+    middles = [int(sheet[1 + 12 + 25 * (i // 12), 1 + 12 + 25 * (i % 12)]) for i in range(24)]
+    assert sheet.shape == (51, 301) and middles == lungaug.grey(np.linspace(1, -1, 24)).tolist()
+
+
+def test_rule_2_1_7_reading_order__a_slice_is_shown_as_it_is():
+    """Within a slice rows are y, anterior on top, and columns x: nothing turned."""
+    cube = np.random.default_rng(0).uniform(-1, 1, (6, 5, 4))
+    assert np.array_equal(evaluate.slices(cube, 3)[1:6, 1:5], lungaug.grey(cube[5]))
+    assert np.array_equal(evaluate.slices(cube, 3)[7:12, 6:10], lungaug.grey(cube[1]))

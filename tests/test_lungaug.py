@@ -13,7 +13,6 @@ import subprocess
 import sys
 import zlib
 from pathlib import Path
-from xml.etree import ElementTree
 
 import numpy as np
 import pytest
@@ -628,131 +627,6 @@ def test_enlarge__each_pixel_becomes_a_square():
     assert np.array_equal(lungaug.enlarge(image, 3), np.kron(image, np.ones((3, 3), np.uint8)))
     colours = np.arange(18, dtype=np.uint8).reshape(2, 3, 3)
     assert np.array_equal(lungaug.enlarge(colours, 2)[2:4, 4:6, 1], np.full((2, 2), colours[1, 2, 1]))
-
-
-def test_rule_2_1_7_reading_order__superior_first():
-    """The highest slice stands top left, the lowest bottom right; rows are y, columns x."""
-    cube = np.random.default_rng(0).uniform(-1, 1, (6, 6, 6))
-    sheet = lungaug.slices(cube, columns=3)
-    assert sheet.shape == (15, 22)
-    for i, z in enumerate((5, 4, 3, 2, 1, 0)):
-        top, left = 1 + i // 3 * 7, 1 + i % 3 * 7
-        assert np.array_equal(sheet[top:top + 6, left:left + 6], lungaug.grey(cube[z]))
-
-
-def test_planes__axial_coronal_sagittal_through_the_middle():
-    """Voxel (z, y, x) of the middle planes: row y, column x; row −z, column x; row −z, column y."""
-    cube = np.random.default_rng(0).uniform(-1, 1, (6, 6, 6))
-    sheet, middle = lungaug.planes(cube), lungaug.grey(cube)
-    assert sheet.shape == (8, 22)
-    for a in range(6):
-        for b in range(6):
-            assert sheet[1 + a, 1 + b] == middle[3, a, b]
-            assert sheet[6 - a, 8 + b] == middle[a, 3, b]
-            assert sheet[6 - a, 15 + b] == middle[a, b, 3]
-
-
-# Charts
-
-def ranges(kind):
-    """Random (low, high) of a kind of size."""
-    rng = np.random.default_rng(0)
-    for _ in range(500):
-        size = 10 ** rng.uniform(*{"tiny": (-11, -6), "usual": (-6, 6), "negative": (-6, 6), "huge": (6, 30), "far": (-2, 2)}[kind])
-        low = {"negative": -1.5 * size, "far": 1e6}.get(kind, 0) + rng.uniform(-3, 3) * size
-        yield low, low + size
-    yield from ((0, 1), (0, 8), (1, 60), (-1, 1), (0, 20000)) if kind == "usual" else ()
-
-
-@pytest.mark.parametrize("kind", ["tiny", "usual", "negative", "huge", "far"])
-def test_ticks__are_round_even_and_within_the_range(kind):
-    """1, 2 or 5 times a power of ten apart, each a multiple of that, none outside, three to nine of them."""
-    for low, high in ranges(kind):
-        values = np.array(lungaug.ticks(low, high))
-        assert 3 <= len(values) <= 9, (low, high, values)
-        steps, slack = np.diff(values), 1e-9 * max(abs(low), abs(high))
-        step = np.median(steps)
-        assert np.abs(steps - step).max() <= slack, (low, high, values)
-        assert round(step / 10 ** np.floor(np.log10(step * 1.0001)), 3) in (1, 2, 5), (low, high, values)
-        assert np.abs(values / step - np.rint(values / step)).max() < 1e-6 * max(1, np.abs(values / step).max()), (low, high, values)
-        assert low - slack <= values.min() and values.max() <= high + slack, (low, high, values)
-
-
-NAN = float("nan")
-LINES = {
-    "plain": [("a", [1, 2, 3], [0.5, 0.25, 1], None)],
-    "band": [("a", [1, 2, 3], np.array([1.0, 2, 3]), (np.array([0.0, 1, 2]), np.array([2.0, 3, 4])))],
-    "two": [("a", [1, 2], [0, 1], None), ("b", [2, 3], [5, 9], None)],
-    "nan": [("a", [1, 2, 3], [0.5, NAN, 1], None)],
-    "all nan": [("a", [1, 2, 3], [NAN] * 3, (np.array([NAN] * 3), np.array([NAN] * 3)))],
-    "infinite": [("a", [1, 2, 3], [0.5, float("inf"), -float("inf")], None)],
-    "constant": [("a", [1, 2, 3], [7, 7, 7], None)],
-    "one point": [("a", [1], [3.5], (np.array([3.5]), np.array([3.5])))],
-    "huge": [("a", [1, 2], [-1e30, 1e30], None)],
-    "tiny": [("a", [1, 2], [1e-13, 2e-13], None)],
-}
-
-
-@pytest.mark.filterwarnings("error")
-@pytest.mark.parametrize("lines", LINES.values(), ids=LINES.keys())
-def test_curves__is_well_formed_with_finite_numbers(lines):
-    """Whatever the values, the chart is XML, a curve a line, all points finite and within the picture, no warning."""
-    tree = ElementTree.fromstring(lungaug.curves("t", lines, "x", "y"))
-    curves = [node for node in tree.iter() if node.tag.endswith("polyline")]
-    points = [tuple(map(float, point.split(","))) for curve in curves for point in curve.get("points").split()]
-    finite = sum(np.isfinite(np.asarray(y, float)).sum() for _, _, y, _ in lines)
-    assert len(curves) == len(lines) and len(points) == finite
-    words = [(float(node.get("x")), float(node.get("y"))) for node in tree.iter() if node.tag.endswith("}text")]
-    assert all(0 <= x <= 460 and 0 <= y <= 270 for x, y in points + words)
-
-
-def test_curves__higher_values_stand_higher_and_later_ones_to_the_right():
-    """x grows to the right and y upwards, in proportion."""
-    tree = ElementTree.fromstring(lungaug.curves("t", [("a", [2, 3, 6], [5, 15, 45], None)], "x", "y"))
-    points, = (node.get("points") for node in tree.iter() if node.tag.endswith("polyline"))
-    (x0, y0), (x1, y1), (x2, y2) = (map(float, point.split(",")) for point in points.split())
-    assert x0 < x1 < x2 and y0 > y1 > y2
-    assert abs((x2 - x0) - 4 * (x1 - x0)) < 0.3 and abs((y0 - y2) - 4 * (y0 - y1)) < 0.3
-
-
-def test_curves__a_constant_stands_in_the_middle():
-    """A curve that never changes is drawn halfway between those that fill the chart."""
-    def heights(values):
-        tree = ElementTree.fromstring(lungaug.curves("t", [("a", [1, 2], values, None)], "x", "y"))
-        points, = (node.get("points") for node in tree.iter() if node.tag.endswith("polyline"))
-        return [float(point.split(",")[1]) for point in points.split()]
-
-    assert heights([7, 7]) == [sum(heights([0, 1])) / 2] * 2
-
-
-def test_curves__the_band_goes_out_along_its_top_and_back_along_its_bottom():
-    """The shaded polygon is bounded by the two curves of the band, where they would be drawn themselves."""
-    low, high = np.array([0.0, 1, 2]), np.array([5.0, 3, 4])
-    tree = ElementTree.fromstring(lungaug.curves("t", [("a", [1, 2, 3], low, (low, high)), ("b", [1, 2, 3], high, None)], "x", "y"))
-    bottom, top = (node.get("points").split() for node in tree.iter() if node.tag.endswith("polyline"))
-    polygon, = (node.get("points").split() for node in tree.iter() if node.tag.endswith("polygon"))
-    assert polygon == top + bottom[::-1]
-
-
-def test_ticks__zero_has_no_sign():
-    """A tick at zero reads 0, not -0."""
-    assert "-0" not in [f"{value:g}" for value in lungaug.ticks(-1, 1)] and 0 in lungaug.ticks(-1, 1)
-
-
-def test_curves__words_are_escaped():
-    """A title, label or name with mark-up is text."""
-    words = "<script>&\""
-    tree = ElementTree.fromstring(lungaug.curves(words, [(words, [1, 2], [1, 2], None)], words, words))
-    assert [node.text for node in tree.iter()].count(words) == 4
-
-
-def test_beside__charts_in_reading_order():
-    """Three charts in two columns stand at (0, 0), (1, 0), (0, 1), in a picture that holds them."""
-    charts = [lungaug.curves(name, LINES["plain"], "x", "y") for name in "abc"]
-    tree = ElementTree.fromstring(lungaug.beside(*charts, columns=2))
-    moved = [node.get("transform") for node in tree if node.tag.endswith("}g")]
-    assert moved == ["translate(0 0)", "translate(460 0)", "translate(0 270)"]
-    assert (tree.get("width"), tree.get("height")) == ("920", "540")
 
 
 # The report's parts

@@ -690,23 +690,6 @@ def test_rule_2_1_6_all_flips__with_flips_gives_each_row_each_flip_once():
     assert flips.tolist() == [*range(8)] * 2
 
 
-# 2.1.7 Processed samples
-
-def test_rule_2_1_7_reading_order__superior_first_row_by_row():
-    """Slice by slice, twelve to a row, from superior (the last z) to inferior, left to right and then down."""
-    cube = np.linspace(-1, 1, 24)[:, None, None] + np.zeros((24, 24, 24))
-    sheet = lungaug.slices(cube)
-    middles = [int(sheet[1 + 12 + 25 * (i // 12), 1 + 12 + 25 * (i % 12)]) for i in range(24)]
-    assert sheet.shape == (51, 301) and middles == lungaug.grey(np.linspace(1, -1, 24)).tolist()
-
-
-def test_rule_2_1_7_reading_order__a_slice_is_shown_as_it_is():
-    """Within a slice rows are y, anterior on top, and columns x: nothing turned."""
-    cube = preprocessing.normalize(noise((6, 5, 4)))
-    assert np.array_equal(lungaug.slices(cube, 3)[1:6, 1:5], lungaug.grey(cube[5]))
-    assert np.array_equal(lungaug.slices(cube, 3)[7:12, 6:10], lungaug.grey(cube[1]))
-
-
 # The prepared data, as the other stages use them
 
 def test_read_cubes__are_normalize_of_flip_of_cut(dataset):

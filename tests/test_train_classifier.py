@@ -595,6 +595,21 @@ def test_train_arm__an_arm_left_out_leaves_no_older_classifier(tmp_path):
     assert not (tmp_path / "classifiers" / "mixed" / "checkpoint.pt").exists()
 
 
+def test_draw_samples__a_row_a_kind_and_black_where_there_are_too_few(tmp_path, monkeypatch):
+    """Rows of middle slices: real positives, generated ones, real negatives, generated ones; nothing made up."""
+    dataset, sheets = small_run(tmp_path), []
+    made = write_generated(tmp_path, positives=3, negatives=20)
+    monkeypatch.setattr(lungaug, "tile", lambda images, columns: sheets.append((np.asarray(images), columns)) or np.zeros((1, 1), np.uint8))
+    train_classifier.draw_samples(tmp_path / "classifiers", dataset)
+    (images, columns), = sheets
+    rows = images.reshape(4, 16, 6, 6)
+    assert columns == 16
+    real = [lungaug.grey(cubes_of(dataset, kind, "train")[:, 3]) for kind in ("positives", "negatives")]
+    assert all(np.array_equal(row[[0, -1]], middles[[0, -1]]) for row, middles in zip(rows[::2], real))
+    assert np.array_equal(rows[1, :3], lungaug.grey(made["positive"][:, 3] / 700 + 3 / 7)) and not rows[1, 6:].any()
+    assert np.array_equal(rows[3], lungaug.grey(made["negative"][:16, 3] / 700 + 3 / 7))
+
+
 def test_figure_8__no_chart_of_an_arm_that_was_left_out(tmp_path):
     """Where an arm is left out, figure 8 does not show the losses of the classifier that it had before."""
     small_run(tmp_path), write_generated(tmp_path)
@@ -603,7 +618,9 @@ def test_figure_8__no_chart_of_an_arm_that_was_left_out(tmp_path):
     preprocessing.open_array.cache_clear()
     for arm in ("real", "mixed"):
         train_classifier.train_arm(arm, tmp_path, preprocessing.open_dataset(tmp_path), options("--overwrite", "--epochs", "1"), None, CPU)
-    assert "real data" in train_classifier.figure_8(tmp_path) and "mixed data" not in train_classifier.figure_8(tmp_path)
+    evaluate.draw_curves(tmp_path, tmp_path)
+    figure = (tmp_path / "figure_8.svg").read_text()
+    assert "real data" in figure and "mixed data" not in figure
 
 
 def test_figure_8__a_chart_an_arm_with_both_losses(tmp_path):
@@ -611,5 +628,6 @@ def test_figure_8__a_chart_an_arm_with_both_losses(tmp_path):
     small_run(tmp_path), write_generated(tmp_path)
     for arm in ("real", "fake"):
         train(tmp_path, arm, "--epochs", "2")
-    figure = train_classifier.figure_8(tmp_path)
+    evaluate.draw_curves(tmp_path, tmp_path)
+    figure = (tmp_path / "figure_8.svg").read_text()
     assert figure.count("<polyline") == 4 and figure.count(">validation<") == figure.count(">train<") == 2

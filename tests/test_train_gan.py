@@ -1,4 +1,4 @@
-"""Section 4.1: settings, randomness, one step of each network, the order of the steps, stop and resume, Figure 7's curves.
+"""Section 4.1: settings, randomness, one step of each network, the order of the steps, stop and resume.
 
     python -m pytest tests/test_train_gan.py -v
 
@@ -560,7 +560,7 @@ def test_train__resumed_ends_with_the_same_bytes(tmp_path):
     whole, resumed = trained(one, dataset), trained(two, dataset)
     whole.seconds = resumed.seconds = 0
     assert resumed.epoch == 4 and leaves(resumed.state()) == leaves(whole.state())
-    assert all((one / name).read_bytes() == (two / name).read_bytes() for name in ("log.jsonl", "figure_7.svg", "progression.png"))
+    assert all((one / name).read_bytes() == (two / name).read_bytes() for name in ("log.jsonl", "progression.png"))
 
 
 def test_train__checkpoint_is_the_trainer_at_the_end(tmp_path):
@@ -604,40 +604,3 @@ def test_half_precision__weights_and_optimizers_stay_float32():
     terms = [critic_iteration(trainer, *batch(), 1) for trainer in (half, full)]
     kept = [*half.critic.parameters(), *(t for state in half.critic_step.state.values() for t in state.values())]
     assert {t.dtype for t in kept} == {torch.float32} and terms[0]["total"] != terms[1]["total"]
-
-
-# Figure 7
-
-def test_rule_4_1_smoothed__windows_worked_by_hand():
-    """0, 3, 6, 0 over three: means 1.5, 3, 3, 3 (two at the ends); bands ±1.96·(1.5, √6, √6, 3)."""
-    mean, (low, high) = train_gan.smooth([0, 3, 6, 0], 3)
-    half = 1.96 * np.array([1.5, math.sqrt(6), math.sqrt(6), 3])
-    assert mean.tolist() == [1.5, 3, 3, 3]
-    assert np.allclose(high - mean, half, rtol=1e-14) and np.allclose(mean - low, half, rtol=1e-14)
-
-
-def test_rule_4_1_smoothed__the_window_is_centred_and_whole():
-    """Over a window of 5 the middle of five values is the mean of all, and the first that of the first three."""
-    middle, _ = train_gan.smooth([0, 0, 0, 10, 20], 5)
-    assert middle.tolist() == [0, 2.5, 6, 7.5, 10]
-
-
-def test_rule_4_1_smoothed__a_window_of_one_changes_nothing():
-    """Over a window of one the curve is itself, and its band has no width."""
-    values = np.random.default_rng(0).normal(size=9)
-    middle, (low, high) = train_gan.smooth(values, 1)
-    assert np.array_equal(middle, values) and np.array_equal(low, values) and np.array_equal(high, values)
-
-
-def test_rule_4_1_smoothed__a_line_is_its_own_mean():
-    """A centred window does not shift a straight line, but at its ends; its band is as wide everywhere between."""
-    line = 2 * np.arange(20.0) + 1
-    mean, (low, high) = train_gan.smooth(line, 5)
-    assert np.allclose(mean[2:-2], line[2:-2], rtol=1e-14) and np.allclose((high - low)[2:-2], 2 * 1.96 * 2 * math.sqrt(2))
-
-
-def test_rule_4_1_smoothed__band_holds_95_percent():
-    """Of normal values about 95% lie within the band of a long window: ±1.96 standard deviations, not of the mean."""
-    values = np.random.default_rng(1).normal(size=4000)
-    _, (low, high) = train_gan.smooth(values, 1001)
-    assert abs(np.mean((low < values) & (values < high)) - 0.95) < 4 * math.sqrt(0.95 * 0.05 / 4000)
