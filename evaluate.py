@@ -12,7 +12,6 @@ import csv
 import html
 import io
 import math
-import time
 from typing import NamedTuple
 
 import numpy as np
@@ -172,7 +171,7 @@ def write_scores(path, dataset, scores):
         centre = np.array(info["origin"]) + voxel[::-1]
         table.writerow([info["seriesuid"], *(f"{v:.2f}" for v in centre), flips[i], labels[i],
                         *(f"{probability[i]:.9g}" for probability in scores.values())])
-    lungaug.write_text(path, text.getvalue())
+    lungaug.write(path, text.getvalue())
 
 
 def both(confusion):
@@ -309,7 +308,7 @@ def draw_curves(folder, run):
     logs, rows = {arm: rows for arm, rows in logs.items() if rows}, lungaug.read_log(run / "gan" / "log.jsonl")
     for number, figure, shown in ((7, figure_7, rows), (8, figure_8, logs)):
         if shown:
-            lungaug.write_text(folder / f"figure_{number}.svg", figure(shown))
+            lungaug.write(folder / f"figure_{number}.svg", figure(shown))
 
 
 # Figures 2, 3 and 9–14: cubes
@@ -334,10 +333,10 @@ def draw_cubes(folder, dataset, shown=3):
         cubes = preprocessing.read_cubes(dataset, rows[np.unique(np.linspace(0, len(rows) - 1, shown).astype(int))])[:, 0]
         sheet = lungaug.tile([slices(cube) for cube in cubes], 1, gap=6, paper=255)
         sheet = lungaug.enlarge(sheet, max(1, 48 // dataset.cube))
-        lungaug.write_bytes(folder / f"figure_{number}.png", lungaug.png(sheet))
+        lungaug.write(folder / f"figure_{number}.png", lungaug.png(sheet))
     cubes = preprocessing.read_cubes(dataset, np.concatenate(list(dataset.positives.values()))[:24])[:, 0]
     sheet = lungaug.tile([planes(cube) for cube in cubes], 4, gap=6, paper=255)
-    lungaug.write_bytes(folder / "nodules.png", lungaug.png(lungaug.enlarge(sheet, 2)))
+    lungaug.write(folder / "nodules.png", lungaug.png(lungaug.enlarge(sheet, 2)))
 
 
 def load_generated(run, name):
@@ -372,7 +371,7 @@ def draw_novelty(folder, run, dataset, count=6):
     where, distances = nearest_training(np.concatenate([queries, held_out]), dataset, rows, flips)
     nearest = preprocessing.read_cubes(dataset, rows[where[:len(queries)]], flips[where[:len(queries)]])[:, 0]
     for i, (left, right) in enumerate(zip(queries, nearest)):
-        lungaug.write_bytes(folder / f"figure_{9 + i}.png", lungaug.png(pair(left, right)))
+        lungaug.write(folder / f"figure_{9 + i}.png", lungaug.png(pair(left, right)))
     found = [{"figure": 9 + i, "accepted": i < len(chosen), "distance": float(distances[i]),
               "nearest_label": int(labels[where[i]]),
               "nearest_seriesuid": dataset.info["scans"][rows[where[i], 0]]["seriesuid"]}
@@ -404,8 +403,8 @@ def page(results):
 
 
 def main():
-    arguments, start = lungaug.parse(__doc__.split("\n")[0], "evaluate"), time.monotonic()
-    run = arguments.run = lungaug.default_run(arguments.run)
+    arguments = lungaug.parse(__doc__.split("\n")[0], "evaluate")
+    run = arguments.run
     dataset = preprocessing.open_dataset(run)
     lungaug.settle(arguments, "evaluate", dataset.info["preset"])
     device, folder = lungaug.pick_device(arguments.device), run / "evaluation"
@@ -419,8 +418,8 @@ def main():
     generated, held_out = results["novelty"].values()
     print(f"\nl2 distance to the nearest training cube: generated {distances(row['distance'] for row in generated)}; "
           f"real test positives {distances(held_out)}.")
-    lungaug.write_json(folder / "results.json", results)
-    lungaug.record_stage(folder, arguments, time.monotonic() - start, page(results))
+    lungaug.write(folder / "results.json", results)
+    lungaug.record_stage(folder, arguments, page(results))
 
 
 if __name__ == "__main__":

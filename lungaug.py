@@ -24,9 +24,9 @@ import sys
 import time
 import zipfile
 import zlib
+from collections import namedtuple
 from contextlib import contextmanager
 from pathlib import Path
-from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -37,19 +37,12 @@ except ImportError:     # Windows has no such lock
     fcntl = None
 
 HERE = Path(__file__).resolve().parent
+STARTED = time.monotonic()
 
 
 # Presets: the one table of settings. It makes the options of every stage and README's table.
 
-class Preset(NamedTuple):
-    stage: str
-    name: str
-    thesis: object
-    demo: object
-    unit: str
-    why: str
-
-
+Preset = namedtuple("Preset", "stage name thesis demo unit why")
 PRESETS = (
     Preset("preprocessing", "cube", 48, 24, "voxels of 1 mm", "2.1.4 [num_2_1_4_cube]; 24 is an eighth of the work"),
     Preset("preprocessing", "negatives", 655, 655, "a scan", "Table 1: 581,130 in 888 scans [num_2_1_4_negatives]"),
@@ -127,7 +120,10 @@ def rows_of(stage):
 
 
 def parse(description, *stages, words=None):
-    """What was typed: a Namespace with an attribute for each option of the stages, None where it was not typed."""
+    """What was typed: a Namespace with an attribute for each option of the stages, None where it was not typed.
+
+    run is runs/demo then, or runs/<name of the folder> of --scans.
+    """
     parser = argparse.ArgumentParser(description=description, allow_abbrev=False)
     options = {}
     for stage in stages:
@@ -137,7 +133,10 @@ def parse(description, *stages, words=None):
             options[name] = settings | {"help": both}
     for name, settings in options.items():
         parser.add_argument(name, default=None, **settings)
-    return parser.parse_args(words)
+    arguments = parser.parse_args(words)
+    scans = getattr(arguments, "scans", None)
+    arguments.run = arguments.run or Path("runs") / (scans.resolve().name if scans else "demo")
+    return arguments
 
 
 def settle(arguments, stage, preset):
@@ -244,40 +243,31 @@ def pick_device(name):
     return device
 
 
-# Safe files: write beside, fsync, rename; a reader never sees half a file
+# Safe files: a reader never sees half a file
 
-@contextmanager
-def writing(path):
-    """Yield a binary file that takes the name `path` only when it is whole and on the disk."""
+def write(path, value):
+    """Write a file beside its place, fsync, rename: it takes its name only when it is whole and on the disk.
+
+    value: an array (.npy), a checkpoint's state (.pt), what JSON holds (.json); under another ending text or bytes.
+    """
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
     beside = path.with_name(f".{path.name}.{os.getpid()}")
     try:
         with open(beside, "wb") as file:
-            yield file
+            if path.suffix == ".npy":
+                np.save(file, value)
+            elif path.suffix == ".pt":
+                torch.save(value, file)
+            else:
+                value = json.dumps(value, indent=1) + "\n" if path.suffix == ".json" else value
+                # a file's name, which the text may hold, may be no UTF-8
+                file.write(value if isinstance(value, bytes) else value.encode(errors="surrogateescape"))
             file.flush()
             os.fsync(file.fileno())
         os.replace(beside, path)
     finally:
         beside.unlink(missing_ok=True)
-
-
-def write_bytes(path, data):
-    with writing(path) as file:
-        file.write(data)
-
-
-def write_text(path, text):
-    write_bytes(path, text.encode(errors="surrogateescape"))    # a file's name may be no UTF-8
-
-
-def write_array(path, array):
-    with writing(path) as file:
-        np.save(file, array)
-
-
-def write_json(path, value):
-    write_text(path, json.dumps(value, indent=1) + "\n")
 
 
 def read_json(path, do):
@@ -291,7 +281,7 @@ def claim(folder, parameters, overwrite):
     path = Path(folder) / "parameters.json"
     if path.exists() and not overwrite:
         same_settings(path, read_json(path, "start again with --overwrite"), parameters)
-    write_json(path, parameters)
+    write(path, parameters)
 
 
 def discard(folder, *patterns):
@@ -317,13 +307,8 @@ def alone(folder, work):
 
 # Checkpoints and logs
 
-def save_checkpoint(path, state):
-    with writing(path) as file:
-        torch.save(state, file)
-
-
 def load_checkpoint(path, do, **asked):
-    """The state that `save_checkpoint` wrote (tensors, numbers, text, lists and dicts: no code is run). Raises Refusal.
+    """A checkpoint's state (tensors, numbers, text, lists and dicts: no code is run). Raises Refusal.
 
     asked: what its settings must be. do: what to tell the user where the file is missing.
     """
@@ -370,17 +355,17 @@ def rewind_log(path, epoch):
     rows = [row for row in read_log(path) if row["epoch"] <= epoch]
     check([row["epoch"] for row in rows] == list(range(1, epoch + 1)), path, f"not the rows 1 to {epoch}",
           "start again with --overwrite")
-    write_text(path, "".join(json.dumps(row) + "\n" for row in rows))
+    write(path, "".join(json.dumps(row) + "\n" for row in rows))
 
 
-def record_stage(folder, arguments, seconds, page):
-    """Leave a stage's options, time and page in <folder>/options.json, for the report.
+def record_stage(folder, arguments, page, seconds=None):
+    """Leave a stage's page, options and time (default: since the start) in <folder>/options.json, for the report.
 
     page: in order, headings (text), figures (caption, file in the folder) and tables (caption, head, rows).
     """
-    write_json(folder / "options.json", {
+    write(folder / "options.json", {
         "page": page,
-        "command": shlex.join(["python", Path(sys.argv[0]).name, *sys.argv[1:]]), "seconds": round(seconds, 1),
+        "command": shlex.join(["python", Path(sys.argv[0]).name, *sys.argv[1:]]), "seconds": round(seconds or time.monotonic() - STARTED, 1),
         "options": {key: str(value) if isinstance(value, Path) else value for key, value in vars(arguments).items()},
         "versions": {"python": platform.python_version(), "torch": torch.__version__, "numpy": np.__version__}})
 
@@ -490,11 +475,6 @@ def enlarge(image, factor):
 
 # The stages, each as the command that a student would type
 
-def default_run(run, scans=None):
-    """--run, or runs/demo for synthetic scans, or runs/<name of the folder> for yours."""
-    return run or Path("runs") / (Path(scans).resolve().name if scans else "demo")
-
-
 def stage(script, *arguments):
     """Print a stage's command, run it, and stop where it fails, with its exit status."""
     words = [str(word) for word in (script, *arguments)]
@@ -547,7 +527,7 @@ def report(run):
             rows += [("", key, value) for key, value in (left["options"] | left["versions"]).items()]
     body = [part for _, *parts in sorted(sections, key=lambda section: section[0]) for part in parts]
     body += ["<h2>This run</h2>", table_html("Each stage's time and options.", ("", "", ""), rows)]
-    write_text(run / "report.html", '<!doctype html><html lang="en"><meta charset="utf-8"><title>lungaug</title>'
+    write(run / "report.html", '<!doctype html><html lang="en"><meta charset="utf-8"><title>lungaug</title>'
                f"<style>{STYLE}</style><body><h1>{TITLE}</h1>{''.join(body)}</body></html>\n")
     return run / "report.html"
 
@@ -556,13 +536,12 @@ def main():
     if sys.argv[1:2] == ["audit"]:
         return stage("tests/audit.py", *sys.argv[2:])
     if sys.argv[1:2] == ["report"]:
-        print(report(default_run(parse("Draw report.html again.", "evaluate", words=sys.argv[2:]).run)))
+        print(report(parse("Draw report.html again.", "evaluate", words=sys.argv[2:]).run))
         return
-    arguments, start = parse(__doc__.split("\n\n")[0], *STAGES), time.monotonic()
-    arguments.run = default_run(arguments.run, arguments.scans)
+    arguments = parse(__doc__.split("\n\n")[0], *STAGES)
     for name in STAGES:
         stage(f"{name}.py", *typed(arguments, name))
-    print(f"\n{report(arguments.run)}: everything on one page, after {duration(time.monotonic() - start)}.")
+    print(f"\n{report(arguments.run)}: everything on one page, after {duration(time.monotonic() - STARTED)}.")
 
 
 if __name__ == "__main__":

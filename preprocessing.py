@@ -16,7 +16,6 @@ import functools
 import itertools
 import os
 import signal
-import time
 import zlib
 from collections import defaultdict
 from concurrent.futures import ProcessPoolExecutor
@@ -536,9 +535,9 @@ def prepare_scan(source, nodules, folder, parameters):
     rng = lungaug.stream(parameters["seed"], "negatives", source.seriesuid)
     negatives = draw_negatives(lungs, spheres, cube, parameters["negatives"], rng)
     name = scan_name(source.seriesuid)
-    lungaug.write_array(folder / f"{name}.npy", volume.hu)
+    lungaug.write(folder / f"{name}.npy", volume.hu)
     marks = (centres[:, ::-1] + corner - coarse.origin) @ np.linalg.inv(affine(coarse)).T
-    lungaug.write_bytes(folder / f"{name}.png", scan_picture(coarse.hu, mask.hu, np.rint(marks[:, ::-1]).astype(int)))
+    lungaug.write(folder / f"{name}.png", scan_picture(coarse.hu, mask.hu, np.rint(marks[:, ::-1]).astype(int)))
     return {"seriesuid": source.seriesuid, "patient": source.patient, "volume": f"{name}.npy",
             "crc32": zlib.crc32(volume.hu.tobytes()), "origin": volume.origin.tolist(), "litres": litres,
             "positives": (centres - start).tolist(), "diameters": [nodule.diameter for nodule in nodules],
@@ -591,7 +590,7 @@ def prepare_one(source, nodules, folder, parameters):
         record, refusal = {"seriesuid": source.seriesuid, "reason": str(error)}, error
     record = {"parameters": parameters} | record
     path = folder / f"{scan_name(source.seriesuid)}.json"
-    lungaug.write_json(path, record | {"fingerprint": lungaug.fingerprint(record)})
+    lungaug.write(path, record | {"fingerprint": lungaug.fingerprint(record)})
     return refusal
 
 
@@ -728,16 +727,15 @@ def gather(sources, folder, parameters, arguments, synthetic):
     splits = split_patients([record["patient"] for record in records], arguments.seed)
     records = [{key: value for key, value in record.items() if key != "parameters"} | {"split": splits[record["patient"]]}
                for record in records]
-    lungaug.write_json(folder / "dataset.json", {
+    lungaug.write(folder / "dataset.json", {
         "parameters": parameters, "preset": arguments.preset, "synthetic": synthetic, "table_1": table_1(records),
         "left_out": left_out, "scans": records})
     return True
 
 
 def main():
-    arguments, start = lungaug.parse(__doc__.split("\n")[0], "preprocessing"), time.monotonic()
-    synthetic = arguments.scans is None
-    run = arguments.run = lungaug.default_run(arguments.run, arguments.scans)
+    arguments = lungaug.parse(__doc__.split("\n")[0], "preprocessing")
+    run, synthetic = arguments.run, arguments.scans is None
     lungaug.settle(arguments, "preprocessing", "demo" if synthetic else "thesis")
     print(f"Preset {arguments.preset}: {'synthetic scans' if synthetic else 'your scans'}.", flush=True)
     check(arguments.cube in CUBES, "--cube", arguments.cube, f"one of {', '.join(map(str, CUBES))} is wanted")
@@ -766,7 +764,7 @@ def main():
     litres = [scan["litres"] for scan in dataset.info["scans"]]
     print(f"{len(litres)} scans, {len(dataset.info['left_out'])} left out; lungs of {min(litres):.1f} to {max(litres):.1f} "
           f"litres. Pictures in {folder}: one a scan.")
-    lungaug.record_stage(folder, arguments, time.monotonic() - start, page(dataset))
+    lungaug.record_stage(folder, arguments, page(dataset))
 
 
 if __name__ == "__main__":

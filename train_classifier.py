@@ -9,7 +9,6 @@ mixed and fake.
 """
 
 import copy
-import time
 
 import numpy as np
 import torch
@@ -119,7 +118,7 @@ def generate_classes(run, dataset, arguments, device):
         threshold = float(np.quantile(score_reals(critic, dataset, label, device), arguments.score_quantile))
         cubes, spare, rate = generate(generator, critic, label, wanted, threshold, arguments, device)
         for kind, array in ((f"{name}.npy", cubes), (f"{name}_rejected.npy", spare)):
-            lungaug.write_array(folder / kind, array)
+            lungaug.write(folder / kind, array)
             files[kind] = lungaug.file_crc(folder / kind, "")
         classes[name] = {"wanted": wanted, "accepted": len(cubes), "rate": rate, "score_threshold": threshold}
         print(f"Generated {name}s: {len(cubes)} of {wanted} wanted, acceptance rate {rate:.1%} "
@@ -127,7 +126,7 @@ def generate_classes(run, dataset, arguments, device):
         if len(cubes) < wanted:
             print(f"  The GAN does not deliver in {arguments.attempts} attempts for each one wanted. Train it longer, "
                   f"or lower --score-quantile (now {arguments.score_quantile}) or --class-probability.", flush=True)
-    lungaug.write_json(path, {"settings": asked, "classes": classes, "files": files})
+    lungaug.write(path, {"settings": asked, "classes": classes, "files": files})
     return classes
 
 
@@ -144,7 +143,7 @@ def draw_samples(folder, dataset, count=16):
         made = np.concatenate([made, -np.ones((count - len(made), *made.shape[1:]), np.float32)])
         middles += [real[:, dataset.cube // 2], made[:, dataset.cube // 2]]
     sheet = lungaug.tile(lungaug.grey(np.concatenate(middles)), count)
-    lungaug.write_bytes(folder / "samples.png", lungaug.png(lungaug.enlarge(sheet, 48 // dataset.cube or 1)))
+    lungaug.write(folder / "samples.png", lungaug.png(lungaug.enlarge(sheet, 48 // dataset.cube or 1)))
 
 
 # 4.4 Lung nodule detection classifier
@@ -268,7 +267,7 @@ def train_arm(arm, run, dataset, arguments, delivered, device):
             best = {"f1": f1, "loss": loss, "epoch": epoch, "classifier": copy.deepcopy(classifier.state_dict())}
         lungaug.append_log(folder / "log.jsonl", {"epoch": epoch, "train_loss": float(np.mean(losses)),
                                                   "validation_loss": loss, "validation_f1": f1})
-        lungaug.save_checkpoint(path, {
+        lungaug.write(path, {
             "settings": asked, "epochs": a.epochs, "epoch": epoch, "best": best, "classifier": classifier.state_dict(),
             "optimizer": optimizer.state_dict(), "draws": draws.bit_generator.state})
         step(epoch, f"loss {np.mean(losses):.3f}, validation F1 {f1:.3f}")
@@ -277,8 +276,8 @@ def train_arm(arm, run, dataset, arguments, delivered, device):
 
 
 def main():
-    arguments, start = lungaug.parse(__doc__.split("\n")[0], "train_classifier"), time.monotonic()
-    run = arguments.run = lungaug.default_run(arguments.run)
+    arguments = lungaug.parse(__doc__.split("\n")[0], "train_classifier")
+    run = arguments.run
     dataset = preprocessing.open_dataset(run)
     lungaug.settle(arguments, "train_classifier", dataset.info["preset"])
     device = lungaug.pick_device(arguments.device)
@@ -292,7 +291,7 @@ def main():
             train_arm(arm, run, dataset, arguments, generated if arm != "real" else None, device)
     rows = [(name, *map(lungaug.shown, (row["wanted"], row["accepted"], row["rate"], row["score_threshold"])))
             for name, row in generated.items()]
-    lungaug.record_stage(run / "classifiers", arguments, time.monotonic() - start, [
+    lungaug.record_stage(run / "classifiers", arguments, [
         "4.3 Generative augmentation",
         ("Generated, scored, selected.", ("class", "wanted", "accepted", "acceptance rate", "score at least"), rows),
         ("Middle axial slices, a row each: real and generated positives, real and generated negatives.", "samples.png")])

@@ -187,7 +187,7 @@ def draw_progression(folder, trainer):
     """progression.png, of the fixed z: a row a moment, the middle slice of each sample."""
     images = [cube[cube.shape[0] // 2].numpy() for _, cubes in trainer.moments for cube in cubes]
     sheet = lungaug.tile(images, 2 * FIXED)
-    lungaug.write_bytes(folder / "progression.png", lungaug.png(lungaug.enlarge(sheet, 96 // images[0].shape[0] or 1)))
+    lungaug.write(folder / "progression.png", lungaug.png(lungaug.enlarge(sheet, 96 // images[0].shape[0] or 1)))
 
 
 def load_or_start(folder, arguments, cube, device):
@@ -231,13 +231,13 @@ def train(trainer, dataset, folder):
         if trainer.epoch == begun + PROBE:
             warn_of_hours((time.monotonic() - started) / PROBE * (a.epochs - trainer.epoch))
         if time.monotonic() - saved > 60 * a.checkpoint_minutes or trainer.epoch == a.epochs:
-            lungaug.save_checkpoint(folder / "checkpoint.pt", trainer.state())
+            lungaug.write(folder / "checkpoint.pt", trainer.state())
             saved = time.monotonic()
 
 
 def main():
     arguments = lungaug.parse(__doc__.split("\n")[0], "train_gan")
-    run = arguments.run = lungaug.default_run(arguments.run)
+    run = arguments.run
     if not (run / "prepared" / "dataset.json").exists():
         begun, do = run / "prepared" / "parameters.json", "run python preprocessing.py with its options again"
         with lungaug.refusing(begun, do):
@@ -259,10 +259,10 @@ def main():
     estimates = [row["critic"]["wasserstein"] for row in lungaug.read_log(folder / "log.jsonl")]
     print(f"Wasserstein estimate: peak {max(estimates):.2f}, now {np.mean(estimates[-20:]):.2f}. "
           f"Picture: {folder / 'progression.png'}; python evaluate.py --run {run} draws the curves, figure 7.")
-    lungaug.record_stage(folder, arguments, trainer.seconds, [
+    lungaug.record_stage(folder, arguments, [
         "4.1 Wasserstein GAN: samples through the training",
         ("The same z from the start of the training (top) to its end: four negatives, then four positives, each the "
-         "middle axial slice.", "progression.png")])
+         "middle axial slice.", "progression.png")], trainer.seconds)
 
 
 if __name__ == "__main__":

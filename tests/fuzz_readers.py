@@ -129,14 +129,14 @@ def make_targets(folder):
     dicom = Path(phantom.write_dicom(folder / "dicom", scan))
     run = folder / "run"
     volume = np.random.default_rng(0).integers(-1000, 400, (30, 31, 32)).astype(np.int16)
-    lungaug.write_array(run / "prepared" / "1.2.3.npy", volume)
-    lungaug.write_json(run / "prepared" / "dataset.json", {"parameters": {"cube": 12}, "preset": "demo", "synthetic": True,
+    lungaug.write(run / "prepared" / "1.2.3.npy", volume)
+    lungaug.write(run / "prepared" / "dataset.json", {"parameters": {"cube": 12}, "preset": "demo", "synthetic": True,
                                                             "table_1": preprocessing.table_1([RECORD]), "left_out": [], "scans": [RECORD]})
     record = {"parameters": {"cube": 12}} | RECORD
-    lungaug.write_json(run / "prepared" / "1.2.3.json", record | {"fingerprint": lungaug.fingerprint(record)})
-    lungaug.save_checkpoint(folder / "checkpoint.pt", {"epoch": 1, "weights": {"a": np.zeros(0).tolist()}, "draws": "{}"})
+    lungaug.write(run / "prepared" / "1.2.3.json", record | {"fingerprint": lungaug.fingerprint(record)})
+    lungaug.write(folder / "checkpoint.pt", {"epoch": 1, "weights": {"a": np.zeros(0).tolist()}, "draws": "{}"})
     for name in ("prepared", "gan", "classifiers", "evaluation"):
-        lungaug.write_json(run / name / "options.json", {"page": ["2 Dataset", ["Table.", ["a"], [["b"]]], ["A figure.", "x.png"]], "command": "c",
+        lungaug.write(run / name / "options.json", {"page": ["2 Dataset", ["Table.", ["a"], [["b"]]], ["A figure.", "x.png"]], "command": "c",
                                                          "seconds": 1.0, "options": {"run": "r"}, "versions": {"torch": "2"}})
     for epoch in range(1, 6):
         lungaug.append_log(folder / "log.jsonl", {"epoch": epoch, "loss": 0.5})

@@ -118,7 +118,7 @@ def test_draw_novelty__a_copy_of_a_training_cube_is_caught(tmp_path, kind, axes,
     write_generated(tmp_path)
     copy = np.flip(cubes_of(dataset, kind, "train")[2], axes)
     made = np.concatenate([np.rint(copy[None] * 700 - 300).astype(np.int16), np.full((5, 6, 6, 6), 400, np.int16)])
-    lungaug.write_array(tmp_path / "classifiers" / "generated" / "positive.npy", made)
+    lungaug.write(tmp_path / "classifiers" / "generated" / "positive.npy", made)
     preprocessing.open_array.cache_clear()
     found = evaluate.draw_novelty(tmp_path / "evaluation", tmp_path, dataset)
     first, *others = found["generated"]
@@ -132,7 +132,7 @@ def test_draw_novelty__six_figures_and_which_were_accepted(tmp_path, accepted):
     dataset = small_run(tmp_path)
     write_generated(tmp_path, positives=accepted)
     rejected = np.full((6, 6, 6, 6), -1000, np.int16)
-    lungaug.write_array(tmp_path / "classifiers" / "generated" / "positive_rejected.npy", rejected)
+    lungaug.write(tmp_path / "classifiers" / "generated" / "positive_rejected.npy", rejected)
     preprocessing.open_array.cache_clear()
     found = evaluate.draw_novelty(tmp_path, tmp_path, dataset)["generated"]
     assert [row["figure"] for row in found] == [9, 10, 11, 12, 13, 14]
@@ -429,12 +429,12 @@ def trained_run(run, arms=("real", "mixed", "fake")):
     dataset, networks, classes = small_run(run), {arm: Classifier(6) for arm in arms}, {"positive": {"accepted": 3}}
     made_from = {"prepared": lungaug.fingerprint(dataset.info["scans"])}
     networks["critic"] = Critic(6, 1)
-    lungaug.save_checkpoint(run / "gan" / "checkpoint.pt", {
+    lungaug.write(run / "gan" / "checkpoint.pt", {
         "settings": {"cube": 6, "width": 1} | made_from, "critic": networks["critic"].state_dict(), "epoch": 2, "epochs": 2})
-    lungaug.write_json(run / "classifiers" / "generated" / "generated.json", {
+    lungaug.write(run / "classifiers" / "generated" / "generated.json", {
         "settings": {"gan_crc32": lungaug.file_crc(run / "gan" / "checkpoint.pt", "")}, "classes": classes})
     for arm in arms:
-        lungaug.save_checkpoint(run / "classifiers" / arm / "checkpoint.pt", {
+        lungaug.write(run / "classifiers" / arm / "checkpoint.pt", {
             "settings": made_from | {"delivered": None if arm == "real" else classes}, "epoch": 2, "epochs": 2,
             "best": {"classifier": networks[arm].state_dict()}, "classifier": Classifier(6).state_dict()})
     return networks, dataset
@@ -444,7 +444,7 @@ def spoil(path, key, value):
     """Write a checkpoint again with one of its settings, or of its other entries, changed."""
     state = lungaug.load_checkpoint(path, "")
     (state["settings"] if key in state["settings"] else state)[key] = value
-    lungaug.save_checkpoint(path, state)
+    lungaug.write(path, state)
 
 
 def test_load_networks__the_best_epoch_of_each_arm_and_the_critics_head_as_it_is(tmp_path, capsys):
@@ -512,7 +512,7 @@ def test_load_networks__a_checkpoint_that_does_not_fit_is_one_line(tmp_path, sta
     path = tmp_path / "classifiers" / "mixed" / "checkpoint.pt"
     if state and isinstance(state, dict):
         state = lungaug.load_checkpoint(path, "") | state
-    lungaug.save_checkpoint(path, state)
+    lungaug.write(path, state)
     with pytest.raises(Refusal, match="mixed/checkpoint.pt"):
         evaluate.load_networks(tmp_path, dataset, CPU)
 

@@ -82,10 +82,10 @@ def test_presets__each_is_read_by_its_stage(row):
 # Options
 
 def test_parse__what_is_not_typed_is_none():
-    """Only typed options have a value, so that each stage can fill in its own preset."""
+    """Only typed options have a value, and --run, so that each stage can fill in its own preset."""
     arguments = lungaug.parse("", *STAGES, words=["--width", "3", "--overwrite", "--seed", "0"])
     assert (arguments.width, arguments.overwrite, arguments.seed) == (3, True, 0)
-    assert set(vars(arguments).values()) == {3, True, 0, None}
+    assert set(vars(arguments).values()) == {3, True, 0, None, Path("runs/demo")}
 
 
 @pytest.mark.parametrize("preset, column", [("thesis", 2), ("demo", 3)])
@@ -126,9 +126,9 @@ def test_typed__hands_each_stage_what_it_knows():
     assert set(given["evaluate"]) == {"run", "preset", "seed", "device"}
 
 
-def test_typed__nothing_typed_hands_nothing():
-    """Without options each stage is called by its name alone, and finds its own defaults."""
-    assert [lungaug.typed(lungaug.parse("", *STAGES, words=[]), stage) for stage in STAGES] == [[]] * 4
+def test_typed__nothing_typed_hands_the_run_alone():
+    """Without options each stage is called with the run alone, and finds its own defaults."""
+    assert [lungaug.typed(lungaug.parse("", *STAGES, words=[]), stage) for stage in STAGES] == [["--run", Path("runs/demo")]] * 4
 
 
 @pytest.mark.parametrize("words", ["--nonsense", "--epoch 3", "--epochs 0", "--epochs 1.5", "--seed -1", "--attempts 0", "--batch-size 1",
@@ -165,11 +165,11 @@ def test_cube__a_side_that_no_network_takes_is_refused_at_once(cube, tmp_path, m
     assert stopped.value.code == 2 and "cube" in capsys.readouterr().err
 
 
-@pytest.mark.parametrize("run, scans, expected", [(None, None, "runs/demo"), (None, "a/LUNA16", "runs/LUNA16"),
-                                                  (None, "a/LUNA16/.", "runs/LUNA16"), (Path("x"), "a/LUNA16", "x")])
-def test_default_run__follows_the_data(run, scans, expected):
+@pytest.mark.parametrize("words, expected", [([], "runs/demo"), (["--scans", "a/LUNA16"], "runs/LUNA16"),
+                                             (["--scans", "a/LUNA16/."], "runs/LUNA16"), (["--scans", "a/LUNA16", "--run", "x"], "x")])
+def test_parse__the_run_follows_the_data(words, expected):
     """runs/demo for synthetic scans, runs/<folder> for yours; a typed --run is stronger."""
-    assert lungaug.default_run(run, scans) == Path(expected)
+    assert lungaug.parse("", "preprocessing", words=words).run == Path(expected)
 
 
 # Errors
@@ -293,49 +293,56 @@ def test_stream__of_any_name():
 
 # Safe files
 
-def test_writing__an_exception_midway_leaves_the_old_file_and_no_litter(tmp_path):
+def test_write__an_exception_midway_leaves_the_old_file_and_no_litter(tmp_path):
     """Stopped halfway, the old bytes stand under the name, and nothing lies beside."""
-    path = tmp_path / "a.json"
-    lungaug.write_text(path, "old")
-    with pytest.raises(KeyboardInterrupt), lungaug.writing(path) as file:
-        file.write(b"half of the ne")
-        raise KeyboardInterrupt
-    assert path.read_text() == "old" and os.listdir(tmp_path) == ["a.json"]
+    path = tmp_path / "a.npy"
+    path.write_bytes(b"old")
+
+    class Stops:
+        def __array__(self, *_, **__):
+            assert len(os.listdir(tmp_path)) == 2       # the new file has been begun
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        lungaug.write(path, Stops())
+    assert path.read_bytes() == b"old" and os.listdir(tmp_path) == ["a.npy"]
 
 
 @pytest.mark.parametrize("function", ["fsync", "replace"])
-def test_writing__a_kill_before_the_rename_leaves_the_old_bytes(tmp_path, monkeypatch, function):
+def test_write__a_kill_before_the_rename_leaves_the_old_bytes(tmp_path, monkeypatch, function):
     """Until the new file is whole and on the disk, the name is the old one's."""
     path = tmp_path / "a.npy"
-    lungaug.write_bytes(path, b"old")
+    lungaug.write(path, np.zeros(3))
+    old = path.read_bytes()
     monkeypatch.setattr(os, function, lambda *_: 1 / 0)
     with pytest.raises(ZeroDivisionError):
-        lungaug.write_bytes(path, b"new")
-    assert path.read_bytes() == b"old"
+        lungaug.write(path, np.ones(3))
+    assert path.read_bytes() == old
 
 
-def test_writing__a_reader_never_sees_half_a_file(tmp_path):
-    """While it is written, the name still holds the old bytes; folders are made where they are missing."""
-    path = tmp_path / "new" / "folder" / "a"
-    lungaug.write_bytes(path, b"old")
-    with lungaug.writing(path) as file:
-        file.write(b"new")
-        file.flush()
-        assert path.read_bytes() == b"old"
-    assert path.read_bytes() == b"new"
+def test_write__the_name_is_taken_when_all_bytes_are_on_the_disk(tmp_path, monkeypatch):
+    """At the fsync the name still holds the old bytes, and all of the new ones lie beside; folders are made."""
+    path, seen = tmp_path / "new" / "folder" / "a", []
+    lungaug.write(path, b"old")
+    monkeypatch.setattr(os, "fsync", lambda number: seen.append((path.read_bytes(), os.fstat(number).st_size)))
+    lungaug.write(path, b"newer")
+    assert seen == [(b"old", 5)] and path.read_bytes() == b"newer"
 
 
-def test_write_array__reads_back(tmp_path):
-    """An array comes back in value, shape and dtype."""
+def test_write__by_the_names_ending(tmp_path):
+    """An array comes back in value, shape and dtype, a state by torch.load; text and bytes are written as they are."""
     array = np.arange(24, dtype=np.int16).reshape(2, 3, 4)
-    lungaug.write_array(tmp_path / "a.npy", array)
+    for name, value in (("a.npy", array), ("a.pt", {"x": torch.arange(3)}), ("a.svg", "<é\udcff>"), ("a.png", b"\x89\xff")):
+        lungaug.write(tmp_path / name, value)
     found = np.load(tmp_path / "a.npy")
     assert found.dtype == np.int16 and np.array_equal(found, array)
+    assert torch.load(tmp_path / "a.pt", weights_only=True)["x"].tolist() == [0, 1, 2]
+    assert (tmp_path / "a.svg").read_bytes() == b"<\xc3\xa9\xff>" and (tmp_path / "a.png").read_bytes() == b"\x89\xff"
 
 
 def test_read_json__the_value_or_one_line(tmp_path):
-    """What write_json wrote comes back; a missing or broken file is a Refusal that says what to do."""
-    lungaug.write_json(tmp_path / "a.json", {"x": [1, "–"]})
+    """What was written comes back; a missing or broken file is a Refusal that says what to do."""
+    lungaug.write(tmp_path / "a.json", {"x": [1, "–"]})
     assert lungaug.read_json(tmp_path / "a.json", "") == {"x": [1, "–"]}
     for name, data in (("missing", None), ("cut", b'{"x": [1'), ("deep", b"[" * 100000), ("bytes", b'"\xff"')):
         if data is not None:
@@ -393,7 +400,7 @@ def same(one, other):
 
 def test_load_checkpoint__is_what_was_saved(tmp_path):
     """Tensors, numbers, text, lists and dicts come back as they were."""
-    lungaug.save_checkpoint(tmp_path / "c.pt", STATE)
+    lungaug.write(tmp_path / "c.pt", STATE)
     assert same(lungaug.load_checkpoint(tmp_path / "c.pt", ""), STATE)
 
 
@@ -405,7 +412,7 @@ def test_load_checkpoint__missing_is_one_line(tmp_path):
 
 def test_load_checkpoint__truncated_anywhere_is_one_line(tmp_path):
     """A checkpoint cut short at any length, none included, is a Refusal, never a traceback."""
-    lungaug.save_checkpoint(tmp_path / "c.pt", STATE)
+    lungaug.write(tmp_path / "c.pt", STATE)
     data = (tmp_path / "c.pt").read_bytes()
     for length in range(0, len(data), 29):
         (tmp_path / "cut.pt").write_bytes(data[:length])
@@ -416,7 +423,7 @@ def test_load_checkpoint__truncated_anywhere_is_one_line(tmp_path):
 @pytest.mark.filterwarnings("ignore")
 def test_load_checkpoint__a_flipped_bit_is_refused_or_harmless(tmp_path):
     """With any bit flipped the state is refused or the same: never other weights, never a traceback."""
-    lungaug.save_checkpoint(tmp_path / "c.pt", STATE)
+    lungaug.write(tmp_path / "c.pt", STATE)
     data, wrong = (tmp_path / "c.pt").read_bytes(), []
     for place in range(0, len(data), 7):
         (tmp_path / "bad.pt").write_bytes(data[:place] + bytes([data[place] ^ 1 << place % 8]) + data[place + 1:])
@@ -430,7 +437,7 @@ def test_load_checkpoint__a_flipped_bit_is_refused_or_harmless(tmp_path):
 @pytest.mark.parametrize("state", [[1, 2], 5, {"settings": [1]}, {}, {"settings": {"seed": 1}}])
 def test_load_checkpoint__of_other_settings_is_one_line(tmp_path, state):
     """What holds no settings, or others than those asked for, is a Refusal that names the file."""
-    lungaug.save_checkpoint(tmp_path / "c.pt", state)
+    lungaug.write(tmp_path / "c.pt", state)
     with pytest.raises(Refusal, match="c.pt: "):
         lungaug.load_checkpoint(tmp_path / "c.pt", "", seed=0)
 
@@ -639,7 +646,7 @@ def test_table_html__cells_are_escaped():
 
 def test_figure_html__inline_or_said_to_be_missing(tmp_path):
     """A picture's bytes stand in the page; where there is none the caption says so, escaped."""
-    lungaug.write_bytes(tmp_path / "a.png", b"\x89PNG")
+    lungaug.write(tmp_path / "a.png", b"\x89PNG")
     assert "data:image/png;base64,iVBORw==" in lungaug.figure_html(tmp_path / "a.png", "A")
     missing = lungaug.figure_html(tmp_path / "b.png", "<B>")
     assert "&lt;B&gt;" in missing and "<B>" not in missing and "img" not in missing

@@ -163,7 +163,7 @@ def test_train_gan__does_not_begin_on_half_of_the_scans(run, again):
 
 def test_train_gan__goes_on_with_half_of_the_synthetic_scans(run, tmp_path, monkeypatch):
     """Stopped while it prepared the synthetic scans, the same command prepares the rest of them first."""
-    lungaug.write_json(tmp_path / "prepared" / "parameters.json", {"scans": "synthetic"})
+    lungaug.write(tmp_path / "prepared" / "parameters.json", {"scans": "synthetic"})
     commands = []
     monkeypatch.setattr(lungaug, "stage", lambda *words: commands.append(words[0]))
     assert in_one_line(run(train_gan, "--run", tmp_path), "dataset.json") and commands == ["preprocessing.py"]

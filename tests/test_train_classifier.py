@@ -30,11 +30,11 @@ def small_run(run, cube=6, nodules=(3, 2, 2), negatives=(5, 3, 4)):
     rng, scans = np.random.default_rng(1), []
     for split, *counts in zip(("train", "validation", "test"), nodules, negatives):
         hu = rng.integers(-1000, 401, (20, 21, 22)).astype(np.int16)
-        lungaug.write_array(run / "prepared" / f"{split}.npy", hu)
+        lungaug.write(run / "prepared" / f"{split}.npy", hu)
         positives, others = (rng.integers(cube // 2, 20 - cube // 2, (n, 3)).tolist() for n in counts)
         scans.append({"seriesuid": f"1.2.{split}", "patient": split, "split": split, "volume": f"{split}.npy",
                       "origin": [-10.5, 20.25, 30.0], "positives": positives, "negatives": others})
-    lungaug.write_json(run / "prepared" / "dataset.json", {
+    lungaug.write(run / "prepared" / "dataset.json", {
         "parameters": {"cube": cube}, "preset": "thesis", "synthetic": True, "left_out": [],
         "table_1": preprocessing.table_1(scans), "scans": scans})
     return preprocessing.open_dataset(run)
@@ -69,8 +69,8 @@ def write_generated(run, positives=5, negatives=4, cube=6):
     rng, made = np.random.default_rng(2), {}
     for name, count in (("positive", positives), ("negative", negatives)):
         made[name] = rng.integers(-1000, 401, (count, cube, cube, cube)).astype(np.int16)
-        lungaug.write_array(run / "classifiers" / "generated" / f"{name}.npy", made[name])
-        lungaug.write_array(run / "classifiers" / "generated" / f"{name}_rejected.npy", made[name])
+        lungaug.write(run / "classifiers" / "generated" / f"{name}.npy", made[name])
+        lungaug.write(run / "classifiers" / "generated" / f"{name}_rejected.npy", made[name])
     return made
 
 
@@ -240,7 +240,7 @@ def test_score_reals__at_most_so_many_over_the_whole_range(tmp_path):
 def run_generate_classes(run, monkeypatch, *words):
     """generate_classes on a small run whose GAN is `tell` and `critic`."""
     dataset = small_run(run)
-    lungaug.write_bytes(run / "gan" / "checkpoint.pt", b"some GAN")
+    lungaug.write(run / "gan" / "checkpoint.pt", b"some GAN")
     monkeypatch.setattr(train_classifier, "load_gan", lambda run, dataset, device: (tell, critic))
     return dataset, train_classifier.generate_classes(run, dataset, options(*words), CPU)
 
@@ -295,7 +295,7 @@ def test_generate_classes__other_options_are_refused(tmp_path, monkeypatch, word
 def test_generate_classes__another_gan_is_refused(tmp_path, monkeypatch):
     """Cubes of a GAN that was trained on since are not passed off as the present one's."""
     dataset, _ = run_generate_classes(tmp_path, monkeypatch)
-    lungaug.write_bytes(tmp_path / "gan" / "checkpoint.pt", b"another")
+    lungaug.write(tmp_path / "gan" / "checkpoint.pt", b"another")
     with pytest.raises(Refusal, match="gan_crc32"):
         train_classifier.generate_classes(tmp_path, dataset, options(), CPU)
 
@@ -303,7 +303,7 @@ def test_generate_classes__another_gan_is_refused(tmp_path, monkeypatch):
 def test_load_gan__gives_the_saved_networks(tmp_path):
     """Generator and critic compute what the saved ones did, and take no gradient."""
     generator, saved, z, dataset = Generator(6, 1), Critic(6, 1), torch.randn(3, 128), small_run(tmp_path)
-    lungaug.save_checkpoint(tmp_path / "gan" / "checkpoint.pt", {
+    lungaug.write(tmp_path / "gan" / "checkpoint.pt", {
         "settings": {"cube": 6, "width": 1, "prepared": lungaug.fingerprint(dataset.info["scans"])}, "generator": generator.state_dict(), "critic": saved.state_dict()})
     found = train_classifier.load_gan(tmp_path, dataset, CPU)
     assert torch.equal(found[0](z), generator(z)) and torch.equal(found[1](generator(z))[0], saved(generator(z))[0])
@@ -315,7 +315,7 @@ def test_load_gan__what_does_not_fit_is_refused(tmp_path, settings):
     """A checkpoint that is no GAN's, or of another size, is a Refusal that names it."""
     dataset = small_run(tmp_path)
     found = settings and settings | {"prepared": lungaug.fingerprint(dataset.info["scans"])}
-    lungaug.save_checkpoint(tmp_path / "gan" / "checkpoint.pt", {"settings": found, "generator": {}})
+    lungaug.write(tmp_path / "gan" / "checkpoint.pt", {"settings": found, "generator": {}})
     with pytest.raises(Refusal, match="gan/checkpoint.pt"):
         train_classifier.load_gan(tmp_path, dataset, CPU)
 
@@ -323,7 +323,7 @@ def test_load_gan__what_does_not_fit_is_refused(tmp_path, settings):
 def test_load_gan__of_other_data_is_refused(tmp_path):
     """A GAN of another preparation has perhaps seen this one's test patients."""
     dataset = small_run(tmp_path)
-    lungaug.save_checkpoint(tmp_path / "gan" / "checkpoint.pt", {"settings": {"cube": 6, "width": 1, "prepared": 5}})
+    lungaug.write(tmp_path / "gan" / "checkpoint.pt", {"settings": {"cube": 6, "width": 1, "prepared": 5}})
     with pytest.raises(Refusal, match="made with prepared 5"):
         train_classifier.load_gan(tmp_path, dataset, CPU)
 
@@ -509,7 +509,7 @@ def same(one, other):
     return torch.equal(one, other) if torch.is_tensor(one) else one == other
 
 
-@pytest.mark.parametrize("function, call", [("save_checkpoint", 2), ("save_checkpoint", 3), ("append_log", 3)])
+@pytest.mark.parametrize("function, call", [("write", 3), ("write", 4), ("append_log", 3)])
 def test_train_arm__stopped_and_resumed_it_ends_with_the_same_bytes(tmp_path, monkeypatch, function, call):
     """A training stopped before, or between, log and checkpoint goes on to the checkpoint and log of one that was not."""
     for name in ("whole", "stopped"):

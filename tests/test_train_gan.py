@@ -30,10 +30,10 @@ def small_dataset(run):
     rng, scans = np.random.default_rng(1), []
     for split in ("train", "validation", "test"):
         hu = rng.integers(-1000, 401, (20, 21, 22)).astype(np.int16)
-        lungaug.write_array(run / "prepared" / f"{split}.npy", hu)
+        lungaug.write(run / "prepared" / f"{split}.npy", hu)
         scans.append({"split": split, "volume": f"{split}.npy", "positives": rng.integers(3, 17, (6, 3)).tolist(),
                       "negatives": rng.integers(3, 17, (50, 3)).tolist()})
-    lungaug.write_json(run / "prepared" / "dataset.json", {"parameters": {"cube": 6}, "preset": "demo", "scans": scans})
+    lungaug.write(run / "prepared" / "dataset.json", {"parameters": {"cube": 6}, "preset": "demo", "scans": scans})
     return preprocessing.open_dataset(run)
 
 
@@ -528,7 +528,7 @@ def test_trainer__state_survives_the_disk(tmp_path):
     trainer, new = small_trainer(), small_trainer()
     train_gan.sample_fixed(trainer)
     train_gan.train_epoch(trainer, small_dataset(tmp_path))
-    lungaug.save_checkpoint(tmp_path / "checkpoint.pt", trainer.state())
+    lungaug.write(tmp_path / "checkpoint.pt", trainer.state())
     assert leaves(new.state()) != leaves(trainer.state())
     new.restore(lungaug.load_checkpoint(tmp_path / "checkpoint.pt", ""))
     assert leaves(new.state()) == leaves(trainer.state())
