@@ -25,7 +25,6 @@ from typing import NamedTuple
 
 import numpy as np
 import pydicom
-from pydicom.misc import is_dicom
 from scipy import ndimage
 
 import lungaug
@@ -57,12 +56,6 @@ class Source(NamedTuple):
     files: tuple
 
 
-class Nodule(NamedTuple):
-    """A row of annotations.csv."""
-    centre: tuple           # (x, y, z), mm, LPS
-    diameter: float         # mm
-
-
 # 2 Dataset: LUNA16's MetaImage, LIDC-IDRI's DICOM
 
 def find_scans(folder):
@@ -75,7 +68,7 @@ def find_scans(folder):
     for path in sorted(Path(root) / name for root, _, names in os.walk(folder) for name in names):
         if path.suffix.lower() in (".mhd", ".mha"):
             sources.append(Source(path.stem, path.stem, (path,)))
-        elif path.is_file() and is_dicom(path):
+        elif path.is_file():
             tags = read_tags(path, ["SeriesInstanceUID", "PatientID", "Modality"])
             if tags.get("SeriesInstanceUID") and tags.get("Modality", "CT") == "CT":    # no radiograph, report, contours
                 series[str(tags["SeriesInstanceUID"])].append((path, str(tags.get("PatientID") or "")))
@@ -131,17 +124,15 @@ MOST_VOXELS = 2 ** 29       # twice a whole body at 512 × 512
 
 
 def metaimage_header(path):
-    """A MetaImage's keys and values, as text, and where LOCAL data would begin; the last key is ElementDataFile."""
+    """A MetaImage's keys and values, as text, and where LOCAL data would begin: after ElementDataFile, the last key."""
+    keys = dict(DEFAULTS)
     with path.open("rb") as file:
-        head = file.read(1 << 16)
-    keys, place = {}, 0
-    for line in head.splitlines(keepends=True):
-        place += len(line)
-        key, _, value = (part.strip() for part in os.fsdecode(line).partition("="))
-        keys.setdefault(SYNONYMS.get(key, key), value)
-        if key == "ElementDataFile":
-            keys.setdefault("ElementSpacing", keys.get("ElementSize", ""))
-            return DEFAULTS | keys, place
+        for line in itertools.islice(iter(lambda: file.readline(4096), b""), 1000):
+            key, _, value = (part.strip() for part in os.fsdecode(line).partition("="))
+            keys[SYNONYMS.get(key, key)] = value
+            if key == "ElementDataFile":
+                keys.setdefault("ElementSpacing", keys.get("ElementSize", ""))
+                return keys, file.tell()
     raise Refusal(path, "no ElementDataFile in its header", "replace the file: it is cut short, or no MetaImage")
 
 
@@ -162,18 +153,18 @@ def read_metaimage(source):
     def true(key):
         return keys[key][:1] in ("T", "t", "1")
 
-    for key, known in (("ElementType", ELEMENTS), ("ElementNumberOfChannels", ["1"]), ("BinaryData", ["True"])):
+    for key, known in (("NDims", ["3"]), ("BinaryData", ["True"]), ("ElementNumberOfChannels", ["1"]),
+                       ("ElementType", ELEMENTS)):
         check(keys.get(key) in known, path, f"{key} = {keys.get(key)}", f"{', '.join(known)} is read here")
-    order = ">" if true("BinaryDataByteOrderMSB") else "<"
-    element = np.dtype(ELEMENTS[keys["ElementType"]]).newbyteorder(order)
     size = numbers("DimSize", 3)[::-1]
-    fits = (size % 1 == 0).all() and 1 <= size.min() and size.max() <= MOST_VOXELS and size.prod() <= MOST_VOXELS
-    check(keys["NDims"] == "3" and fits, path, f"NDims = {keys['NDims']}, DimSize = {keys['DimSize']}",
+    whole = (size % 1 == 0).all() and size.min() >= 1
+    check(whole and size.max() <= MOST_VOXELS and size.prod() <= MOST_VOXELS, path, f"DimSize = {keys['DimSize']}",
           f"three whole numbers above 0, and {MOST_VOXELS:,} voxels at most, are wanted")
     name = keys["ElementDataFile"]
     check(Path(name).name == name, path, f"ElementDataFile = {name}", "LOCAL, or a file beside the header, is read here")
     data, start = (path, start) if name.upper() == "LOCAL" else (path.with_name(name), int(keys["HeaderSize"]))
     check(data.is_file(), data, "is not there", f"{path.name} names it as its data")
+    element = np.dtype(ELEMENTS[keys["ElementType"]]).newbyteorder(">" if true("BinaryDataByteOrderMSB") else "<")
     found = read_voxels(data, start, int(size.prod()) * element.itemsize, true("CompressedData"))
     values = np.frombuffer(found, element).reshape(size.astype(int)).astype(element.newbyteorder("="), copy=False)
     return Scan(source.seriesuid, to_hu(values, data), numbers("ElementSpacing", 3), numbers("Offset", 3),
@@ -181,28 +172,25 @@ def read_metaimage(source):
 
 
 def read_voxels(path, start, wanted, compressed):
-    """The `wanted` bytes of a MetaImage's voxels from `start` on (−1: the file's last). Raises Refusal before it
-    takes memory for more than the file can hold."""
-    size = path.stat().st_size
-    start = size - wanted if start == -1 else start
-    held = (size - start) * (1032 if compressed else 1)      # zlib packs 1032 to 1 at best
-    do = f"DimSize and ElementType make {wanted:,}: mend the header or replace the data"
-    check(0 <= start and wanted <= held, path, f"{size:,} bytes", do)
+    """The `wanted` bytes of a MetaImage's voxels from `start` on (−1: the file's last); all that there is, or Refusal."""
     with path.open("rb") as file:
-        file.seek(start)
+        size = file.seek(0, os.SEEK_END)
+        start = size - wanted if start == -1 else start
+        file.seek(max(0, start))
         unpack = zlib.decompressobj(wbits=47)       # zlib's own header or gzip's
-        found = unpack.decompress(file.read(), wanted + 1) if compressed else file.read(wanted + 1)
-    check(len(found) == wanted, path, f"{len(found):,} bytes of voxels, or more", do)
+        found = unpack.decompress(file.read(), wanted + 1) if compressed else file.read(min(wanted, size) + 1)
+    check(start >= 0 and len(found) == wanted, path, f"{len(found):,} bytes of voxels, or more",
+          f"DimSize and ElementType make {wanted:,}: mend the header or replace the data")
     return found
 
 
 def read_tags(path, names):
-    """{name: value} of the named tags that a DICOM file has, and {"path": path}; no more where it does not read."""
+    """{name: value} of the named tags that a DICOM file has; none where it does not read, or is no DICOM."""
     try:
         tags = pydicom.dcmread(path, stop_before_pixels=True, specific_tags=list(names))
-        return {name: tags[name].value for name in names if name in tags} | {"path": path}
+        return {name: tags[name].value for name in names if name in tags}
     except Exception:       # what a broken DICOM file raises has no bounds; for want of tags its caller passes it over
-        return {"path": path}
+        return {}
 
 
 def read_dicom(source):
@@ -210,54 +198,47 @@ def read_dicom(source):
 
     Under a gantry tilt the third index axis is not normal to the slices; direction says so, and resampling honours it.
     """
-    slices = stack(source)
-    step = (position(slices[-1]) - position(slices[0])) / (len(slices) - 1)
+    paths, places, step, plane = stack(source)
     between = round(float(np.linalg.norm(step)), 6)         # positions are decimal strings: 1.8, not 1.7999999999999
-    row, column = np.array(slices[0]["ImageOrientationPatient"], float).reshape(2, 3)
+    row, column, (down, across, _, _) = plane[:3], plane[3:6], plane[6:]
     third, normal = step / between, np.cross(row, column)
     third = normal if np.allclose(third, normal, atol=1e-4) else third      # the positions' decimals are no tilt
-    hu = np.stack([slice_hu(tags["path"]) for tags in slices])
-    spacing = np.array([*slices[0]["PixelSpacing"][::-1], between], float)
-    return Scan(source.seriesuid, hu, spacing, position(slices[0]), np.stack([row, column, third], axis=1))
-
-
-def position(tags):
-    """ImagePositionPatient: where a slice's first voxel lies, (x, y, z) in mm, LPS."""
-    return np.array(tags["ImagePositionPatient"], float)
+    hu = np.stack([slice_hu(path) for path in paths])
+    return Scan(source.seriesuid, hu, np.array([across, down, between]), places[0], np.stack([row, column, third], axis=1))
 
 
 GEOMETRY = ("ImagePositionPatient", "ImageOrientationPatient", "PixelSpacing", "Rows", "Columns")
 
 
 def stack(source):
-    """The headers of the series' one volume, in the order of their positions along its normal   [rule_2_dicom_geometry]
+    """The series' one volume: its slices in the order of their positions along its normal   [rule_2_dicom_geometry]
 
     Geometry says which files belong together (orientation, size, pixel spacing): a localizer may carry the series'
-    own UID and is left out. Raises Refusal; a missing or doubled slice is named by its place.
+    own UID and is left out. Returns paths; places (n, 3), where each slice's first voxel lies; the step from one to
+    the next; the plane's orientation (6), pixel spacing (2) and size (2). Raises Refusal; a missing or doubled slice
+    is named by its place.
     """
     where, groups = source.files[0].parent, defaultdict(list)
-    for tags in (read_tags(path, GEOMETRY) for path in source.files):
+    for path in source.files:
+        tags = read_tags(path, GEOMETRY)
         missing = [name for name in GEOMETRY if name not in tags]
-        check(not missing, tags["path"], f"no {', no '.join(missing)}", "replace the file, or take it out")
-        plane = np.round(np.array([*tags["ImageOrientationPatient"], *tags["PixelSpacing"]], float), 3)
-        groups[*plane[:6], tags["Rows"], tags["Columns"], *plane[6:]].append(tags)
+        check(not missing, path, f"no {', no '.join(missing)}", "replace the file, or take it out")
+        place, *plane = (np.array(tags[name], float) for name in GEOMETRY)
+        groups[tuple(np.hstack(plane).round(3))].append((place, path, np.hstack(plane)))
     (key, slices), *others = sorted(groups.items(), key=lambda group: -len(group[1]))
     check(len(slices) > 2, where, f"{len(source.files)} DICOM files, no three of one geometry", "a CT series is wanted")
     for other, found in others:
-        check(len(found) < len(slices) / 4, where, f"stacks of {len(slices)} and {len(found)} slices in a series", "keep one")
-        check(other[:6] != key[:6], found[0]["path"], "another size or pixel spacing than its series", "take it out")
-    normal = np.cross(*np.array(slices[0]["ImageOrientationPatient"], float).reshape(2, 3))
-    slices.sort(key=lambda tags: position(tags) @ normal)
-    places = np.array([position(tags) for tags in slices])
-    steps = np.diff(places @ normal)
-    usual = np.median([step for step in steps if step > 0.01] or [0])     # of a series copied whole every second is 0
-    for place, step in zip(places, steps):
-        at = ", ".join(f"{x:g}" for x in place)
-        check(0.5 * usual < step < 1.5 * usual, where, f"the slice after ({at}) is {step:.2f} mm on, not {usual:.2f}",
-              "restore the missing slices" if step > usual else "keep one of each")
-    even = np.linspace(places[0], places[-1], len(places))
-    check(np.abs(even - places).max() < usual / 4, where, "slices not even along a line", "a CT series is wanted")
-    return slices
+        check(len(found) < len(slices) / 4 and other[:6] != key[:6], found[0][1],
+              f"{len(found)} slices of another side, size or pixel spacing than the other {len(slices)}", "keep one kind")
+    normal = np.cross(*slices[0][2][:6].reshape(2, 3))
+    places, paths, planes = zip(*sorted(slices, key=lambda one: one[0] @ normal))
+    steps = np.diff(places, axis=0)
+    usual = np.median([step for step in steps if np.abs(step).max() > 0.01] or steps, axis=0)    # of copies every second is 0
+    worst = np.abs(steps - usual).max(1).argmax()
+    after, found, wanted = (np.round(vector, 2).tolist() for vector in (places[worst], steps[worst], usual))
+    even = np.abs(np.cumsum(steps - steps.mean(0), axis=0)).max() < np.linalg.norm(usual) / 4
+    check(even, where, f"the slice after {after} mm lies {found} on, not {wanted}", "restore what is missing, keep one of each")
+    return paths, places, steps.mean(0), planes[0]
 
 
 def slice_hu(path):
@@ -273,18 +254,18 @@ COLUMNS = ["seriesuid", "coordX", "coordY", "coordZ", "diameter_mm"]
 
 
 def read_annotations(path):
-    """LUNA16's annotations.csv: series UID → its Nodules, each once. Raises Refusal, naming the line."""
+    """LUNA16's annotations.csv: series UID → its nodules (x, y, z, diameter), mm, LPS, each once. Raises Refusal."""
     nodules = defaultdict(dict)
     with lungaug.refusing(path, "LUNA16's text with commas is wanted"), open(path, newline="", encoding="utf-8-sig") as file:
         rows = csv.reader(file)
         check(next(rows, None) == COLUMNS, path, "another first line", f"{','.join(COLUMNS)} is wanted")
         for row in filter(None, rows):
-            with lungaug.refusing(f"{path}, line {rows.line_num}", "numbers are wanted"):
-                numbers = [float(cell) for cell in row[1:]]
-            good = row[0].strip() and len(numbers) == 4 and np.isfinite(numbers).all() and numbers[3] > 0
-            check(good, f"{path}, line {rows.line_num}", ",".join(row),
+            line = f"{path}, line {rows.line_num}"
+            with lungaug.refusing(line, "numbers are wanted"):
+                uid, *numbers = row[0].strip(), *map(float, row[1:])
+            check(uid and len(numbers) == 4 and np.isfinite(numbers).all() and numbers[3] > 0, line, ",".join(row),
                   "a series UID, three finite coordinates and a diameter above 0 are wanted")
-            nodules[row[0].strip()][Nodule(tuple(numbers[:3]), numbers[3])] = None
+            nodules[uid][tuple(numbers)] = None
     return {uid: list(found) for uid, found in nodules.items()}
 
 
@@ -520,18 +501,18 @@ def prepare_scan(source, nodules, folder, parameters):
     check(1 <= litres <= 12, where, f"{litres} litres of lung", "a chest CT with both lungs in view is wanted")
     check(coarse.hu[mask.hu].mean() > GAS, where, f"{litres} litres of gas below {GAS} HU", "a chest CT is wanted")
     check(max(areas[0], areas[-1]) < areas.max() / 2, where, "lungs cut at an end of the scan", "a whole chest is wanted")
-    corner, shape = grid(scan)
-    centres = nearest_voxel(corner, np.array([nodule.centre for nodule in nodules]).reshape(-1, 3))
-    for nodule in nodules:
-        index = np.linalg.solve(affine(scan), nodule.centre - scan.origin) + 0.5        # from the first voxel's corner
-        check((index >= 0).all() and (index <= scan.hu.shape[::-1]).all(), where,
-              f"a nodule outside it, at {nodule.centre} mm", "mend the annotations: (x, y, z) in mm, LPS, are wanted")
+    (corner, shape), nodules = grid(scan), np.array(nodules).reshape(-1, 4)
+    index = (nodules[:, :3] - scan.origin) @ np.linalg.inv(affine(scan)).T + 0.5        # from the first voxel's corner
+    outside = ((index < 0) | (index > scan.hu.shape[::-1])).any(1)
+    check(not outside.any(), where, f"a nodule outside it, at {nodules[outside, :3][:1].tolist()} mm",
+          "mend the annotations: (x, y, z) in mm, LPS, are wanted")
+    centres = nearest_voxel(corner, nodules[:, :3])
     lungs = (np.argwhere(mask.hu)[:, ::-1] @ affine(mask).T + mask.origin - corner)[:, ::-1]
     reach = np.concatenate([np.rint(lungs).astype(int), centres])
     margin = cube // 2 + 1      # a negative's centre may lie a millimetre outside the mask's outermost points
     start, stop = np.maximum(reach.min(0) - margin, 0), np.minimum(reach.max(0) + margin + 1, shape)
     volume = resample(scan, 1, corner + start[::-1], stop - start)
-    spheres = [((np.array(nodule.centre) - corner)[::-1], nodule.diameter / 2) for nodule in nodules]
+    spheres = [((nodule[:3] - corner)[::-1], nodule[3] / 2) for nodule in nodules]
     rng = lungaug.stream(parameters["seed"], "negatives", source.seriesuid)
     negatives = draw_negatives(lungs, spheres, cube, parameters["negatives"], rng)
     name = scan_name(source.seriesuid)
@@ -540,7 +521,7 @@ def prepare_scan(source, nodules, folder, parameters):
     lungaug.write(folder / f"{name}.png", scan_picture(coarse.hu, mask.hu, np.rint(marks[:, ::-1]).astype(int)))
     return {"seriesuid": source.seriesuid, "patient": source.patient, "volume": f"{name}.npy",
             "crc32": zlib.crc32(volume.hu.tobytes()), "origin": volume.origin.tolist(), "litres": litres,
-            "positives": (centres - start).tolist(), "diameters": [nodule.diameter for nodule in nodules],
+            "positives": (centres - start).tolist(), "diameters": nodules[:, 3].tolist(),
             "negatives": (negatives - start).tolist()}
 
 
@@ -565,8 +546,7 @@ def read_record(source, folder, parameters):
     try:
         with lungaug.refusing(path, ""):
             record = lungaug.read_json(path, "")
-            whole = record.pop("fingerprint") == lungaug.fingerprint(record)
-            return record if whole and record["parameters"] == parameters else {}
+            return record if record.pop("fingerprint") == lungaug.fingerprint([parameters, record]) else {}
     except Refusal:
         return {}
 
@@ -588,9 +568,8 @@ def prepare_one(source, nodules, folder, parameters):
         record, refusal = prepare_scan(source, nodules, folder, parameters), None
     except Refusal as error:
         record, refusal = {"seriesuid": source.seriesuid, "reason": str(error)}, error
-    record = {"parameters": parameters} | record
-    path = folder / f"{scan_name(source.seriesuid)}.json"
-    lungaug.write(path, record | {"fingerprint": lungaug.fingerprint(record)})
+    whole = record | {"fingerprint": lungaug.fingerprint([parameters, record])}
+    lungaug.write(folder / f"{scan_name(source.seriesuid)}.json", whole)
     return refusal
 
 
@@ -725,11 +704,10 @@ def gather(sources, folder, parameters, arguments, synthetic):
     records = [record for record in records if "reason" not in record]
     check(records, arguments.scans or "the synthetic scans", "none can be used", "see the reasons above")
     splits = split_patients([record["patient"] for record in records], arguments.seed)
-    records = [{key: value for key, value in record.items() if key != "parameters"} | {"split": splits[record["patient"]]}
-               for record in records]
+    scans = [record | {"split": splits[record["patient"]]} for record in records]
     lungaug.write(folder / "dataset.json", {
-        "parameters": parameters, "preset": arguments.preset, "synthetic": synthetic, "table_1": table_1(records),
-        "left_out": left_out, "scans": records})
+        "parameters": parameters, "preset": arguments.preset, "synthetic": synthetic, "table_1": table_1(scans),
+        "left_out": left_out, "scans": scans})
     return True
 
 

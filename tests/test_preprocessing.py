@@ -27,7 +27,7 @@ import phantom
 import preprocessing
 import train_gan
 from lungaug import Refusal
-from preprocessing import Nodule, Scan, Source, Volume
+from preprocessing import Scan, Source, Volume
 
 ROOT = Path(__file__).resolve().parent.parent
 PRESETS = {row.name: row for row in lungaug.PRESETS if row.stage == "preprocessing"}
@@ -784,7 +784,7 @@ def trunk(tmp_path_factory):
     made = phantom.Phantom("1.2.3", "", hu, (3.1, 3.7, 4.3), (141.3, -77.9, 33.7), direction, [], None, None)
     scan = scan_of(hu, direction, made.spacing, made.origin)
     centres = [scan.origin + direction @ (scan.spacing * index) for index in ((27.3, 24.4, 16.2), (48.6, 24.7, 17.4), (28.2, 39.3, 33.6), (47.7, 39.9, 34.8))]
-    nodules = [Nodule(tuple(centre.tolist()), diameter) for centre, diameter in zip(centres, (31.3, 24.2, 17.6, 28.9))]
+    nodules = [(*centre.tolist(), diameter) for centre, diameter in zip(centres, (31.3, 24.2, 17.6, 28.9))]
     source = Source("1.2.3", "1.2.3", (phantom.write_metaimage(folder, made),))
     record = preprocessing.prepare_scan(source, nodules, folder, PARAMETERS)
     return SimpleNamespace(scan=scan, record=record, folder=folder, source=source, nodules=nodules, whole=preprocessing.resample(scan))
@@ -797,7 +797,7 @@ def centres_of(record, kind):
 
 def test_rule_2_1_4_centre__a_prepared_positive_is_at_its_annotation(trunk):
     """After cropping to the lungs, each positive's centre voxel is half a voxel at most from its annotation."""
-    wanted = np.array([nodule.centre for nodule in trunk.nodules])
+    wanted = np.array(trunk.nodules)[:, :3]
     assert np.abs(centres_of(trunk.record, "positives") - wanted).max() <= 0.5 + 1e-9
 
 
@@ -805,10 +805,10 @@ def test_rule_2_1_4_negatives__a_prepared_negative_meets_no_nodule(trunk):
     """In millimetres, at the annotated places, not those rounded to voxels: no cube of 12 mm meets a sphere."""
     drawn = centres_of(trunk.record, "negatives")
     assert len(drawn) == 6000
-    for nodule in trunk.nodules:
+    for *centre, diameter in trunk.nodules:
         low, high = drawn - 6.5, drawn + 5.5
-        gaps = np.clip(nodule.centre, low, high) - nodule.centre
-        assert np.sqrt((gaps ** 2).sum(1)).min() >= nodule.diameter / 2
+        gaps = np.clip(centre, low, high) - centre
+        assert np.sqrt((gaps ** 2).sum(1)).min() >= diameter / 2
 
 
 def test_rule_2_1_4_negatives__a_prepared_negative_is_in_the_lungs(trunk):
@@ -838,14 +838,14 @@ def test_prepare_scan__a_nodule_between_an_oblique_scan_and_its_grids_corner_is_
     """The 1 mm grid's box is larger than an oblique scan: its corners hold no voxel, and no nodule."""
     corner = preprocessing.grid(trunk.scan)[0] + 3
     with pytest.raises(Refusal, match="outside"):
-        preprocessing.prepare_scan(trunk.source, [Nodule(tuple(corner.tolist()), 5.0)], tmp_path, PARAMETERS)
+        preprocessing.prepare_scan(trunk.source, [(*corner.tolist(), 5.0)], tmp_path, PARAMETERS)
 
 
 @pytest.mark.parametrize("change, says", [({"max_slice_mm": 4.2}, "4.3 mm"), ({}, "outside")])
 def test_prepare_scan__refuses(trunk, change, says, tmp_path):
     """Slices too far apart, or an annotation outside the scan, are refused with what was found."""
     with pytest.raises(Refusal, match=says):
-        preprocessing.prepare_scan(trunk.source, [*trunk.nodules, Nodule((999.0, 0.0, 0.0), 5.0)], tmp_path, PARAMETERS | change)
+        preprocessing.prepare_scan(trunk.source, [*trunk.nodules, (999.0, 0.0, 0.0, 5.0)], tmp_path, PARAMETERS | change)
     assert not list(tmp_path.glob("*.npy"))
 
 
@@ -1039,7 +1039,7 @@ def test_real_scans__nodules_are_where_they_were(tmp_path):
         assert len(record["positives"]) == len(nodules) and 2 < record["litres"] < 8 and len(record["negatives"]) == 50
         volume = np.load(tmp_path / record["volume"])
         for nodule, dense in zip(nodules, DENSE[source.seriesuid.split(".")[-1]]):
-            near = np.rint(index_in(scan, np.array([nodule.centre]))).astype(int) + indices((3, 3, 3)) - 1
+            near = np.rint(index_in(scan, np.array([nodule[:3]]))).astype(int) + indices((3, 3, 3)) - 1
             assert abs(scan.hu[tuple(near[:, ::-1].T)].mean() - dense) <= 0.5
             points = scan.origin + near @ (scan.direction * scan.spacing).T - record["origin"]
             assert abs(ndimage.map_coordinates(volume.astype(float), points[:, ::-1].T, order=1).mean() - dense) < 40

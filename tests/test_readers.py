@@ -20,7 +20,7 @@ import pytest
 import phantom
 import preprocessing
 from lungaug import Refusal
-from preprocessing import Nodule, find_scans, read_annotations, read_scan, resample
+from preprocessing import find_scans, read_annotations, read_scan, resample
 
 TYPES = {"MET_CHAR": "i1", "MET_UCHAR": "u1", "MET_SHORT": "i2", "MET_USHORT": "u2", "MET_INT": "i4", "MET_UINT": "u4",
          "MET_LONG": "i4", "MET_ULONG": "u4", "MET_FLOAT": "f4", "MET_DOUBLE": "f8"}
@@ -180,8 +180,8 @@ BAD = {     # keys, and the words that the Refusal must hold
     "data below": (dict(ElementDataFile="folder/a.raw"), ["a.mhd", "folder/a.raw"]),
     "a list of files": (dict(ElementDataFile="LIST"), ["LIST"]),
     "numbered files": (dict(ElementDataFile="a%02d.raw 1 4 1"), ["a%02d"]),
-    "2-D": (dict(NDims=2, DimSize="28 5", ElementSpacing="1 1"), ["a.mhd", "DimSize = 28 5"]),
-    "4-D": (dict(NDims=4, DimSize="7 5 2 2", ElementSpacing="1 1 1 1"), ["a.mhd", "DimSize = 7 5 2 2"]),
+    "2-D": (dict(NDims=2, DimSize="28 5", ElementSpacing="1 1"), ["a.mhd", "NDims = 2"]),
+    "4-D": (dict(NDims=4, DimSize="7 5 2 2", ElementSpacing="1 1 1 1"), ["a.mhd", "NDims = 4"]),
     "channels": (dict(ElementNumberOfChannels=3), ["a.mhd", "ElementNumberOfChannels = 3"]),
     "no type": (dict(ElementType=None), ["a.mhd", "ElementType"]),
     "unknown type": (dict(ElementType="MET_STRING"), ["a.mhd", "MET_STRING"]),
@@ -454,27 +454,27 @@ def test_rule_2_dicom_geometry__a_localizer_is_left_out(tmp_path):
 def test_rule_2_dicom_geometry__a_missing_slice_is_refused_by_its_place(tmp_path, gap):
     """Where slices are missing the last before the gap is named, and the gap's size."""
     folder = series(tmp_path / "s", made(shape=(9, 5, 7)), keep=[k for k in range(9) if not 4 <= k < 4 + gap])
-    refused(lambda: read_scan(folder), folder, f"{-205.9 + 3 * 1.3:g}", f"{(1 + gap) * 1.3:.2f} mm", "missing")
+    refused(lambda: read_scan(folder), folder, f"{-205.9 + 3 * 1.3:.1f}] mm", f"[0.0, 0.0, {(1 + gap) * 1.3:.1f}] on, not [0.0, 0.0, 1.3]", "missing")
 
 
 def test_rule_2_dicom_geometry__a_doubled_slice_is_refused_by_its_place(tmp_path):
     """Two files at one place are one too many, though they be copies."""
     folder = series(tmp_path / "s", made(shape=(9, 5, 7)))
     shutil.copy(folder / "003.dcm", folder / "copy.dcm")
-    refused(lambda: read_scan(folder), folder, f"{-205.9 + 3 * 1.3:g}", "0.00 mm")
+    refused(lambda: read_scan(folder), folder, f"{-205.9 + 3 * 1.3:.1f}] mm", "[0.0, 0.0, 0.0] on, not [0.0, 0.0, 1.3]", "keep one of each")
 
 
 def test_rule_2_dicom_geometry__two_equal_stacks_are_refused(tmp_path):
     """Two volumes under one UID cannot be told apart: neither is taken."""
     folder = series(tmp_path / "s", made(shape=(6, 5, 7)))
     series(folder, made(shape=(6, 5, 7), spacing=(0.9, 0.8, 1.3)), names=[f"other{k}" for k in range(6)])
-    refused(lambda: read_scan(folder), folder, "6 and 6")
+    refused(lambda: read_scan(folder), "6 slices", "other 6")
 
 
 def test_rule_2_dicom_geometry__a_missing_slice_under_a_tilt_is_refused(tmp_path):
-    """Steps are measured along the normal, where a tilt of 16° leaves 0.96 of each."""
+    """The place before the gap and the step across it are named, along the tilted series' own line."""
     folder = series(tmp_path / "s", made(TILT, shape=(9, 5, 7)), keep=[0, 1, 2, 3, 5, 6, 7, 8])
-    refused(lambda: read_scan(folder), folder, f"{-205.9 + 3 * 1.3 * 0.96:g}", f"{2 * 1.3 * 0.96:.2f} mm", "missing")
+    refused(lambda: read_scan(folder), folder, f"{-205.9 + 3 * 1.3 * 0.96:.2f}] mm", f"{round(2 * 1.3 * 0.96, 2)}] on, not", "missing")
 
 
 def test_rule_2_dicom_geometry__a_series_copied_whole_is_refused(tmp_path):
@@ -482,7 +482,7 @@ def test_rule_2_dicom_geometry__a_series_copied_whole_is_refused(tmp_path):
     series(tmp_path / "a", made())
     series(tmp_path / "b", made())
     source, = find_scans(tmp_path)
-    refused(lambda: preprocessing.read_source(source), "0.00 mm", "keep one of each")
+    refused(lambda: preprocessing.read_source(source), "[0.0, 0.0, 0.0] on, not [0.0, 0.0, 1.3]", "keep one of each")
 
 
 def test_rule_2_dicom_geometry__a_series_out_of_line_is_refused(tmp_path):
@@ -491,7 +491,7 @@ def test_rule_2_dicom_geometry__a_series_out_of_line_is_refused(tmp_path):
     tags = pydicom.dcmread(folder / "002.dcm")
     tags.ImagePositionPatient[0] += 5
     tags.save_as(folder / "002.dcm")
-    refused(lambda: read_scan(folder), folder, "line")
+    refused(lambda: read_scan(folder), folder, "[5.0, 0.0, 1.3] on, not [0.0, 0.0, 1.3]")
 
 
 def test_rule_2_dicom_geometry__two_images_are_no_volume(tmp_path):
@@ -869,7 +869,7 @@ def test_find_scans__no_scan_is_refused(tmp_path, read, make):
 
 HEAD = "seriesuid,coordX,coordY,coordZ,diameter_mm"
 ROWS = "1.2.3,-1.5,2,3e1,6.25\n1.2.4,0,0,0,3\n1.2.3,4,5,6,7\n"
-NODULES = {"1.2.3": [Nodule((-1.5, 2.0, 30.0), 6.25), Nodule((4.0, 5.0, 6.0), 7.0)], "1.2.4": [Nodule((0.0, 0.0, 0.0), 3.0)]}
+NODULES = {"1.2.3": [(-1.5, 2.0, 30.0, 6.25), (4.0, 5.0, 6.0, 7.0)], "1.2.4": [(0.0, 0.0, 0.0, 3.0)]}
 
 
 def table(folder, text, encoding="utf-8"):

@@ -124,13 +124,13 @@ WRONG = {
           "    scan = scan._replace(spacing=np.round(size * scan.spacing) / size)\n    origin, shape"),)),
     "slices_sorted_by_z": Wrong(
         "slices sorted by z alone", "rule_2_dicom_geometry", "preprocessing.py",
-        (("slices.sort(key=lambda tags: position(tags) @ normal)", "slices.sort(key=lambda tags: position(tags)[2])"),)),
+        (("key=lambda one: one[0] @ normal)", "key=lambda one: one[0][2])"),)),
     "thickness_for_spacing": Wrong(
         "SliceThickness taken for the spacing", "rule_2_dicom_geometry", "preprocessing.py",
-        (("between = round(float(np.linalg.norm(step)), 6)", "between = float(pydicom.dcmread(slices[0]['path']).SliceThickness)"),)),
+        (("between = round(float(np.linalg.norm(step)), 6)", "between = float(pydicom.dcmread(paths[0]).SliceThickness)"),)),
     "localizer_left_in": Wrong(
         "a localizer under the series' own UID left in", "rule_2_dicom_geometry", "preprocessing.py",
-        (('groups[*plane[:6], tags["Rows"], tags["Columns"], *plane[6:]].append(tags)', "groups[0].append(tags)"),)),
+        (("groups[tuple(np.hstack(plane).round(3))]", "groups[tuple(range(10))]"),)),
     "no_rescale": Wrong(
         "stored values taken for HU", "rule_2_rescale", "preprocessing.py",
         (("float(tags.RescaleSlope), float(tags.RescaleIntercept), tags", "1.0, 0.0, tags"),)),
