@@ -410,6 +410,7 @@ def main():
     device, folder = lungaug.pick_device(arguments.device), run / "evaluation"
     draw_cubes(folder, dataset)
     draw_curves(folder, run)
+    print(f"Figures 2, 3 and, as far as there are logs, 7 and 8: {folder}", flush=True)
     scores = score_test(load_networks(run, dataset, device), dataset, device)
     write_scores(folder / "scores.csv", dataset, scores)
     results = {"tables": tables(dataset, scores), "novelty": draw_novelty(folder, run, dataset)}
