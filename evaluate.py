@@ -123,6 +123,7 @@ def load_networks(run, dataset, device):
     """
     networks, gan, asked = {}, run / "gan" / "checkpoint.pt", {"prepared": lungaug.fingerprint(dataset.info["scans"])}
     made_with, do = run / "classifiers" / "generated" / "generated.json", f"run python train_classifier.py --run {run} first"
+    gan_crc = lungaug.file_crc(gan, f"run python train_gan.py --run {run} first")
     with lungaug.refusing(made_with, do):
         made = lungaug.read_json(made_with, do)
         used, classes = made["settings"], made["classes"]
@@ -144,7 +145,7 @@ def load_networks(run, dataset, device):
                 print(f"{path}: stopped at epoch {state['epoch']} of {state['epochs']}.")
         network.eval().to(device)
         networks[arm] = (lambda x, critic=network: critic(x)[1]) if arm == "critic" else network
-    lungaug.same_settings(made_with, used, {"gan_crc32": lungaug.file_crc(gan, "")})
+    lungaug.same_settings(made_with, used, {"gan_crc32": gan_crc})
     return networks
 
 
@@ -192,6 +193,11 @@ def tables(dataset, scores):
     return out
 
 
+def table_title(number, table):
+    """The title of one of Tables 2–5, and why it is empty where the arm was not trained."""
+    return f"Table {number}. {table['title']}{'' if 'flips' in table else ' (not trained: no generated samples)'}"
+
+
 TABLE_HEAD = ("", "positives with flips", "positives as nodules", "thesis")
 
 
@@ -203,7 +209,7 @@ def table_cells(table):
             for part in ("confusion", "metrics") for key in table["thesis"][part]]
 
 
-# Figures 7 and 8: curves, SVG with strings
+# 4.1.1, 4.4.1 Figures 7 and 8: curves, SVG with strings
 
 def ticks(low, high):
     """Round numbers within [low, high], half a dozen or so."""
@@ -306,12 +312,13 @@ def draw_curves(folder, run):
     """figure_7.svg and figure_8.svg, of the logs that are there, a running training's too."""
     logs = {arm: lungaug.read_log(run / "classifiers" / arm / "log.jsonl") for arm, *_ in TABLES.values()}
     logs, rows = {arm: rows for arm, rows in logs.items() if rows}, lungaug.read_log(run / "gan" / "log.jsonl")
-    for number, figure, shown in ((7, figure_7, rows), (8, figure_8, logs)):
-        if shown:
-            lungaug.write(folder / f"figure_{number}.svg", figure(shown))
+    for number, figure, shown, where in ((7, figure_7, rows, "gan"), (8, figure_8, logs, "classifiers")):
+        with lungaug.refusing(run / where, "its log.jsonl is damaged: train again with --overwrite"), np.errstate(over="raise", invalid="raise"):
+            if shown:
+                lungaug.write(folder / f"figure_{number}.svg", figure(shown))
 
 
-# Figures 2, 3 and 9–14: cubes
+# 2.1.7, 5.1 Figures 2, 3 and 9–14: cubes
 
 def slices(cube, columns=12):
     """All axial slices of a cube in reading order, superior to inferior   [rule_2_1_7_reading_order]
@@ -388,9 +395,10 @@ def page(results):
     pictures = [(f"Figure {row['figure']}. Generated{'' if row['accepted'] else ', not accepted in 4.3'} (left); the nearest "
                  f"training sample, l2 distance {row['distance']:.1f} (right).", f"figure_{row['figure']}.png")
                 for row in results["novelty"]["generated"]]
-    captioned = [(f"Table {number}. {table['title']}.", TABLE_HEAD, table_cells(table))
+    captioned = [(table_title(number, table), TABLE_HEAD, table_cells(table))
                  for number, table in results["tables"].items()]
-    held_out = [(distances(results["novelty"]["held_out_distances"]),)]
+    generated, held_out = results["novelty"].values()
+    nearest = [("generated", distances(row["distance"] for row in generated)), ("real test positives", distances(held_out))]
     return ["2.1.7 Processed samples",
             ("Nodules, each in its three middle planes: axial, coronal, sagittal.", "nodules.png"),
             ("Figure 2. Positive samples, slice by slice from superior to inferior.", "figure_2.png"),
@@ -398,7 +406,7 @@ def page(results):
             "4.1 Wasserstein GAN: loss curves", ("Figure 7. Loss curves, smoothed, with 95% bands.", "figure_7.svg"),
             "4.4 Classifier", ("Figure 8. Training and validation loss.", "figure_8.svg"),
             "5.1 Generated samples", *pictures,
-            ("For scale: a copy would lie at 0, and real test positives lie at", ("l2 distance",), held_out),
+            ("The nearest training sample. A copy of it would lie at 0.", ("", "l2 distances"), nearest),
             "5.2 Classification metrics", *captioned]
 
 
@@ -415,7 +423,7 @@ def main():
     write_scores(folder / "scores.csv", dataset, scores)
     results = {"tables": tables(dataset, scores), "novelty": draw_novelty(folder, run, dataset)}
     for number, table in results["tables"].items():
-        lungaug.print_table(f"Table {number}. {table['title']}", TABLE_HEAD, table_cells(table))
+        lungaug.print_table(table_title(number, table), TABLE_HEAD, table_cells(table))
     generated, held_out = results["novelty"].values()
     print(f"\nl2 distance to the nearest training cube: generated {distances(row['distance'] for row in generated)}; "
           f"real test positives {distances(held_out)}.")

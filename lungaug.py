@@ -101,7 +101,7 @@ OPTIONS = (     # stages, name, default, settings for argparse; PRESETS holds th
     (STAGES[1:2], "--precision", "float32", dict(choices=("float32", "bfloat16"), help="bfloat16: quicker on a GPU")),
     (STAGES[1:2], "--micro-batch", None, dict(
         type=within(int, 1), help="cubes at a time, where a batch does not fit in memory; the gradients are the same")),
-    (STAGES[1:2], "--checkpoint-minutes", 5.0, dict(type=within(float, 0), help="between checkpoints (default 5)")),
+    (STAGES[1:2], "--checkpoint-minutes", 1.0, dict(type=within(float, 0), help="between checkpoints (default 1)")),
     (STAGES[:3], "--overwrite", False, dict(action="store_true", help="start again, from nothing")),
 )
 
@@ -115,7 +115,7 @@ def rows_of(stage):
             least = 0 if kind is float else 2 if row.name == "batch-size" else 1
             rows.append((f"--{row.name}", (row.demo, row.thesis), dict(
                 type=within(kind, least, most), metavar=row.name.split("-")[-1].upper(),
-                help=f"{row.unit} (thesis {row.thesis}, demo {row.demo})".lstrip())))
+                help=f"{row.unit}: {row.why} (thesis {row.thesis}, demo {row.demo})".lstrip(": "))))
     return rows
 
 
@@ -214,7 +214,7 @@ def command(main):
             raise
         print(Refusal("memory", str(error), "give a smaller --batch-size, --width or --micro-batch"), file=sys.stderr)
     except KeyboardInterrupt:
-        print("\nlungaug: stopped — the same command, without --overwrite, goes on from the last checkpoint", file=sys.stderr)
+        print("\nlungaug: stopped — the same command, without --overwrite, goes on from what is saved, if anything is", file=sys.stderr)
         sys.exit(130)
     sys.exit(2)
 

@@ -176,10 +176,11 @@ def read_voxels(path, start, wanted, compressed):
     with path.open("rb") as file:
         size = file.seek(0, os.SEEK_END)
         start = size - wanted if start == -1 else start
-        file.seek(max(0, start))
+        check(0 <= start <= size, path, f"{size:,} bytes, and voxels from byte {start:,} on", "mend HeaderSize")
+        file.seek(start)
         unpack = zlib.decompressobj(wbits=47)       # zlib's own header or gzip's
         found = unpack.decompress(file.read(), wanted + 1) if compressed else file.read(min(wanted, size) + 1)
-    check(start >= 0 and len(found) == wanted, path, f"{len(found):,} bytes of voxels, or more",
+    check(len(found) == wanted, path, f"{len(found):,} bytes of voxels, or more",
           f"DimSize and ElementType make {wanted:,}: mend the header or replace the data")
     return found
 
@@ -189,6 +190,8 @@ def read_tags(path, names):
     try:
         tags = pydicom.dcmread(path, stop_before_pixels=True, specific_tags=list(names))
         return {name: tags[name].value for name in names if name in tags}
+    except OSError:         # the disk's, or no permission: not the file's fault
+        raise
     except Exception:       # what a broken DICOM file raises has no bounds; for want of tags its caller passes it over
         return {}
 
@@ -207,7 +210,7 @@ def read_dicom(source):
     return Scan(source.seriesuid, hu, np.array([across, down, between]), places[0], np.stack([row, column, third], axis=1))
 
 
-GEOMETRY = ("ImagePositionPatient", "ImageOrientationPatient", "PixelSpacing", "Rows", "Columns")
+GEOMETRY = {"ImagePositionPatient": 3, "ImageOrientationPatient": 6, "PixelSpacing": 2, "Rows": 1, "Columns": 1}    # numbers
 
 
 def stack(source):
@@ -221,23 +224,25 @@ def stack(source):
     where, groups = source.files[0].parent, defaultdict(list)
     for path in source.files:
         tags = read_tags(path, GEOMETRY)
-        missing = [name for name in GEOMETRY if name not in tags]
-        check(not missing, path, f"no {', no '.join(missing)}", "replace the file, or take it out")
-        place, *plane = (np.array(tags[name], float) for name in GEOMETRY)
+        numbers = {name: np.array(tags.get(name), float).ravel() for name in GEOMETRY}
+        wrong = [name for name, part in numbers.items() if part.size != GEOMETRY[name] or not (np.abs(part) < 1e6).all()]
+        check(not wrong, path, f"no {', no '.join(wrong)}", "replace the file, or take it out")
+        place, *plane = numbers.values()
         groups[tuple(np.hstack(plane).round(3))].append((place, path, np.hstack(plane)))
     (key, slices), *others = sorted(groups.items(), key=lambda group: -len(group[1]))
     check(len(slices) > 2, where, f"{len(source.files)} DICOM files, no three of one geometry", "a CT series is wanted")
     for other, found in others:
         check(len(found) < len(slices) / 4 and other[:6] != key[:6], found[0][1],
-              f"{len(found)} slices of another side, size or pixel spacing than the other {len(slices)}", "keep one kind")
+              f"of another side, size or pixel spacing, as {len(found)} of {len(source.files)} files", "keep one kind")
     normal = np.cross(*slices[0][2][:6].reshape(2, 3))
     places, paths, planes = zip(*sorted(slices, key=lambda one: one[0] @ normal))
     steps = np.diff(places, axis=0)
     usual = np.median([step for step in steps if np.abs(step).max() > 0.01] or steps, axis=0)    # of copies every second is 0
     worst = np.abs(steps - usual).max(1).argmax()
-    after, found, wanted = (np.round(vector, 2).tolist() for vector in (places[worst], steps[worst], usual))
+    after, found, wanted = (np.round(vector, 3).tolist() for vector in (places[worst], steps[worst], usual))
     even = np.abs(np.cumsum(steps - steps.mean(0), axis=0)).max() < np.linalg.norm(usual) / 4
-    check(even, where, f"the slice after {after} mm lies {found} on, not {wanted}", "restore what is missing, keep one of each")
+    check(even, where, f"the slice after {after} mm lies {found} on, not {wanted}",
+          "slices lie evenly along a line: restore the missing ones, keep one of each")
     return paths, places, steps.mean(0), planes[0]
 
 
@@ -504,7 +509,7 @@ def prepare_scan(source, nodules, folder, parameters):
     (corner, shape), nodules = grid(scan), np.array(nodules).reshape(-1, 4)
     index = (nodules[:, :3] - scan.origin) @ np.linalg.inv(affine(scan)).T + 0.5        # from the first voxel's corner
     outside = ((index < 0) | (index > scan.hu.shape[::-1])).any(1)
-    check(not outside.any(), where, f"a nodule outside it, at {nodules[outside, :3][:1].tolist()} mm",
+    check(not outside.any(), where, f"a nodule outside it, at {str(nodules[outside, :3].tolist())[1:-1]} mm",
           "mend the annotations: (x, y, z) in mm, LPS, are wanted")
     centres = nearest_voxel(corner, nodules[:, :3])
     lungs = (np.argwhere(mask.hu)[:, ::-1] @ affine(mask).T + mask.origin - corner)[:, ::-1]
@@ -663,7 +668,7 @@ def page(dataset):
              TABLE_1_HEAD, table_1_cells(info["table_1"])),
             *([("Scans left out.", ("series", "why"), left_out)] if left_out else []),
             (f"Scan {most['seriesuid']}: axial, coronal and sagittal plane through the middle of the lungs. "
-             "Red: the lung mask. Green: the nodules' places.", most["volume"].replace(".npy", ".png"))]
+             "Red: the lung mask. Green: the nodules, those of other planes too.", most["volume"].replace(".npy", ".png"))]
 
 
 def find_annotations(scans):

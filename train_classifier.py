@@ -103,6 +103,7 @@ def generate_classes(run, dataset, arguments, device):
     folder, wanted = run / "classifiers" / "generated", 8 * len(dataset.positives["train"])
     path = folder / "generated.json"
     asked = {key: getattr(arguments, key) for key in ("seed", "score_quantile", "class_probability", "attempts")}
+    asked["prepared"] = lungaug.fingerprint(dataset.info["scans"])
     asked["gan_crc32"] = lungaug.file_crc(run / "gan" / "checkpoint.pt", f"run python train_gan.py --run {run} first")
     if path.exists():
         with lungaug.refusing(path, "start again with --overwrite"):
@@ -124,7 +125,7 @@ def generate_classes(run, dataset, arguments, device):
         print(f"Generated {name}s: {len(cubes)} of {wanted} wanted, acceptance rate {rate:.1%} "
               f"(score ≥ {threshold:.2f}, class probability ≥ {arguments.class_probability}).", flush=True)
         if len(cubes) < wanted:
-            print(f"  The GAN does not deliver in {arguments.attempts} attempts for each one wanted. Train it longer, "
+            print(f"  The GAN does not deliver within --attempts {arguments.attempts} for each one wanted. Train it longer, "
                   f"or lower --score-quantile (now {arguments.score_quantile}) or --class-probability.", flush=True)
     lungaug.write(path, {"settings": asked, "classes": classes, "files": files})
     return classes
@@ -146,7 +147,7 @@ def draw_samples(folder, dataset, count=16):
     lungaug.write(folder / "samples.png", lungaug.png(lungaug.enlarge(sheet, 48 // dataset.cube or 1)))
 
 
-# 4.4 Lung nodule detection classifier
+# 4.4, 5.2 Lung nodule detection classifier: its three data sets
 
 class Pool:
     """Cubes of one class to train on: real ones (rows and flips of a dataset), then generated ones (int16 HU)."""
@@ -179,6 +180,8 @@ def arm_pools(arm, run, dataset):
         return Pool(dataset, *positives, generated("positive")), Pool(dataset, *negatives, no_cubes)
     return Pool(dataset, *none, generated("positive")), Pool(dataset, *none, generated("negative"))
 
+
+# 4.4.1 Training
 
 def learning_rate(epoch, early, late, decay):
     """10⁻³, and 10⁻⁴ from epoch 30 on   [rule_4_4_decay]; epoch counts from 0"""
@@ -284,7 +287,7 @@ def main():
     print(f"Preset {arguments.preset}, cube {dataset.cube}, on {device}.", flush=True)
     with lungaug.alone(run / "classifiers", "training"):
         if arguments.overwrite:
-            lungaug.discard(run / "classifiers", "*/checkpoint.pt", "generated/generated.json", "options.json")
+            lungaug.discard(run / "classifiers", "*/checkpoint.pt", "*/log.jsonl", "generated/generated.json", "options.json")
         generated = generate_classes(run, dataset, arguments, device)
         draw_samples(run / "classifiers", dataset)
         for arm in ARMS:
@@ -293,7 +296,7 @@ def main():
             for name, row in generated.items()]
     lungaug.record_stage(run / "classifiers", arguments, [
         "4.3 Generative augmentation",
-        ("Generated, scored, selected.", ("class", "wanted", "accepted", "acceptance rate", "score at least"), rows),
+        ("Samples wanted, and those that passed the selection.", ("class", "wanted", "accepted", "acceptance rate", "score at least"), rows),
         ("Middle axial slices, a row each: real and generated positives, real and generated negatives.", "samples.png")])
 
 

@@ -27,6 +27,8 @@ PROBE = 3               # epochs from which the time left is foretold
 STATUS = "W {wasserstein:.2f}, class accuracy {real_accuracy:.2f} on reals, {fake_accuracy:.2f} on fakes"
 
 
+# 4.1.1 Training: α, real batches, z, labels, ε
+
 def auxiliary_scale(epoch, epochs, early, late):
     """α = 1 at the beginning, 10 at the end: late from the last quarter on   [rule_4_1_alpha]; epoch counts from 0"""
     return early if epoch < 0.75 * epochs else late
@@ -57,6 +59,8 @@ def draw_epsilon(count, noise, device):
     """ε ~ U[0, 1], one a sample   [rule_3_3_1_epsilon]; (count,)"""
     return torch.rand(count, generator=noise).to(device)
 
+
+# 4.1.1 What training changes; a checkpoint
 
 class Trainer:
     """All that training changes: two networks, their optimizers, the randomness. A checkpoint is its `state`."""
@@ -97,6 +101,8 @@ def settings(arguments):
              "late_auxiliary_scale", "critic_iterations", "precision", "prepared")
     return {name: getattr(arguments, name, None) for name in names}
 
+
+# 4.1.1 An iteration of the critic, one of the generator, an epoch
 
 def half_precision(trainer):
     """Autocast to bfloat16 under --precision bfloat16; weights and optimizers stay float32."""
@@ -176,6 +182,8 @@ def is_finite(row):
     return all(np.isfinite(value) for terms in (row["critic"], row["generator"]) for value in terms.values())
 
 
+# 4.1.1 A fixed z through the training
+
 @torch.no_grad()
 def sample_fixed(trainer):
     """Keep G(z), z fixed, in `moments`   [rule_4_1_fixed_z]: uint8 (2·FIXED, c, c, c), negatives first"""
@@ -190,11 +198,13 @@ def draw_progression(folder, trainer):
     lungaug.write(folder / "progression.png", lungaug.png(lungaug.enlarge(sheet, 96 // images[0].shape[0] or 1)))
 
 
+# Start, go on, stop
+
 def load_or_start(folder, arguments, cube, device):
     """A Trainer at its checkpoint, or a new one where there is none or under --overwrite."""
     trainer, path = Trainer(arguments, cube, device), folder / "checkpoint.pt"
     if arguments.overwrite:
-        lungaug.discard(folder, "checkpoint.pt", "options.json")
+        lungaug.discard(folder, "checkpoint.pt", "log.jsonl", "options.json")
     if path.exists():
         state = lungaug.load_checkpoint(path, "", **settings(arguments))
         with lungaug.refusing(path, "start again with --overwrite"):
@@ -257,7 +267,9 @@ def main():
         train(trainer, dataset, folder)
         draw_progression(folder, trainer)
     estimates = [row["critic"]["wasserstein"] for row in lungaug.read_log(folder / "log.jsonl")]
-    print(f"Wasserstein estimate: peak {max(estimates):.2f}, now {np.mean(estimates[-20:]):.2f}. "
+    count = min(20, len(estimates))
+    means = np.convolve(estimates, np.full(count, 1 / count), "valid")
+    print(f"Wasserstein estimate, mean of {count} epochs: peak {max(means):.2f}, now {means[-1]:.2f}. "
           f"Picture: {folder / 'progression.png'}; python evaluate.py --run {run} draws the curves, figure 7.")
     lungaug.record_stage(folder, arguments, [
         "4.1 Wasserstein GAN: samples through the training",

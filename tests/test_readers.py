@@ -206,6 +206,7 @@ BAD = {     # keys, and the words that the Refusal must hold
     "a header size of words": (dict(HeaderSize="some"), ["a.mhd"]),
     "a negative header size": (dict(HeaderSize=-5), ["280"]),
     "a header past the file": (dict(HeaderSize=10 ** 12), ["280"]),
+    "a header past any file": (dict(HeaderSize=10 ** 18), ["280", "HeaderSize"]),
     "compressed, but it is not": (dict(CompressedData=True), ["a.mhd"]),
     "a hostile name": (dict(ElementDataFile="\x1b[31m\x00.raw"), ["\\x1b"]),
 }
@@ -468,13 +469,13 @@ def test_rule_2_dicom_geometry__two_equal_stacks_are_refused(tmp_path):
     """Two volumes under one UID cannot be told apart: neither is taken."""
     folder = series(tmp_path / "s", made(shape=(6, 5, 7)))
     series(folder, made(shape=(6, 5, 7), spacing=(0.9, 0.8, 1.3)), names=[f"other{k}" for k in range(6)])
-    refused(lambda: read_scan(folder), "6 slices", "other 6")
+    refused(lambda: read_scan(folder), "6 of 12 files")
 
 
 def test_rule_2_dicom_geometry__a_missing_slice_under_a_tilt_is_refused(tmp_path):
     """The place before the gap and the step across it are named, along the tilted series' own line."""
     folder = series(tmp_path / "s", made(TILT, shape=(9, 5, 7)), keep=[0, 1, 2, 3, 5, 6, 7, 8])
-    refused(lambda: read_scan(folder), folder, f"{-205.9 + 3 * 1.3 * 0.96:.2f}] mm", f"{round(2 * 1.3 * 0.96, 2)}] on, not", "missing")
+    refused(lambda: read_scan(folder), folder, f"{-205.9 + 3 * 1.3 * 0.96:.3f}] mm", f"{round(2 * 1.3 * 0.96, 3)}] on, not", "missing")
 
 
 def test_rule_2_dicom_geometry__a_series_copied_whole_is_refused(tmp_path):
@@ -642,6 +643,20 @@ def test_read_scan__a_missing_tag_is_refused(tmp_path, name, count):
     refused(lambda: read_scan(folder), folder)
 
 
+def test_read_tags__a_file_that_may_not_be_read_is_not_passed_over(tmp_path, monkeypatch):
+    """Without permission, or from a failing disk, a slice is not left out in silence: the error reaches the user."""
+    folder, read = series(tmp_path / "s", made()), pydicom.dcmread
+
+    def failing(path, **words):
+        if path.name == "000.dcm":
+            raise PermissionError(13, "Permission denied", str(path))
+        return read(path, **words)
+
+    monkeypatch.setattr(pydicom, "dcmread", failing)
+    with pytest.raises(PermissionError, match="000.dcm"):
+        find_scans(folder)
+
+
 @pytest.mark.parametrize("share", [0.05, 0.3, 0.6, 0.8, 0.95, 0.99])
 def test_read_scan__a_dicom_file_cut_anywhere_is_refused(tmp_path, share):
     """Cut in its header or in its pixels, a slice is missing or broken: the series does not pass for whole."""
@@ -728,6 +743,14 @@ def test_rule_2_dicom_geometry__a_slice_of_another_spacing_is_refused_by_its_nam
     tags.PixelSpacing = [0.9, 0.9]
     tags.save_as(folder / f"{k:03d}.dcm")
     refused(lambda: read_scan(folder), f"{k:03d}.dcm", "pixel spacing")
+
+
+@pytest.mark.parametrize("value", ["", "1", ["1", "0", "0", "0", "1"], ["1", "0", "0", "0", "1", "1e300"]])
+def test_rule_2_dicom_geometry__an_end_slice_without_its_orientation_is_refused_by_its_name(tmp_path, value):
+    """An orientation that is not six numbers does not make a localizer of a slice, whose absence would leave no gap."""
+    folder = series(tmp_path / "s", made(shape=(6, 4, 5)))
+    change(folder / "005.dcm", ImageOrientationPatient=value)
+    refused(lambda: read_scan(folder), "005.dcm", "ImageOrientationPatient")
 
 
 @pytest.mark.parametrize("k", [0, 3])

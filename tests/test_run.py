@@ -288,6 +288,28 @@ def test_stale__a_gan_trained_on_other_scans_is_refused(copy, run):
     assert in_one_line(done, "gan/checkpoint.pt")
 
 
+def test_stale__cubes_of_other_scans_are_refused_and_left_alone(copy, run):
+    """Where the data were prepared again with another cube, the classifiers' stage says so before it draws or trains."""
+    path = copy / "prepared" / "dataset.json"
+    dataset = json.loads(path.read_bytes())
+    dataset["parameters"]["cube"] = 24
+    next(scan for scan in dataset["scans"] if scan["split"] == "train")["negatives"].pop()
+    lungaug.write(path, dataset)
+    before = files(copy)
+    done = run(__import__("train_classifier"), "--run", copy, *own_words("train_classifier"))
+    assert in_one_line(done, "generated.json", "prepared", "--overwrite") and files(copy) == before
+
+
+@pytest.mark.parametrize("log, row", [
+    ("gan", '{"epoch": 1}'), ("gan", '{"epoch": 1, "critic": 5}'), ("classifiers/real", '{"epoch": 1, "train_loss": 1}'),
+    ("gan", json.dumps({"epoch": 1, "generator": {"auxiliary": 1}, "critic": dict.fromkeys(
+        ("wasserstein", "auxiliary", "penalty", "real_accuracy", "fake_accuracy"), float("inf"))}))])
+def test_damaged__a_log_of_other_rows_is_one_line(copy, run, log, row):
+    """A log whose rows are not those of a training, or hold no numbers, is named before a curve is drawn of it."""
+    (copy / log / "log.jsonl").write_text(row + "\n")
+    assert in_one_line(run(__import__("evaluate"), "--run", copy), log.split("/")[0], "log.jsonl", "--overwrite")
+
+
 @pytest.mark.parametrize("stage, function, log", [("train_gan", "train_epoch", "gan/log.jsonl"),
                                                  ("train_classifier", "validate", "classifiers/real/log.jsonl")])
 def test_overwrite__stopped_at_its_start_leaves_no_half_log(copy, monkeypatch, run, stage, function, log):
