@@ -346,13 +346,6 @@ def draw_cubes(folder, dataset, shown=3):
     lungaug.write(folder / "nodules.png", lungaug.png(lungaug.enlarge(sheet, 2)))
 
 
-def load_generated(run, name):
-    """Generated cubes of a class, int16 HU (n, c, c, c): the accepted, and the best-scored of the rejected."""
-    folder = run / "classifiers" / "generated"
-    accepted, rejected = (preprocessing.open_array(folder / f"{name}{kind}.npy") for kind in ("", "_rejected"))
-    return accepted, rejected
-
-
 def pair(left, right):
     """Two cubes in [-1, 1] side by side: their middle planes, enlarged, over all slices, superior to inferior."""
     halves = []
@@ -369,7 +362,8 @@ def draw_novelty(folder, run, dataset, count=6):
     The nearest is sought among all training cubes: positives with their flips, negatives as they are. For scale, the
     same distance is taken for as many real test positives: a copy of training data would be far nearer than they are.
     """
-    accepted, rejected = load_generated(run, "positive")
+    generated = run / "classifiers" / "generated"
+    accepted, rejected = (preprocessing.open_array(generated / f"positive{kind}.npy") for kind in ("", "_rejected"))
     chosen = accepted[np.linspace(0, len(accepted) - 1, min(count, len(accepted))).astype(int)]
     queries = preprocessing.normalize(np.concatenate([chosen, rejected])[:count])
     test = dataset.positives["test"][:count]

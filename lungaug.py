@@ -37,6 +37,7 @@ except ImportError:     # Windows has no such lock
     fcntl = None
 
 HERE = Path(__file__).resolve().parent
+STAGES = ("preprocessing", "train_gan", "train_classifier", "evaluate")
 STARTED = time.monotonic()
 
 
@@ -64,9 +65,6 @@ PRESETS = (
     Preset("train_classifier", "decay-epoch", 30, 10, "", "4.4.1: half-way"),
     Preset("train_classifier", "epochs", 60, 20, "over the positives", "4.4.1 [num_4_4_epochs]; 20 do for so few cubes"),
 )
-
-
-STAGES = ("preprocessing", "train_gan", "train_classifier", "evaluate")
 
 
 def within(kind, least, most=1e12):
@@ -115,7 +113,7 @@ def rows_of(stage):
             least = 0 if kind is float else 2 if row.name == "batch-size" else 1
             rows.append((f"--{row.name}", (row.demo, row.thesis), dict(
                 type=within(kind, least, most), metavar=row.name.split("-")[-1].upper(),
-                help=f"{row.unit}: {row.why} (thesis {row.thesis}, demo {row.demo})".lstrip(": "))))
+                help=f"{row.unit}: {row.why} ({stage}: thesis {row.thesis}, demo {row.demo})".lstrip(": "))))
     return rows
 
 
@@ -125,14 +123,10 @@ def parse(description, *stages, words=None):
     run is runs/demo then, or runs/<name of the folder> of --scans.
     """
     parser = argparse.ArgumentParser(description=description, allow_abbrev=False)
-    options = {}
-    for stage in stages:
-        for name, _, settings in rows_of(stage):
-            other = options.get(name, settings)["help"]
-            both = settings["help"] if other == settings["help"] else f"{other}; {stage}: {settings['help']}"
-            options[name] = settings | {"help": both}
-    for name, settings in options.items():
-        parser.add_argument(name, default=None, **settings)
+    rows = [row for stage in stages for row in rows_of(stage)]
+    for name, settings in {name: settings for name, _, settings in rows}.items():
+        helps = dict.fromkeys(row[2]["help"] for row in rows if row[0] == name)     # of every stage that knows it
+        parser.add_argument(name, default=None, **settings | {"help": "; ".join(helps)})
     arguments = parser.parse_args(words)
     scans = getattr(arguments, "scans", None)
     arguments.run = arguments.run or Path("runs") / (scans.resolve().name if scans else "demo")
@@ -164,12 +158,8 @@ def typed(arguments, stage):
 class Refusal(Exception):
     """`lungaug: <file>: <what was found> — <what to do>`, for whatever the user can act on."""
 
-    def __init__(self, where, found, do):
-        super().__init__(where, found, do)
-
     def __str__(self):
-        where, found, do = map(printable, self.args)
-        return f"lungaug: {where}: {found} — {do}"
+        return "lungaug: {}: {} — {}".format(*map(printable, self.args))
 
 
 def check(holds, where, found, do):
@@ -260,7 +250,7 @@ def write(path, value):
             elif path.suffix == ".pt":
                 torch.save(value, file)
             else:
-                value = json.dumps(value, indent=1) + "\n" if path.suffix == ".json" else value
+                value = json.dumps(value, indent=1, default=os.fspath) + "\n" if path.suffix == ".json" else value
                 # a file's name, which the text may hold, may be no UTF-8
                 file.write(value if isinstance(value, bytes) else value.encode(errors="surrogateescape"))
             file.flush()
@@ -364,9 +354,8 @@ def record_stage(folder, arguments, page, seconds=None):
     page: in order, headings (text), figures (caption, file in the folder) and tables (caption, head, rows).
     """
     write(folder / "options.json", {
-        "page": page,
-        "command": shlex.join(["python", Path(sys.argv[0]).name, *sys.argv[1:]]), "seconds": round(seconds or time.monotonic() - STARTED, 1),
-        "options": {key: str(value) if isinstance(value, Path) else value for key, value in vars(arguments).items()},
+        "page": page, "command": shlex.join(["python", Path(sys.argv[0]).name, *sys.argv[1:]]),
+        "seconds": round(seconds or time.monotonic() - STARTED, 1), "options": vars(arguments),
         "versions": {"python": platform.python_version(), "torch": torch.__version__, "numpy": np.__version__}})
 
 
@@ -430,11 +419,10 @@ def shown(value):
 
 def print_table(title, head, rows):
     """A table of text on the terminal: the first column to the left, the others to the right."""
-    widths = [max(len(row[i]) for row in (head, *rows)) for i in range(len(head))]
+    first, *widths = [max(map(len, column)) for column in zip(head, *rows)]
     print(f"\n{title}")
-    for row in (head, *rows):
-        cells = [cell.rjust(width) for cell, width in zip(row[1:], widths[1:])]
-        print("  ".join(["", row[0].ljust(widths[0]), *cells]))
+    for name, *cells in (head, *rows):
+        print("  ".join(["", name.ljust(first), *map(str.rjust, cells, widths)]))
 
 
 # Drawing: PNG with zlib, SVG with strings
@@ -442,14 +430,13 @@ def print_table(title, head, rows):
 def png(pixels):
     """A PNG file's bytes. pixels: uint8, (rows, columns) grey or (rows, columns, 3) red, green, blue."""
     height, width = pixels.shape[:2]
-    rows = np.pad(pixels.reshape(height, -1), ((0, 0), (1, 0)))     # each row begins with its filter: none
+    rows = np.pad(pixels.reshape(height, -1), ((0, 0), (1, 0))).tobytes()       # each row begins with its filter: none
 
     def chunk(name, data):
         return struct.pack(">I", len(data)) + name + data + struct.pack(">I", zlib.crc32(name + data))
 
-    header = struct.pack(">IIBBBBB", width, height, 8, 2 if pixels.ndim == 3 else 0, 0, 0, 0)
-    parts = (b"IHDR", header), (b"IDAT", zlib.compress(rows.astype(np.uint8).tobytes())), (b"IEND", b"")
-    return b"\x89PNG\r\n\x1a\n" + b"".join(chunk(*part) for part in parts)
+    header = struct.pack(">II5B", width, height, 8, 2 if pixels.ndim == 3 else 0, 0, 0, 0)
+    return b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", header) + chunk(b"IDAT", zlib.compress(rows)) + chunk(b"IEND", b"")
 
 
 def grey(x):

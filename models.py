@@ -100,15 +100,12 @@ class UpBlock(nn.Module):
 
     def __init__(self, into, out):
         super().__init__()
-        self.conv1, self.norm1 = UpsampleConv3d(into, out, 3, padding=1), norm(out)
-        self.conv2, self.norm2 = conv(out, out), norm(out)
+        self.body = nn.Sequential(UpsampleConv3d(into, out, 3, padding=1), norm(out), activation(),
+                                  conv(out, out), norm(out), activation())
         self.skip = conv(into, out, kernel=1)
-        self.act = activation()
 
     def forward(self, x):
-        h = self.act(self.norm1(self.conv1(x)))
-        h = self.act(self.norm2(self.conv2(h)))
-        return h + upsample(self.skip(x))
+        return self.body(x) + upsample(self.skip(x))
 
 
 class DownBlock(nn.Module):
@@ -120,15 +117,12 @@ class DownBlock(nn.Module):
 
     def __init__(self, into, out):
         super().__init__()
-        self.conv1, self.norm1 = conv(into, into), norm(into)
-        self.conv2, self.norm2 = ConvDownsample3d(into, out, 3, padding=1), norm(out)
+        self.body = nn.Sequential(conv(into, into), norm(into), activation(),
+                                  ConvDownsample3d(into, out, 3, padding=1), norm(out), activation())
         self.skip = conv(into, out, kernel=1)
-        self.act = activation()
 
     def forward(self, x):
-        h = self.act(self.norm1(self.conv1(x)))
-        h = self.act(self.norm2(self.conv2(h)))
-        return h + self.skip(downsample(x))
+        return self.body(x) + self.skip(downsample(x))
 
 
 class Generator(nn.Module):
@@ -139,10 +133,9 @@ class Generator(nn.Module):
 
     def __init__(self, cube, width):
         super().__init__()
-        levels = sides(cube)
-        counts = [channels(cube, width, side) for side in levels]
-        self.linear = nn.Linear(LATENT, counts[0] * levels[0] ** 3)
-        self.start = nn.Unflatten(1, (counts[0], *[levels[0]] * 3))
+        counts = [channels(cube, width, side) for side in sides(cube)]
+        self.linear = nn.Linear(LATENT, counts[0] * 27)
+        self.start = nn.Unflatten(1, (counts[0], 3, 3, 3))
         self.blocks = nn.Sequential(*map(UpBlock, counts[:-1], counts[1:]))
         self.conv = conv(counts[-1], 1)
 
@@ -165,13 +158,11 @@ class Critic(nn.Module):
 
     def __init__(self, cube, width):
         super().__init__()
-        levels = sides(cube)[::-1]
-        counts = [channels(cube, width, side) for side in levels]
+        counts = [channels(cube, width, side) for side in sides(cube)[::-1]]
         self.conv, self.norm, self.act = conv(1, counts[0]), norm(counts[0]), activation()
         self.blocks = nn.Sequential(*map(DownBlock, counts[:-1], counts[1:]))
         self.flatten = nn.Flatten()
-        self.score = nn.Linear(counts[-1] * levels[-1] ** 3, 1)
-        self.logits = nn.Linear(counts[-1] * levels[-1] ** 3, CLASSES)
+        self.score, self.logits = nn.Linear(counts[-1] * 27, 1), nn.Linear(counts[-1] * 27, CLASSES)
 
     def forward(self, x):
         x = x.contiguous(memory_format=torch.channels_last_3d)
@@ -181,14 +172,13 @@ class Critic(nn.Module):
 
 # 3.2 Lung nodule detection classifier
 
-class Classifier(nn.Module):
+class Classifier(nn.Sequential):
     """Cube (n, 1, c, c, c) → class logits (n, 2)   [rule_3_2_classifier]
 
     Conv 3³ of stride 2 and max pool 2 in turn until side 3, channels 16, 32, …; then linear 64 and linear 2.
     """
 
     def __init__(self, cube):
-        super().__init__()
         layers, into, out = [], 1, 16
         for level in range(len(sides(cube)) - 1):
             if level % 2 == 0:
@@ -196,11 +186,7 @@ class Classifier(nn.Module):
                 into, out = out, 2 * out
             else:
                 layers += [nn.MaxPool3d(2)]
-        self.layers = nn.Sequential(*layers, nn.Flatten(), nn.Linear(into * 27, 64), activation(),
-                                    nn.Linear(64, CLASSES))
-
-    def forward(self, x):
-        return self.layers(x)
+        super().__init__(*layers, nn.Flatten(), nn.Linear(into * 27, 64), activation(), nn.Linear(64, CLASSES))
 
 
 # Figures 4–6, as tables

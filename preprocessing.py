@@ -20,6 +20,7 @@ import zlib
 from collections import defaultdict
 from concurrent.futures import ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
+from contextlib import suppress
 from pathlib import Path
 from typing import NamedTuple
 
@@ -120,6 +121,7 @@ SYNONYMS = {"Position": "Offset", "Origin": "Offset", "Rotation": "TransformMatr
             "ElementByteOrderMSB": "BinaryDataByteOrderMSB"}
 DEFAULTS = {"NDims": "3", "Offset": "0 0 0", "TransformMatrix": "1 0 0 0 1 0 0 0 1", "HeaderSize": "0", "BinaryData": "True",
             "BinaryDataByteOrderMSB": "False", "CompressedData": "False", "ElementNumberOfChannels": "1"}
+COUNTS = {"DimSize": 3, "ElementSpacing": 3, "Offset": 3, "TransformMatrix": 9}     # numbers in a key's value
 MOST_VOXELS = 2 ** 29       # twice a whole body at 512 × 512
 
 
@@ -143,20 +145,14 @@ def read_metaimage(source):
     """
     path, = source.files
     keys, start = metaimage_header(path)
-
-    def numbers(key, count):
-        values = np.array(keys.get(key, "").split(), float)
-        check(len(values) == count and np.isfinite(values).all(), path, f"{key} = {keys.get(key)}",
-              f"{count} numbers are wanted")
-        return values
-
-    def true(key):
-        return keys[key][:1] in ("T", "t", "1")
-
     for key, known in (("NDims", ["3"]), ("BinaryData", ["True"]), ("ElementNumberOfChannels", ["1"]),
                        ("ElementType", ELEMENTS)):
         check(keys.get(key) in known, path, f"{key} = {keys.get(key)}", f"{', '.join(known)} is read here")
-    size = numbers("DimSize", 3)[::-1]
+    numbers = {key: np.array(keys.get(key, "").split(), float) for key in COUNTS}
+    for key, count in COUNTS.items():
+        check(len(numbers[key]) == count and np.isfinite(numbers[key]).all(), path, f"{key} = {keys.get(key)}",
+              f"{count} numbers are wanted")
+    size = numbers["DimSize"][::-1]
     whole = (size % 1 == 0).all() and size.min() >= 1
     check(whole and size.max() <= MOST_VOXELS and size.prod() <= MOST_VOXELS, path, f"DimSize = {keys['DimSize']}",
           f"three whole numbers above 0, and {MOST_VOXELS:,} voxels at most, are wanted")
@@ -164,11 +160,11 @@ def read_metaimage(source):
     check(Path(name).name == name, path, f"ElementDataFile = {name}", "LOCAL, or a file beside the header, is read here")
     data, start = (path, start) if name.upper() == "LOCAL" else (path.with_name(name), int(keys["HeaderSize"]))
     check(data.is_file(), data, "is not there", f"{path.name} names it as its data")
-    element = np.dtype(ELEMENTS[keys["ElementType"]]).newbyteorder(">" if true("BinaryDataByteOrderMSB") else "<")
-    found = read_voxels(data, start, int(size.prod()) * element.itemsize, true("CompressedData"))
-    values = np.frombuffer(found, element).reshape(size.astype(int)).astype(element.newbyteorder("="), copy=False)
-    return Scan(source.seriesuid, to_hu(values, data), numbers("ElementSpacing", 3), numbers("Offset", 3),
-                numbers("TransformMatrix", 9).reshape(3, 3).T)
+    big, packed = (keys[key][:1] in ("T", "t", "1") for key in ("BinaryDataByteOrderMSB", "CompressedData"))
+    element = np.dtype(ELEMENTS[keys["ElementType"]]).newbyteorder(">" if big else "<")
+    found = read_voxels(data, start, int(size.prod()) * element.itemsize, packed)
+    hu = to_hu(np.frombuffer(found, element).reshape(size.astype(int)), data)
+    return Scan(source.seriesuid, hu, numbers["ElementSpacing"], numbers["Offset"], numbers["TransformMatrix"].reshape(3, 3).T)
 
 
 def read_voxels(path, start, wanted, compressed):
@@ -548,21 +544,17 @@ def scan_picture(hu, lungs, marks):
 def read_record(source, folder, parameters):
     """The record that an earlier run left of a scan with the same parameters; {} where there is none, or a damaged one."""
     path = folder / f"{scan_name(source.seriesuid)}.json"
-    try:
-        with lungaug.refusing(path, ""):
-            record = lungaug.read_json(path, "")
-            return record if record.pop("fingerprint") == lungaug.fingerprint([parameters, record]) else {}
-    except Refusal:
-        return {}
+    with suppress(Refusal), lungaug.refusing(path, ""):
+        record = lungaug.read_json(path, "")
+        return record if record.pop("fingerprint") == lungaug.fingerprint([parameters, record]) else {}
+    return {}
 
 
 def is_whole(record, folder):
     """Whether a record's volume is there and reads back as it was written."""
-    try:
-        with lungaug.refusing(folder, ""):
-            return zlib.crc32(open_array(folder / record["volume"])) == record["crc32"]
-    except Refusal:
-        return False
+    with suppress(Refusal), lungaug.refusing(folder, ""):
+        return zlib.crc32(open_array(folder / record["volume"])) == record["crc32"]
+    return False
 
 
 def prepare_one(source, nodules, folder, parameters):
@@ -636,7 +628,6 @@ def read_cubes(dataset, rows, flips=None):
 
 # Table 1
 
-TABLE_1_HEAD = ("", "positive", "nodules", "negative", "thesis: positive", "negative")
 TABLE_1 = {"train": (5712, 406791), "validation": (816, 58113), "test": (1632, 116226)}
 
 
@@ -650,22 +641,18 @@ def table_1(scans):
     return table
 
 
-def table_1_cells(table):
-    """Table 1 as rows of text."""
-    return [(f"{split.capitalize()} ({SPLITS[split]:.0%})",
-             *map(lungaug.shown, (row["positive"], row["nodules"], row["negative"], *row["thesis"])))
-            for split, row in table.items()]
-
-
 def page(dataset):
     """What the report shows of section 2."""
     info = dataset.info
+    counts = [(f"{split.capitalize()} ({SPLITS[split]:.0%})",
+               *map(lungaug.shown, (row["positive"], row["nodules"], row["negative"], *row["thesis"])))
+              for split, row in info["table_1"].items()]
     most = max(info["scans"], key=lambda scan: len(scan["positives"]))
     kind = "synthetic scans: they show that it works, nothing of patients" if info["synthetic"] else "of your scans"
     left_out = [(row["seriesuid"], row["reason"]) for row in info["left_out"]]
     return ["2 Dataset",
             (f"Table 1. Sample counts, {len(info['scans'])} {kind}. Each nodule's eight flips count.",
-             TABLE_1_HEAD, table_1_cells(info["table_1"])),
+             ("", "positive", "nodules", "negative", "thesis: positive", "negative"), counts),
             *([("Scans left out.", ("series", "why"), left_out)] if left_out else []),
             (f"Scan {most['seriesuid']}: axial, coronal and sagittal plane through the middle of the lungs. "
              "Red: the lung mask. Green: the nodules, those of other planes too.", most["volume"].replace(".npy", ".png"))]
@@ -703,7 +690,7 @@ def gather(sources, folder, parameters, arguments, synthetic):
     if not all(records):
         print(f"This part is done; {records.count({})} scans are other parts'. The last part writes dataset.json.")
         return False
-    left_out = [{key: record[key] for key in ("seriesuid", "reason")} for record in records if "reason" in record]
+    left_out = [record for record in records if "reason" in record]
     for row in left_out:
         print(f"left out: {row['reason'].removeprefix('lungaug: ')}")
     records = [record for record in records if "reason" not in record]
@@ -731,8 +718,7 @@ def main():
     check(any(source.seriesuid in annotations for source in sources), table, "no series of the scans in it",
           "a MetaImage's series UID is its file's name, a DICOM file's is its tag")
     parameters = {"scans": "synthetic" if synthetic else str(scans.resolve()), "annotations": lungaug.file_crc(table, ""),
-                  "cube": arguments.cube, "negatives": arguments.negatives, "max_slice_mm": arguments.max_slice_mm,
-                  "seed": arguments.seed}
+                  **{key: getattr(arguments, key) for key in ("cube", "negatives", "max_slice_mm", "seed")}}
     part, parts = arguments.part
     with lungaug.alone(folder, f"part {part} of {parts}"):
         lungaug.claim(folder, parameters, arguments.overwrite)
@@ -743,11 +729,12 @@ def main():
         if not gather(sources, folder, parameters, arguments, synthetic):
             return
     dataset = open_dataset(run)
-    lungaug.print_table("Table 1. Sample counts", TABLE_1_HEAD, table_1_cells(dataset.info["table_1"]))
+    items = page(dataset)
+    lungaug.print_table(*items[1])      # Table 1
     litres = [scan["litres"] for scan in dataset.info["scans"]]
     print(f"{len(litres)} scans, {len(dataset.info['left_out'])} left out; lungs of {min(litres):.1f} to {max(litres):.1f} "
           f"litres. Pictures in {folder}: one a scan.")
-    lungaug.record_stage(folder, arguments, page(dataset))
+    lungaug.record_stage(folder, arguments, items)
 
 
 if __name__ == "__main__":

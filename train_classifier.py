@@ -47,7 +47,6 @@ def select(scores, probabilities, score_threshold, class_probability):
     return (scores >= score_threshold) & (probabilities >= class_probability)
 
 
-@torch.no_grad()
 def score_reals(critic, dataset, label, device, most=2048):
     """Critic scores of the training reals of one class, evenly chosen where there are more than `most`: (n,)"""
     rows, flips = conventional_positives(dataset, "train") if label == 1 else no_flips(dataset.negatives["train"])

@@ -34,9 +34,9 @@ TARGETS = {
 }
 EQUIVALENT = {      # the changed line → why nothing changes
     "models.conv: return nn.Conv3d(into, out, kernel, padding=kernel // (3))": "kernels are 1 and 3: 0 and 1 either way",
-    "models.UpBlock: self.conv1, self.norm1 = UpsampleConv3d(into, out, 3, padding=(2)), norm(out)":
+    "models.UpBlock: self.body = nn.Sequential(UpsampleConv3d(into, out, 3, padding=(2)), norm(out), activation(),":
         "UpsampleConv3d's forward has a padding of its own",
-    "models.DownBlock: self.conv2, self.norm2 = ConvDownsample3d(into, out, 3, padding=(2)), norm(out)":
+    "models.DownBlock: ConvDownsample3d(into, out, 3, padding=(2)), norm(out), activation())":
         "ConvDownsample3d's forward has a padding of its own",
     "evaluate.nearest_neighbours: distances = cdist(np.reshape(queries, (len(queries), -(2))), np.reshape(references, (len(references), -1)))":
         "NumPy takes any negative side for what is left",

@@ -72,7 +72,7 @@ def test_rule_3_1_channels__by_hand():
 def test_rule_3_1_channels__of_every_level_that_runs(cube, counts):
     """The generator's levels have these channels at sides 3, 6, …, the critic's the same from the other end."""
     rising = [f"{2 * n}×{3 * 2 ** k}×{3 * 2 ** k}×{3 * 2 ** k}" for k, n in enumerate(counts)]
-    blocks = [f"blocks.{i}.norm2" for i in range(len(counts) - 1)]
+    blocks = [f"blocks.{i}.body.4" for i in range(len(counts) - 1)]
     up, down = ({name: shape for name, _, shape, _ in table(kind, cube, 2)} for kind in (Generator, Critic))
     assert [up[name] for name in ("start", *blocks)] == rising
     assert [down[name] for name in ("norm", *blocks)] == rising[::-1]
@@ -238,8 +238,8 @@ def three(x, layer):
 def test_rule_3_1_1_residual_up__formula():
     """LReLU(LN(conv(LReLU(LN(conv(up(x))))))) + up(conv 1³(x)), from plain parts."""
     block, x = shaken(UpBlock(3, 5)), random(*SHAPE)
-    h = F.leaky_relu(layer_norm(three(upsample(x), block.conv1), block.norm1), 0.2)
-    h = F.leaky_relu(layer_norm(three(h, block.conv2), block.norm2), 0.2)
+    h = F.leaky_relu(layer_norm(three(upsample(x), block.body[0]), block.body[1]), 0.2)
+    h = F.leaky_relu(layer_norm(three(h, block.body[3]), block.body[4]), 0.2)
     skip = torch.einsum("oi,nizyx->nozyx", block.skip.weight[:, :, 0, 0, 0], upsample(x)) + block.skip.bias.reshape(-1, 1, 1, 1)
     assert near(block(x), h + skip)
 
@@ -247,15 +247,15 @@ def test_rule_3_1_1_residual_up__formula():
 def test_rule_3_1_1_residual_down__formula():
     """LReLU(LN(down(conv(LReLU(LN(conv(x))))))) + conv 1³(down(x)), from plain parts."""
     block, x = shaken(DownBlock(3, 5)), random(*SHAPE)
-    h = F.leaky_relu(layer_norm(three(x, block.conv1), block.norm1), 0.2)
-    h = F.leaky_relu(layer_norm(downsample(three(h, block.conv2)), block.norm2), 0.2)
+    h = F.leaky_relu(layer_norm(three(x, block.body[0]), block.body[1]), 0.2)
+    h = F.leaky_relu(layer_norm(downsample(three(h, block.body[3])), block.body[4]), 0.2)
     skip = torch.einsum("oi,nizyx->nozyx", block.skip.weight[:, :, 0, 0, 0], downsample(x)) + block.skip.bias.reshape(-1, 1, 1, 1)
     assert near(block(x), h + skip)
 
 
 def silenced(block):
     """The block with F = 0: its last norm has gain and bias 0, so only the skip is left."""
-    for parameter in (block.norm2.weight, block.norm2.bias, block.skip.bias):
+    for parameter in (block.body[4].weight, block.body[4].bias, block.skip.bias):
         nn.init.zeros_(parameter)
     block.skip.weight.data = torch.eye(3).double().reshape(3, 3, 1, 1, 1)
     return block
@@ -425,7 +425,7 @@ def test_rule_3_2_classifier__kernels_of_three():
 def test_rule_3_2_classifier__formula():
     """For cube 12, from plain parts: a max over 2×2×2 of LReLU(conv 3³ of stride 2), then two linear layers."""
     classifier, x = shaken(Classifier(12)), samples(Classifier, 12)
-    first, _, _, _, hidden, _, last = classifier.layers
+    first, _, _, _, hidden, _, last = classifier
     h = F.leaky_relu(three(x, first)[..., ::2, ::2, ::2], 0.2)
     h = torch.stack([h[..., i::2, j::2, k::2] for i, j, k in itertools.product((0, 1), repeat=3)]).amax(0).flatten(1)
     h = F.leaky_relu(h @ hidden.weight.T + hidden.bias, 0.2)
