@@ -500,7 +500,7 @@ def figure_html(path, caption):
 
 def report(run):
     """Draw <run>/report.html from the pages that the stages left, in the thesis' order; returns its path."""
-    sections, rows = [], []
+    sections, stages = [], []
     for folder in (run / name for name in ("prepared", "gan", "classifiers", "evaluation")):
         path = folder / "options.json"
         with refusing(path, f"run python lungaug.py --run {run} first"):
@@ -510,10 +510,10 @@ def report(run):
                     sections.append([item, f"<h2>{html.escape(item)}</h2>"])
                 else:
                     sections[-1].append(figure_html(folder / Path(item[1]).name, item[0]) if len(item) == 2 else table_html(*item))
-            rows.append(("seconds", shown(left["seconds"]), left["command"]))
-            rows += [("", key, value) for key, value in (left["options"] | left["versions"]).items()]
+            settings = ", ".join(f"{key} {value}" for key, value in (left["options"] | left["versions"]).items())
+            stages.append((left["command"], duration(left["seconds"]), settings))
     body = [part for _, *parts in sorted(sections, key=lambda section: section[0]) for part in parts]
-    body += ["<h2>This run</h2>", table_html("Each stage's time and options.", ("", "", ""), rows)]
+    body += ["<h2>This run</h2>", *(f"<p>{html.escape(printable(': '.join(words), 2000))}</p>" for words in stages)]
     write(run / "report.html", '<!doctype html><html lang="en"><meta charset="utf-8"><title>lungaug</title>'
                f"<style>{STYLE}</style><body><h1>{TITLE}</h1>{''.join(body)}</body></html>\n")
     return run / "report.html"
