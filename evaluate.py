@@ -313,7 +313,8 @@ def draw_curves(folder, run):
     logs = {arm: lungaug.read_log(run / "classifiers" / arm / "log.jsonl") for arm, *_ in TABLES.values()}
     logs, rows = {arm: rows for arm, rows in logs.items() if rows}, lungaug.read_log(run / "gan" / "log.jsonl")
     for number, figure, shown, where in ((7, figure_7, rows, "gan"), (8, figure_8, logs, "classifiers")):
-        with lungaug.refusing(run / where, "its log.jsonl is damaged: train again with --overwrite"), np.errstate(over="raise", invalid="raise"):
+        do = "its log.jsonl is damaged: train again with --overwrite"
+        with lungaug.refusing(run / where, do), np.errstate(over="raise", invalid="raise"):
             if shown:
                 lungaug.write(folder / f"figure_{number}.svg", figure(shown))
 

@@ -204,7 +204,7 @@ def command(main):
             raise
         print(Refusal("memory", str(error), "give a smaller --batch-size, --width or --micro-batch"), file=sys.stderr)
     except KeyboardInterrupt:
-        print("\nlungaug: stopped — the same command, without --overwrite, goes on from what is saved, if anything is", file=sys.stderr)
+        print("\nlungaug: stopped — the same command, without --overwrite, goes on from what is saved", file=sys.stderr)
         sys.exit(130)
     sys.exit(2)
 
@@ -509,7 +509,8 @@ def report(run):
                 if isinstance(item, str):
                     sections.append([item, f"<h2>{html.escape(item)}</h2>"])
                 else:
-                    sections[-1].append(figure_html(folder / Path(item[1]).name, item[0]) if len(item) == 2 else table_html(*item))
+                    figure = len(item) == 2
+                    sections[-1].append(figure_html(folder / Path(item[1]).name, item[0]) if figure else table_html(*item))
             settings = ", ".join(f"{key} {value}" for key, value in (left["options"] | left["versions"]).items())
             stages.append((left["command"], duration(left["seconds"]), settings))
     body = [part for _, *parts in sorted(sections, key=lambda section: section[0]) for part in parts]

@@ -164,7 +164,8 @@ def read_metaimage(source):
     element = np.dtype(ELEMENTS[keys["ElementType"]]).newbyteorder(">" if big else "<")
     found = read_voxels(data, start, int(size.prod()) * element.itemsize, packed)
     hu = to_hu(np.frombuffer(found, element).reshape(size.astype(int)), data)
-    return Scan(source.seriesuid, hu, numbers["ElementSpacing"], numbers["Offset"], numbers["TransformMatrix"].reshape(3, 3).T)
+    direction = numbers["TransformMatrix"].reshape(3, 3).T
+    return Scan(source.seriesuid, hu, numbers["ElementSpacing"], numbers["Offset"], direction)
 
 
 def read_voxels(path, start, wanted, compressed):

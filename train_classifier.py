@@ -293,9 +293,10 @@ def main():
             train_arm(arm, run, dataset, arguments, generated if arm != "real" else None, device)
     rows = [(name, *map(lungaug.shown, (row["wanted"], row["accepted"], row["rate"], row["score_threshold"])))
             for name, row in generated.items()]
+    head = ("class", "wanted", "accepted", "acceptance rate", "score at least")
     lungaug.record_stage(run / "classifiers", arguments, [
         "4.3 Generative augmentation",
-        ("Samples wanted, and those that passed the selection.", ("class", "wanted", "accepted", "acceptance rate", "score at least"), rows),
+        ("Samples wanted, and those that passed the selection.", head, rows),
         ("Middle axial slices, a row each: real and generated positives, real and generated negatives.", "samples.png")])
 
 
