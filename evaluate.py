@@ -121,7 +121,7 @@ def load_networks(run, dataset, device):
 
     All must come from this dataset and from one GAN: others may have been trained on what is the test set here.
     """
-    networks, gan, asked = {}, run / "gan" / "checkpoint.pt", {"prepared": lungaug.fingerprint(dataset.info["scans"])}
+    networks, gan, asked = {}, run / "gan" / "checkpoint.pt", {"prepared": dataset.fingerprint}
     made_with, do = run / "classifiers" / "generated" / "generated.json", f"run python train_classifier.py --run {run} first"
     gan_crc = lungaug.file_crc(gan, f"run python train_gan.py --run {run} first")
     with lungaug.refusing(made_with, do):

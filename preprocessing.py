@@ -580,6 +580,7 @@ class Dataset(NamedTuple):
     cube: int
     positives: dict         # split → rows, int (n, 4)
     negatives: dict
+    fingerprint: int        # of its scans: what is made from them remembers it
 
 
 def open_dataset(run):
@@ -598,7 +599,7 @@ def open_dataset(run):
         plain = all(Path(name).name == name for name in names)
         check(info["preset"] in ("demo", "thesis") and cube in CUBES and plain, path, "a preset, cube or file name of no use", do)
         kinds = [{split: rows(kind, split) for split in SPLITS} for kind in ("positives", "negatives")]
-        return Dataset(path.parent, info, cube, *kinds)
+        return Dataset(path.parent, info, cube, *kinds, lungaug.fingerprint(info["scans"]))
 
 
 def labelled(dataset, split):

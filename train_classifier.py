@@ -85,8 +85,7 @@ def generate(generator, critic, label, wanted, threshold, arguments, device):
 def load_gan(run, dataset, device):
     """Generator and critic from <run>/gan/checkpoint.pt, trained on this dataset. Raises Refusal."""
     path = run / "gan" / "checkpoint.pt"
-    state = lungaug.load_checkpoint(path, f"run python train_gan.py --run {run} first",
-                                    prepared=lungaug.fingerprint(dataset.info["scans"]))
+    state = lungaug.load_checkpoint(path, f"run python train_gan.py --run {run} first", prepared=dataset.fingerprint)
     with lungaug.refusing(path, "train the GAN again with --overwrite"):
         networks = [build(state["settings"]["cube"], state["settings"]["width"]) for build in (Generator, Critic)]
         for network, name in zip(networks, ("generator", "critic")):
@@ -102,7 +101,7 @@ def generate_classes(run, dataset, arguments, device):
     folder, wanted = run / "classifiers" / "generated", 8 * len(dataset.positives["train"])
     path = folder / "generated.json"
     asked = {key: getattr(arguments, key) for key in ("seed", "score_quantile", "class_probability", "attempts")}
-    asked["prepared"] = lungaug.fingerprint(dataset.info["scans"])
+    asked["prepared"] = dataset.fingerprint
     asked["gan_crc32"] = lungaug.file_crc(run / "gan" / "checkpoint.pt", f"run python train_gan.py --run {run} first")
     if path.exists():
         with lungaug.refusing(path, "start again with --overwrite"):
@@ -239,7 +238,7 @@ def train_arm(arm, run, dataset, arguments, delivered, device):
     classifier, draws = Classifier(dataset.cube).to(device), lungaug.stream(a.seed, "classifier batches", arm)
     optimizer = torch.optim.Adam(classifier.parameters(), a.learning_rate, BETAS)
     epoch, best = 0, {"f1": -1.0, "loss": float("inf"), "epoch": -1, "classifier": None}
-    asked = settings(a) | {"delivered": delivered, "prepared": lungaug.fingerprint(dataset.info["scans"])}
+    asked = settings(a) | {"delivered": delivered, "prepared": dataset.fingerprint}
     if path.exists():
         state = lungaug.load_checkpoint(path, "", **asked)
         with lungaug.refusing(path, "start again with --overwrite"):

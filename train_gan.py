@@ -257,7 +257,7 @@ def main():
         lungaug.stage("preprocessing.py", "--run", run, "--seed", arguments.seed or 0)
     dataset = preprocessing.open_dataset(run)
     lungaug.settle(arguments, "train_gan", dataset.info["preset"])
-    arguments.cube, arguments.prepared = dataset.cube, lungaug.fingerprint(dataset.info["scans"])
+    arguments.cube, arguments.prepared = dataset.cube, dataset.fingerprint
     device = lungaug.pick_device(arguments.device)
     folder = run / "gan"
     with lungaug.alone(folder, "training"):

@@ -23,7 +23,7 @@ def dataset(tmp_path):
         scans.append({"volume": f"{i}.npy"})
     rows = [np.array([(i, 10, 12, 14), (i, 3, 20, 9)], np.int32) for i in range(2)]
     preprocessing.open_array.cache_clear()
-    return preprocessing.Dataset(tmp_path, {"scans": scans}, 12, {"train": rows[0]}, {"train": rows[1]})
+    return preprocessing.Dataset(tmp_path, {"scans": scans}, 12, {"train": rows[0]}, {"train": rows[1]}, 0)
 
 
 @pytest.fixture
