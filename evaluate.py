@@ -121,7 +121,7 @@ def load_networks(run, dataset, device):
 
     All must come from this dataset and from one GAN: others may have been trained on what is the test set here.
     """
-    networks, gan, asked = {}, run / "gan" / "checkpoint.pt", {"prepared": dataset.fingerprint}
+    networks, gan = {}, run / "gan" / "checkpoint.pt"
     made_with, do = run / "classifiers" / "generated" / "generated.json", f"run python train_classifier.py --run {run} first"
     gan_crc = lungaug.file_crc(gan, f"run python train_gan.py --run {run} first")
     with lungaug.refusing(made_with, do):
@@ -132,9 +132,10 @@ def load_networks(run, dataset, device):
         if arm in ("mixed", "fake") and not path.exists():
             continue
         if arm == "critic":
-            state = lungaug.load_checkpoint(path, f"run python train_gan.py --run {run} first", **asked)
+            state = lungaug.load_checkpoint(path, do, prepared=dataset.fingerprint)
         else:
-            state = lungaug.load_checkpoint(path, do, delivered=None if arm == "real" else classes, **asked)
+            delivered = None if arm == "real" else classes
+            state = lungaug.load_checkpoint(path, do, prepared=dataset.fingerprint, delivered=delivered)
         with lungaug.refusing(path, "train it again with --overwrite"):
             if arm == "critic":
                 network, weights = Critic(dataset.cube, state["settings"]["width"]), state["critic"]

@@ -234,11 +234,13 @@ def stack(source):
     normal = np.cross(*slices[0][2][:6].reshape(2, 3))
     places, paths, planes = zip(*sorted(slices, key=lambda one: one[0] @ normal))
     steps = np.diff(places, axis=0)
-    usual = np.median([step for step in steps if np.abs(step).max() > 0.01] or steps, axis=0)    # of copies every second is 0
+    apart = [step for step in steps if step @ normal > 0.01] or [np.zeros(3)]       # of a series copied whole every second is 0
+    usual = np.median(apart, axis=0)
     worst = np.abs(steps - usual).max(1).argmax()
     after, found, wanted = (np.round(vector, 3).tolist() for vector in (places[worst], steps[worst], usual))
-    even = np.abs(np.cumsum(steps - steps.mean(0), axis=0)).max() < np.linalg.norm(usual) / 4
-    check(even, where, f"the slice after {after} mm lies {found} on, not {wanted}",
+    even = np.abs((steps - usual) @ normal).max() < usual @ normal / 2
+    straight = np.abs(np.cumsum(steps - steps.mean(0), axis=0)).max() < usual @ normal / 4
+    check(even and straight, where, f"the slice after {after} mm lies {found} on, not {wanted}",
           "slices lie evenly along a line: restore the missing ones, keep one of each")
     return paths, places, steps.mean(0), planes[0]
 
@@ -484,7 +486,7 @@ def with_flips(rows):
 def scan_name(seriesuid):
     """A file name for a series, within the folder whatever the UID says: a hostile file may have made it anything."""
     plain = "".join(c if c.isascii() and (c.isalnum() or c in "-._") else "_" for c in seriesuid)[:100]
-    is_uid = plain == seriesuid and plain[:1].isdigit()     # so never one of our own files' names, dataset or nodules
+    is_uid = plain == seriesuid and plain[:1].isdigit()     # so never one of our own files' names, dataset or options
     return plain if is_uid else f"_{plain}_{zlib.crc32(seriesuid.encode(errors='surrogatepass')):08x}"
 
 

@@ -1,4 +1,4 @@
-"""Section 5: nearest neighbours, the confusion matrix and its metrics, Tables 2–5, and what they do not show.
+"""Section 5: nearest neighbours, the confusion matrix and its metrics, Tables 2–5, what they do not show; the figures.
 
     python -m pytest tests/test_evaluate.py -v
 """

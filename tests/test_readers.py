@@ -469,7 +469,7 @@ def test_rule_2_dicom_geometry__two_equal_stacks_are_refused(tmp_path):
     """Two volumes under one UID cannot be told apart: neither is taken."""
     folder = series(tmp_path / "s", made(shape=(6, 5, 7)))
     series(folder, made(shape=(6, 5, 7), spacing=(0.9, 0.8, 1.3)), names=[f"other{k}" for k in range(6)])
-    refused(lambda: read_scan(folder), "6 of 12 files")
+    refused(lambda: read_scan(folder), folder, "6 of 12 files")
 
 
 def test_rule_2_dicom_geometry__a_missing_slice_under_a_tilt_is_refused(tmp_path):
@@ -484,6 +484,16 @@ def test_rule_2_dicom_geometry__a_series_copied_whole_is_refused(tmp_path):
     series(tmp_path / "b", made())
     source, = find_scans(tmp_path)
     refused(lambda: preprocessing.read_source(source), "[0.0, 0.0, 0.0] on, not [0.0, 0.0, 1.3]", "keep one of each")
+
+
+@pytest.mark.parametrize("steps", [[0.81, 1.38, 0.81] * 3, [1.0] * 5 + [1.6, 0.4], [0.005] * 6])
+def test_rule_2_dicom_geometry__uneven_steps_are_refused(tmp_path, steps):
+    """A step of half as much again as the usual, or less than half of it, is no even series, though no slice is far from
+    its place in one; nor are slices that lie all but upon each other."""
+    folder = series(tmp_path / "s", made(shape=(len(steps) + 1, 5, 7)))
+    for path, z in zip(sorted(folder.iterdir()), np.cumsum([-200, *steps])):
+        change(path, ImagePositionPatient=["0", "0", f"{z:.3f}"])
+    refused(lambda: read_scan(folder), folder, "evenly")
 
 
 def test_rule_2_dicom_geometry__a_series_out_of_line_is_refused(tmp_path):
