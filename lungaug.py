@@ -78,11 +78,11 @@ def within(kind, least, most=1e12):
 
 
 def part(text):
-    """2/8 → (2, 8), for argparse."""
+    """A share like 2/8, as it is typed, for argparse."""
     one, of = map(int, text.split("/"))
     if not 1 <= one <= of:
         raise argparse.ArgumentTypeError(f"{text} is not like 2/8")
-    return one, of
+    return text
 
 
 OPTIONS = (     # stages, name, default, settings for argparse; PRESETS holds the others
@@ -95,7 +95,7 @@ OPTIONS = (     # stages, name, default, settings for argparse; PRESETS holds th
     (STAGES[:1], "--workers", min(os.cpu_count() or 1, 8), dict(
         type=within(int, 1), help="processes, each with a scan in memory (default: one a core, 8 at most)")),
     (STAGES[:1], "--strict", False, dict(action="store_true", help="stop at the first scan that cannot be used")),
-    (STAGES[:1], "--part", (1, 1), dict(type=part, help="2/8: this machine's share of the scans; parts join in one --run")),
+    (STAGES[:1], "--part", "1/1", dict(type=part, help="2/8: this machine's share of the scans; parts join in one --run")),
     (STAGES[1:2], "--precision", "float32", dict(choices=("float32", "bfloat16"), help="bfloat16: quicker on a GPU")),
     (STAGES[1:2], "--micro-batch", None, dict(
         type=within(int, 1), help="cubes at a time, where a batch does not fit in memory; the gradients are the same")),
@@ -148,7 +148,6 @@ def typed(arguments, stage):
     words = []
     for name, *_ in rows_of(stage):
         value = getattr(arguments, name[2:].replace("-", "_"))
-        value = "/".join(map(str, value)) if isinstance(value, tuple) else value
         words += [] if value is None else [name] if value is True else [name, value]
     return words
 

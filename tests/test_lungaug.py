@@ -120,7 +120,7 @@ def test_typed__hands_each_stage_what_it_knows():
         given[stage] = vars(lungaug.parse("", stage, words=[str(word) for word in lungaug.typed(every, stage)]))
         assert all(value == getattr(every, key) for key, value in given[stage].items())
     assert given["preprocessing"]["cube"] == 12 and given["preprocessing"]["strict"] is True
-    assert given["preprocessing"]["part"] == (2, 8)
+    assert given["preprocessing"]["part"] == "2/8"
     assert given["train_gan"]["epochs"] == given["train_classifier"]["epochs"] == 4
     assert given["train_classifier"]["score_quantile"] == 0 and "width" not in given["train_classifier"]
     assert set(given["evaluate"]) == {"run", "preset", "seed", "device"}
@@ -141,7 +141,7 @@ def test_parse__what_no_stage_can_use_exits_2(words, capsys):
     assert stopped.value.code == 2 and words.split()[0] in capsys.readouterr().err
 
 
-@pytest.mark.parametrize("words, key, value", [("--part 1/1", "part", (1, 1)), ("--part 2/2", "part", (2, 2)), ("--batch-size 2", "batch_size", 2),
+@pytest.mark.parametrize("words, key, value", [("--part 1/1", "part", "1/1"), ("--part 2/2", "part", "2/2"), ("--batch-size 2", "batch_size", 2),
                                                ("--micro-batch 1", "micro_batch", 1), ("--score-quantile 1", "score_quantile", 1)])
 def test_parse__the_least_and_the_most_are_taken(words, key, value):
     """A value at the edge of its range is read."""

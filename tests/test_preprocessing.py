@@ -140,12 +140,30 @@ def test_rule_2_1_1_resample__equals_the_sum_over_eight_corners(name):
 
 
 @pytest.mark.parametrize("name", AXES_AGREE)
-def test_rule_2_1_1_resample__diagonal_path_equals_the_full_matrix(name):
-    """The quick path for agreeing axes gives what a full matrix gives: a turn by 1e-10 takes the slow one."""
+def test_rule_2_1_1_axes__equals_the_full_matrix(name):
+    """The quick way of agreeing axes gives what a full matrix gives: a turn by 1e-10 takes the slow one."""
     scan = scan_of(noise(SHAPE, float), DIRECTIONS[name])
     quick, origin, shape = preprocessing.resample(scan), *preprocessing.grid(scan)
-    slow = preprocessing.resample(scan._replace(direction=turn(1, 1e-10) @ scan.direction), 1, origin, shape)
+    slow = preprocessing.resample(scan._replace(direction=turn(1, 1e-10) @ scan.direction), origin, shape)
     assert np.abs(quick.hu - slow.hu).max() < 1e-6
+
+
+@pytest.mark.parametrize("dtype, far", [(float, 1e-10), (np.float32, 1e-3), (np.int16, 0)])
+def test_rule_2_1_1_axes__equals_affine_transform(dtype, far):
+    """The plain way: scipy's, point by point; to a number's own digits, and in whole HU the same rounding."""
+    hu, start, step, shape = noise(SHAPE, dtype), (0.3, 1.2, 0), (0.41, 0.77, 1.3), (20, 13, 11)
+    plain = ndimage.affine_transform(hu.astype(float), np.array(step), start, shape, order=1, mode="nearest")
+    plain = np.rint(plain) if dtype == np.int16 else plain
+    found = preprocessing.interpolate_axes(hu, start, step, shape)
+    assert found.dtype == dtype and found.shape == shape and np.abs(found - plain).max() <= far
+
+
+def test_rule_2_1_1_axes__past_an_end_the_last_voxel_stays():
+    """Points before the first and after the last voxel along z hold that voxel's HU, even of a single slice."""
+    hu = noise((3, 2, 2))
+    found = preprocessing.interpolate_axes(hu, (-1.5, 0, 0), (1.5, 1, 1), (5, 2, 2))
+    assert np.array_equal(found[[0, 1, 3, 4]], hu[[0, 0, 2, 2]])
+    assert np.array_equal(preprocessing.interpolate_axes(hu[:1], (-1, 0, 0), (1, 1, 1), (3, 2, 2)), hu[[0, 0, 0]])
 
 
 @pytest.mark.parametrize("name", ["oblique", "gantry tilt"])
@@ -171,17 +189,9 @@ def test_rule_2_1_1_resample__a_part_equals_that_part_of_the_whole(name):
     """The part of the grid that is asked for is the same voxels, so that a crop moves no nodule."""
     scan = scan_of(noise(SHAPE, float), DIRECTIONS[name])
     whole = preprocessing.resample(scan)
-    part = preprocessing.resample(scan, 1, whole.origin + (2, 3, 1), (5, 4, 6))
+    part = preprocessing.resample(scan, whole.origin + (2, 3, 1), (5, 4, 6))
     assert np.abs(part.hu - whole.hu[1:6, 3:7, 2:8]).max() < 1e-6
     assert np.array_equal(part.origin, whole.origin + (2, 3, 1))
-
-
-def test_rule_2_1_1_resample__step_is_millimetres_between_points():
-    """Every second point of the 1 mm grid is the 2 mm grid."""
-    scan = scan_of(noise(SHAPE, float), np.eye(3))
-    whole = preprocessing.resample(scan)
-    coarse = preprocessing.resample(scan, 2, whole.origin, [-(-n // 2) for n in whole.hu.shape])
-    assert np.abs(coarse.hu - whole.hu[::2, ::2, ::2]).max() < 1e-9
 
 
 @every_direction
@@ -482,6 +492,13 @@ def test_rule_2_1_3_lungs__no_lung_gives_an_empty_mask(hu):
     """A volume of nothing but air, or without any, has no lungs: all False, no exception."""
     mask = preprocessing.lung_mask(np.full((8, 9, 10), hu, np.int16))
     assert mask.shape == (8, 9, 10) and mask.dtype == bool and not mask.any()
+
+
+def test_rule_2_1_3_lungs__are_sought_at_every_second_point_of_the_grid():
+    """The 2 mm grid of the mask is every second point of the 1 mm grid."""
+    scan = scan_of(noise(SHAPE), np.eye(3))
+    coarse, whole = preprocessing.coarse_lungs(scan)[0], preprocessing.resample(scan)
+    assert np.array_equal(coarse.hu, whole.hu[::2, ::2, ::2]) and np.array_equal(coarse.origin, whole.origin)
 
 
 # 2.1.4 Positive and negative cube samples

@@ -348,7 +348,7 @@ def test_rule_2_dicom_geometry__every_form_gives_the_same_volume(forms):
     _, scans = forms
     (first, shape), *others = map(preprocessing.grid, scans.values())
     middle = first + np.array(shape[::-1]) // 2 - 30
-    volume, *volumes = [resample(scan, 1, middle, (60, 61, 62)).hu for scan in scans.values()]
+    volume, *volumes = [resample(scan, middle, (60, 61, 62)).hu for scan in scans.values()]
     assert all(np.array_equal(origin, first) and np.array_equal(other, shape) for origin, other in others)
     assert volume.std() > 100 and all(np.array_equal(other, volume) for other in volumes)
 
