@@ -536,23 +536,28 @@ def prepare_scan(source, nodules, folder, parameters):
     negatives = draw_negatives(lungs, spheres, cube, parameters["negatives"], rng)
     name = scan_name(source.seriesuid)
     lungaug.write(folder / f"{name}.npy", volume.hu)
-    marks = (centres[:, ::-1] + corner - coarse.origin) @ np.linalg.inv(affine(coarse)).T
-    lungaug.write(folder / f"{name}.png", scan_picture(coarse.hu, mask.hu, np.rint(marks[:, ::-1]).astype(int)))
+    places = ((nodules[:, :3] - coarse.origin) @ np.linalg.inv(affine(coarse)).T)[:, ::-1]
+    lungaug.write(folder / f"{name}.png", scan_picture(coarse.hu, mask.hu, places, nodules[:, 3] / 4))
     return {"seriesuid": source.seriesuid, "patient": source.patient, "volume": f"{name}.npy",
             "crc32": zlib.crc32(volume.hu.tobytes()), "origin": volume.origin.tolist(), "litres": litres,
             "positives": (centres - start).tolist(), "diameters": nodules[:, 3].tolist(),
             "negatives": (negatives - start).tolist()}
 
 
-def scan_picture(hu, lungs, marks):
-    """A PNG of three planes through the lungs' middle, at 2 mm: their outline in red, the nodules' places in green."""
-    middle, pictures = np.argwhere(lungs).mean(0).astype(int), []
-    for axis in range(3):
-        mask = lungs.take(middle[axis], axis)
-        picture = np.stack([lungaug.grey(normalize(hu.take(middle[axis], axis)))] * 3, axis=-1)
+def scan_picture(hu, lungs, centres, radii):
+    """A PNG of three planes at 2 mm through the largest nodule, or through the right lung where there is none.
+
+    hu, lungs: (z, y, x), the lungs outlined in red; centres (n, 3) and radii (n,) of nodules, in voxels: ringed in green.
+    """
+    pictures, through = [], centres[radii.argmax()] if len(radii) else np.quantile(np.argwhere(lungs), 0.25, axis=0)
+    for axis, at in enumerate(np.clip(np.rint(through).astype(int), 0, np.array(hu.shape) - 1)):
+        mask = lungs.take(at, axis)
+        picture = np.stack([lungaug.grey(normalize(hu.take(at, axis)))] * 3, axis=-1)
         picture[mask ^ ndimage.binary_erosion(mask)] = 230, 60, 50
-        for row, column in np.delete(marks, axis, axis=1):
-            picture[max(row - 1, 0):row + 2, max(column - 1, 0):column + 2] = 60, 220, 90
+        rows, columns = np.indices(mask.shape)
+        for (row, column), depth, radius in zip(np.delete(centres, axis, 1), centres[:, axis] - at, radii + 1):
+            disc = (rows - row) ** 2 + (columns - column) ** 2 + depth ** 2 < radius ** 2
+            picture[ndimage.binary_dilation(disc) ^ disc] = 60, 220, 90
         pictures.append(picture if axis == 0 else picture[::-1])        # superior is up
     tall = max(map(len, pictures))
     sheet = np.hstack([np.pad(picture, ((0, tall - len(picture)), (2, 2), (0, 0))) for picture in pictures])
@@ -673,8 +678,8 @@ def page(dataset):
             (f"Table 1. Sample counts, {len(info['scans'])} {kind}. Each nodule's eight flips count.",
              ("", "positive", "nodules", "negative", "thesis: positive", "negative"), counts),
             *([("Scans left out.", ("series", "why"), left_out)] if left_out else []),
-            (f"Scan {most['seriesuid']}: axial, coronal and sagittal plane through the middle of the lungs. "
-             "Red: the lung mask. Green: the nodules, those of other planes too.", most["volume"].replace(".npy", ".png"))]
+            (f"Scan {most['seriesuid']}: axial, coronal and sagittal plane through its largest nodule. "
+             "Red: the lung mask. Green: around the nodules that a plane cuts.", most["volume"].replace(".npy", ".png"))]
 
 
 def find_annotations(scans):

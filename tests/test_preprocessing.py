@@ -875,6 +875,51 @@ def test_prepare_scan__refuses_what_is_no_whole_chest(tmp_path, hu, says):
         preprocessing.prepare_scan(source, [], tmp_path / "out", PARAMETERS)
 
 
+def panes_of(monkeypatch, hu, *rest):
+    """scan_picture's three planes as pixels (rows, columns, 3), each without its margin: axial, coronal, sagittal."""
+    monkeypatch.setattr(lungaug, "png", lambda pixels: pixels)
+    sheet, panes, left = preprocessing.scan_picture(hu, *rest)[::2, ::2], [], 2
+    for rows, columns in np.delete(np.tile(hu.shape, (3, 1)).ravel(), [0, 4, 8]).reshape(3, 2):
+        panes.append(sheet[:rows, left:left + columns])
+        left += columns + 4
+    return panes
+
+
+def coloured(pane, colour):
+    """Where a pane has more of a colour (0 red, 1 green) than of the others: (n, 2), row and column."""
+    others = np.delete(pane, colour, axis=2).max(2)
+    return np.argwhere(pane[..., colour] > others.astype(int) + 100)
+
+
+def test_scan_picture__rings_the_largest_nodule_in_its_three_planes(monkeypatch):
+    """A green ring a voxel outside the nodule, in each plane through its centre; superior is up; others are elsewhere."""
+    hu, lungs = np.full((40, 44, 48), -850, np.int16), np.ones((40, 44, 48), bool)
+    panes = panes_of(monkeypatch, hu, lungs, np.array([[8.0, 8, 8], [28, 30, 34]]), np.array([3.0, 6]))
+    for pane, centre in zip(panes, ((30, 34), (39 - 28, 34), (39 - 28, 30))):
+        away = np.linalg.norm(coloured(pane, 1) - np.array(centre), axis=1)
+        assert len(away) > 30 and away.min() >= 7 and away.max() < 8.1
+
+
+def test_scan_picture__outlines_the_lungs(monkeypatch):
+    """Red are the outermost voxels of the mask and no others; without a nodule the planes pass through the lungs."""
+    hu, lungs = np.full((40, 44, 48), 40, np.int16), np.zeros((40, 44, 48), bool)
+    lungs[10:30, 12:32, 6:42] = True
+    for pane, sides in zip(panes_of(monkeypatch, hu, lungs, np.zeros((0, 3)), np.zeros(0)), ((20, 36), (20, 36), (20, 20))):
+        red = coloured(pane, 0)
+        assert len(red) == 2 * sum(sides) - 4 and np.array_equal(np.ptp(red, axis=0) + 1, sides)
+        assert len(coloured(pane, 1)) == 0
+
+
+def test_prepare_scan__its_picture_has_each_nodule_where_it_is_annotated(trunk, tmp_path, monkeypatch):
+    """Rings' centres and radii, in voxels of 2 mm on the scan's own axes, are the annotations' millimetres."""
+    told, own = [], preprocessing.reorient(trunk.scan)
+    monkeypatch.setattr(preprocessing, "scan_picture", lambda *rest: told.extend(rest) or b"")
+    preprocessing.prepare_scan(trunk.source, trunk.nodules, tmp_path, PARAMETERS)
+    _, _, centres, radii = told
+    found = [own.origin + own.direction @ (2 * centre[::-1]) for centre in centres]
+    assert np.abs(np.column_stack([found, 4 * radii]) - trunk.nodules).max() < 1e-6
+
+
 # The command
 
 WORDS = ("--cube", "12", "--negatives", "20", "--workers", "1", "--max-slice-mm", "9")
