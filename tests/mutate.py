@@ -25,7 +25,7 @@ TARGETS = {
     "models.py": (None, ["test_models.py"]),
     "evaluate.py": (("nearest_neighbours", "nearest_training", "confusion_matrix", "ratio", "sensitivity", "specificity", "precision", "f1",
                      "metrics"), ["test_evaluate.py"]),
-    "preprocessing.py": (("affine", "reorient", "grid", "resample", "interpolate_axes", "clip_hu", "normalize", "denormalize", "close_ball", "lung_mask",
+    "preprocessing.py": (("affine", "reorient", "grid", "resample", "line_weights", "interpolate_axes", "clip_hu", "normalize", "denormalize", "close_ball", "lung_mask",
                           "nearest_voxel", "cut", "crop_cube", "meets_sphere", "draw_negatives", "split_patients", "flip", "all_flips",
                           "with_flips", "slice_hu"), ["test_preprocessing.py", "test_readers.py"]),
     "train_gan.py": (("auxiliary_scale", "draw_batch", "draw_latent", "draw_labels", "draw_epsilon", "critic_iteration", "generator_iteration", "train_epoch"),

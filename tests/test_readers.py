@@ -20,7 +20,7 @@ import pytest
 import phantom
 import preprocessing
 from lungaug import Refusal
-from preprocessing import find_scans, read_annotations, read_scan, resample
+from preprocessing import Source, find_scans, read_annotations, read_scan, resample
 
 TYPES = {"MET_CHAR": "i1", "MET_UCHAR": "u1", "MET_SHORT": "i2", "MET_USHORT": "u2", "MET_INT": "i4", "MET_UINT": "u4",
          "MET_LONG": "i4", "MET_ULONG": "u4", "MET_FLOAT": "f4", "MET_DOUBLE": "f8"}
@@ -802,6 +802,28 @@ def test_find_scans__a_hostile_series_uid_does_not_escape(tmp_path, uid):
     reason = preprocessing.prepare_one(source, [], tmp_path / "out", parameters)
     assert isinstance(reason, Refusal) and str(reason).isprintable()
     assert {path.parent for path in tmp_path.rglob("*") if path.is_file()} == {folder, tmp_path / "out"}
+
+
+def test_prepare_one__a_scan_of_one_long_line_is_left_out(tmp_path):
+    """2 × 2 × 200,000 voxels in 1.6 MB: no lungs, and no memory that grows with the square of the line."""
+    path = tmp_path / "7.7.mhd"
+    path.write_text("NDims = 3\nDimSize = 2 2 200000\nElementSpacing = 2 2 2.5\nElementType = MET_SHORT\nElementDataFile = 7.7.raw\n")
+    (tmp_path / "7.7.raw").write_bytes(bytes(1_600_000))
+    parameters = {"cube": 12, "negatives": 3, "max_slice_mm": 9, "seed": 0}
+    source, = find_scans(tmp_path)
+    assert "0.0 litres" in str(preprocessing.prepare_one(source, [], tmp_path / "out", parameters))
+
+
+def test_prepare_one__a_scan_too_large_for_the_memory_is_left_out(tmp_path, monkeypatch):
+    """The other scans go on: its reason is one line, with its file and what to do."""
+    def full(*_):
+        raise MemoryError("Unable to allocate 373. GiB")
+
+    source = Source("1.2", "1.2", (tmp_path / "1.2.mhd",))
+    monkeypatch.setattr(preprocessing, "prepare_scan", full)
+    reason = preprocessing.prepare_one(source, [], tmp_path / "out", {"seed": 0})
+    assert str(reason) == f"lungaug: {tmp_path / '1.2.mhd'}: too large for the memory — give fewer --workers"
+    assert preprocessing.read_record(source, tmp_path / "out", {"seed": 0})["reason"] == str(reason)
 
 
 # find_scans
