@@ -193,16 +193,12 @@ class Classifier(nn.Sequential):
 
 def layer_table(network, x):
     """Each layer that network(x) runs, in that order: (name, layer, shape of one sample's output, parameters)."""
-    rows, hooks = [], []
-    for name, layer in network.named_modules():
-        if not list(layer.children()):
-            hooks.append(layer.register_forward_hook(lambda layer, _, output, name=name: rows.append(
-                (name, str(layer), "×".join(map(str, output.shape[1:])), sum(p.numel() for p in layer.parameters())))))
-    with torch.no_grad():
+    seen, names = [], {layer: name for name, layer in network.named_modules()}
+    hook = nn.modules.module.register_module_forward_hook(lambda layer, _, output: seen.append((layer, output)))
+    with torch.no_grad(), hook:
         network(x)
-    for hook in hooks:
-        hook.remove()
-    return rows
+    return [(names[layer], str(layer), "×".join(map(str, output.shape[1:])), sum(p.numel() for p in layer.parameters()))
+            for layer, output in seen if not list(layer.children())]
 
 
 def main():
