@@ -17,16 +17,14 @@ LATENT = 128
 CUBES = (6, 12, 24, 48, 96, 192)        # 3·2^k
 
 
-def sides(cube):
-    """3, 6, …, cube: the side of every level, smallest first. Raises ValueError unless cube is one of CUBES."""
+def channels(cube, width):
+    """w·min(8, c/s) channels where a level's side is s = 3, 6, …, c   [rule_3_1_channels]
+
+    Returns those of every level, smallest side first. Raises ValueError unless cube is one of CUBES.
+    """
     if cube not in CUBES:
         raise ValueError(f"a cube's side is one of {CUBES}, not {cube}")
-    return [3, *CUBES[:CUBES.index(cube) + 1]]
-
-
-def channels(cube, width, side):
-    """w·min(8, c/s) channels where a level's side is s   [rule_3_1_channels]"""
-    return width * min(8, cube // side)
+    return [width * min(8, cube // side) for side in (3, *CUBES) if side <= cube]
 
 
 # 3.1 Auxiliary classifier Wasserstein GAN
@@ -133,7 +131,7 @@ class Generator(nn.Module):
 
     def __init__(self, cube, width):
         super().__init__()
-        counts = [channels(cube, width, side) for side in sides(cube)]
+        counts = channels(cube, width)
         self.linear = nn.Linear(LATENT, counts[0] * 27)
         self.start = nn.Unflatten(1, (counts[0], 3, 3, 3))
         self.blocks = nn.Sequential(*map(UpBlock, counts[:-1], counts[1:]))
@@ -158,7 +156,7 @@ class Critic(nn.Module):
 
     def __init__(self, cube, width):
         super().__init__()
-        counts = [channels(cube, width, side) for side in sides(cube)[::-1]]
+        counts = channels(cube, width)[::-1]
         self.conv, self.norm, self.act = conv(1, counts[0]), norm(counts[0]), activation()
         self.blocks = nn.Sequential(*map(DownBlock, counts[:-1], counts[1:]))
         self.flatten = nn.Flatten()
@@ -180,8 +178,8 @@ class Classifier(nn.Sequential):
 
     def __init__(self, cube):
         layers, into, out = [], 1, 16
-        for level in range(len(sides(cube)) - 1):
-            if level % 2 == 0:
+        for level in range(1, len(channels(cube, 1))):
+            if level % 2 == 1:
                 layers += [nn.Conv3d(into, out, 3, stride=2, padding=1), activation()]
                 into, out = out, 2 * out
             else:

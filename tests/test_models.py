@@ -16,7 +16,7 @@ from torch.nn import functional as F
 
 import models
 from models import (LATENT, Classifier, ConvDownsample3d, Critic, DownBlock, Generator, UpBlock, UpsampleConv3d,
-                    channels, conditional_latent, downsample, layer_table, one_hot, sides, upsample)
+                    channels, conditional_latent, downsample, layer_table, one_hot, upsample)
 
 SHAPE = (2, 3, 4, 6, 8)
 
@@ -60,12 +60,12 @@ def kinds(kind, cube):
     return [layer.split("(")[0] for _, layer, _, _ in table(kind, cube)]
 
 
-# Sides and channels
+# Channels
 
 def test_rule_3_1_channels__by_hand():
     """w·min(8, c/s): 8w, 8w, 4w, 2w, w at sides 3, 6, 12, 24, 48 for 48; 8w, 4w, 2w, w for 24."""
-    assert [channels(48, 16, side) for side in (3, 6, 12, 24, 48)] == [128, 128, 64, 32, 16]
-    assert [channels(24, 2, side) for side in (3, 6, 12, 24)] == [16, 8, 4, 2]
+    assert channels(48, 16) == [128, 128, 64, 32, 16]
+    assert channels(24, 2) == [16, 8, 4, 2]
 
 
 @pytest.mark.parametrize("cube, counts", [(48, (8, 8, 4, 2, 1)), (24, (8, 4, 2, 1))])
@@ -78,20 +78,20 @@ def test_rule_3_1_channels__of_every_level_that_runs(cube, counts):
     assert [down[name] for name in ("norm", *blocks)] == rising[::-1]
 
 
-def test_sides__double_from_three_to_the_cube():
-    """3, 6, …, cube."""
-    assert (sides(6), sides(48)) == ([3, 6], [3, 6, 12, 24, 48])
+def test_channels__a_level_for_each_doubling_from_three():
+    """3, 6, …, cube: two levels for 6, five for 48; narrower ones only where c/s is below 8."""
+    assert (channels(6, 1), channels(48, 1)) == ([2, 1], [8, 8, 4, 2, 1])
 
 
 @pytest.mark.parametrize("cube", [20, 3, 50, 0, -6, 36])
-def test_sides__refuses_others(cube):
+def test_channels__refuses_others(cube):
     """A cube that halvings do not bring to 3, or that is 3 itself, is turned away by its number."""
     with pytest.raises(ValueError, match=f"not {cube}$"):
-        sides(cube)
+        channels(cube, 1)
 
 
 @pytest.mark.parametrize("build", [lambda: Generator(20, 1), lambda: Critic(50, 1), lambda: Classifier(3)])
-def test_sides__guard_the_networks(build):
+def test_channels__guard_the_networks(build):
     """No network is built for such a cube."""
     with pytest.raises(ValueError):
         build()
