@@ -341,21 +341,20 @@ def draw_cubes(folder, dataset, shown=3):
     for number, rows in ((2, dataset.positives["train"]), (3, dataset.negatives["train"])):
         cubes = preprocessing.read_cubes(dataset, rows[np.unique(np.linspace(0, len(rows) - 1, shown).astype(int))])[:, 0]
         sheet = lungaug.tile([slices(cube) for cube in cubes], 1, gap=6, paper=255)
-        sheet = lungaug.enlarge(sheet, max(1, 48 // dataset.cube))
-        lungaug.write(folder / f"figure_{number}.png", lungaug.png(sheet))
+        lungaug.write(folder / f"figure_{number}.png", lungaug.png(sheet, 48 // dataset.cube or 1))
     cubes = preprocessing.read_cubes(dataset, np.concatenate(list(dataset.positives.values()))[:24])[:, 0]
     sheet = lungaug.tile([planes(cube) for cube in cubes], 4, gap=6, paper=255)
-    lungaug.write(folder / "nodules.png", lungaug.png(lungaug.enlarge(sheet, 2)))
+    lungaug.write(folder / "nodules.png", lungaug.png(sheet, 2))
 
 
 def pair(left, right):
-    """Two cubes in [-1, 1] side by side: their middle planes, enlarged, over all slices, superior to inferior."""
+    """Two cubes in [-1, 1] side by side: their middle planes, threefold, over all slices, superior to inferior."""
     halves = []
     for cube in (left, right):
-        sheet, middle = slices(cube), lungaug.enlarge(planes(cube), 3)
+        sheet, middle = slices(cube), planes(cube).repeat(3, 0).repeat(3, 1)
         middle = np.pad(middle, ((0, 3), (0, sheet.shape[1] - middle.shape[1])), constant_values=40)
         halves.append(np.concatenate([middle, sheet]))
-    return lungaug.enlarge(lungaug.tile(halves, 2, gap=8, paper=255), 48 // left.shape[0] or 1)
+    return lungaug.tile(halves, 2, gap=8, paper=255)
 
 
 def draw_novelty(folder, run, dataset, count=6):
@@ -374,7 +373,7 @@ def draw_novelty(folder, run, dataset, count=6):
     where, distances = nearest_training(np.concatenate([queries, held_out]), dataset, rows, flips)
     nearest = preprocessing.read_cubes(dataset, rows[where[:len(queries)]], flips[where[:len(queries)]])[:, 0]
     for i, (left, right) in enumerate(zip(queries, nearest)):
-        lungaug.write(folder / f"figure_{9 + i}.png", lungaug.png(pair(left, right)))
+        lungaug.write(folder / f"figure_{9 + i}.png", lungaug.png(pair(left, right), 48 // dataset.cube or 1))
     found = [{"figure": 9 + i, "accepted": i < len(chosen), "distance": float(distances[i]),
               "nearest_label": int(labels[where[i]]),
               "nearest_seriesuid": dataset.info["scans"][rows[where[i], 0]]["seriesuid"]}

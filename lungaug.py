@@ -426,8 +426,9 @@ def print_table(title, head, rows):
 
 # Drawing: PNG with zlib, SVG with strings
 
-def png(pixels):
-    """A PNG file's bytes. pixels: uint8, (rows, columns) grey or (rows, columns, 3) red, green, blue."""
+def png(pixels, factor=1):
+    """A PNG file's bytes, each pixel factor×factor. pixels: uint8, (rows, columns) grey, or (rows, columns, 3) colours."""
+    pixels = pixels.repeat(factor, 0).repeat(factor, 1)
     height, width = pixels.shape[:2]
     rows = np.pad(pixels.reshape(height, -1), ((0, 0), (1, 0))).tobytes()       # each row begins with its filter: none
 
@@ -452,11 +453,6 @@ def tile(images, columns, gap=2, paper=40):
         top, left = i // columns * height + gap, i % columns * width + gap
         sheet[top:top + height - gap, left:left + width - gap] = image
     return sheet
-
-
-def enlarge(image, factor):
-    """Each pixel becomes factor×factor."""
-    return image.repeat(factor, 0).repeat(factor, 1)
 
 
 # The stages, each as the command that a student would type

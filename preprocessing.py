@@ -571,7 +571,7 @@ def scan_picture(hu, lungs, centres, radii):
         pictures.append(picture if axis == 0 else picture[::-1])        # superior is up
     tall = max(map(len, pictures))
     sheet = np.hstack([np.pad(picture, ((0, tall - len(picture)), (2, 2), (0, 0))) for picture in pictures])
-    return lungaug.png(lungaug.enlarge(sheet, 2))
+    return lungaug.png(sheet, 2)
 
 
 def read_record(source, folder, parameters):

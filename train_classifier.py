@@ -142,7 +142,7 @@ def draw_samples(folder, dataset, count=16):
         made = np.concatenate([made, -np.ones((count - len(made), *made.shape[1:]), np.float32)])
         middles += [real[:, dataset.cube // 2], made[:, dataset.cube // 2]]
     sheet = lungaug.tile(lungaug.grey(np.concatenate(middles)), count)
-    lungaug.write(folder / "samples.png", lungaug.png(lungaug.enlarge(sheet, 48 // dataset.cube or 1)))
+    lungaug.write(folder / "samples.png", lungaug.png(sheet, 48 // dataset.cube or 1))
 
 
 # 4.4, 5.2 Lung nodule detection classifier: its three data sets

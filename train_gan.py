@@ -195,7 +195,7 @@ def draw_progression(folder, trainer):
     """progression.png, of the fixed z: a row a moment, the middle slice of each sample."""
     images = [cube[cube.shape[0] // 2].numpy() for _, cubes in trainer.moments for cube in cubes]
     sheet = lungaug.tile(images, 2 * FIXED)
-    lungaug.write(folder / "progression.png", lungaug.png(lungaug.enlarge(sheet, 96 // images[0].shape[0] or 1)))
+    lungaug.write(folder / "progression.png", lungaug.png(sheet, 96 // images[0].shape[0] or 1))
 
 
 # Start, go on, stop

@@ -610,6 +610,14 @@ def test_png__of_a_view_too():
     assert np.array_equal(decode(lungaug.png(pixels)), pixels)
 
 
+def test_png__each_pixel_becomes_a_square():
+    """The Kronecker product with a square of ones."""
+    image = np.arange(6, dtype=np.uint8).reshape(2, 3)
+    assert np.array_equal(decode(lungaug.png(image, 3)), np.kron(image, np.ones((3, 3), np.uint8)))
+    colours = np.arange(18, dtype=np.uint8).reshape(2, 3, 3)
+    assert np.array_equal(decode(lungaug.png(colours, 2))[2:4, 4:6, 1], np.full((2, 2), colours[1, 2, 1]))
+
+
 def test_grey__black_is_air_and_white_is_bone():
     """-1 (-1000 HU) is 0, 1 (400 HU) is 255, what lies beyond is held; halfway is the middle."""
     assert lungaug.grey([-3, -1, 0, 1, 3, -1 + 2 / 255, 0.5]).tolist() == [0, 0, 128, 255, 255, 1, 191]
@@ -626,14 +634,6 @@ def test_tile__each_image_in_its_place_and_paper_between(count, columns, shape):
         top, left = 2 + i // columns * (h + 2), 2 + i % columns * (w + 2)
         assert np.array_equal(sheet[top:top + h, left:left + w], image)
     assert (sheet == 250).sum() == sheet.size - images.size
-
-
-def test_enlarge__each_pixel_becomes_a_square():
-    """The Kronecker product with a square of ones."""
-    image = np.arange(6, dtype=np.uint8).reshape(2, 3)
-    assert np.array_equal(lungaug.enlarge(image, 3), np.kron(image, np.ones((3, 3), np.uint8)))
-    colours = np.arange(18, dtype=np.uint8).reshape(2, 3, 3)
-    assert np.array_equal(lungaug.enlarge(colours, 2)[2:4, 4:6, 1], np.full((2, 2), colours[1, 2, 1]))
 
 
 # The report's parts

@@ -882,8 +882,8 @@ def test_prepare_scan__refuses_what_is_no_whole_chest(tmp_path, hu, says):
 
 def panes_of(monkeypatch, hu, *rest):
     """scan_picture's three planes as pixels (rows, columns, 3), each without its margin: axial, coronal, sagittal."""
-    monkeypatch.setattr(lungaug, "png", lambda pixels: pixels)
-    sheet, panes, left = preprocessing.scan_picture(hu, *rest)[::2, ::2], [], 2
+    monkeypatch.setattr(lungaug, "png", lambda pixels, factor: pixels)
+    sheet, panes, left = preprocessing.scan_picture(hu, *rest), [], 2
     for rows, columns in np.delete(np.tile(hu.shape, (3, 1)).ravel(), [0, 4, 8]).reshape(3, 2):
         panes.append(sheet[:rows, left:left + columns])
         left += columns + 4
