@@ -446,13 +446,10 @@ def grey(x):
 
 def tile(images, columns, gap=2, paper=40):
     """Equal-sized images (n, rows, columns[, 3]) in reading order, `gap` pixels of grey `paper` around each."""
-    height, width = images[0].shape[0] + gap, images[0].shape[1] + gap
-    lines = -(-len(images) // columns)
-    sheet = np.full((lines * height + gap, columns * width + gap, *images[0].shape[2:]), paper, np.uint8)
-    for i, image in enumerate(images):
-        top, left = i // columns * height + gap, i % columns * width + gap
-        sheet[top:top + height - gap, left:left + width - gap] = image
-    return sheet
+    edge, colours = (gap, 0), [(0, 0)] * (np.ndim(images) - 3)
+    cells = np.pad(images, [(0, -len(images) % columns), edge, edge, *colours], constant_values=paper)
+    lines = [np.concatenate(cells[i:i + columns], axis=1) for i in range(0, len(cells), columns)]
+    return np.pad(np.concatenate(lines), [edge[::-1], edge[::-1], *colours], constant_values=paper)
 
 
 # The stages, each as the command that a student would type
