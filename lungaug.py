@@ -171,15 +171,15 @@ def check(holds, where, found, do):
 def refusing(path, do):
     """Turn whatever a missing or damaged file makes the code within raise into a Refusal that names the file.
 
-    What parsers raise on damaged input has no bounds. An OSError of the disk itself passes: `command` tells of it.
+    What parsers raise on damaged input has no bounds. The disk's own errors, with an errno, pass: `command` tells of them.
     """
     try:
         yield
     except FileNotFoundError:
         raise Refusal(path, "is not there", do) from None
-    except (Refusal, OSError):
-        raise
     except Exception as error:
+        if isinstance(error, Refusal) or getattr(error, "errno", None):
+            raise
         raise Refusal(path, f"does not read ({type(error).__name__}: {error})", do) from error
 
 
@@ -304,11 +304,8 @@ def load_checkpoint(path, do, **asked):
     with refusing(path, do):
         data = Path(path).read_bytes()
     with refusing(path, "start again with --overwrite"):
-        try:
-            check(zipfile.ZipFile(io.BytesIO(data)).testzip() is None, path, "is damaged", "start again with --overwrite")
-            state = torch.load(io.BytesIO(data), map_location="cpu", weights_only=True)
-        except OSError as error:        # a nonsense offset in the data, not the disk
-            raise ValueError(error) from error
+        check(zipfile.ZipFile(io.BytesIO(data)).testzip() is None, path, "is damaged", "start again with --overwrite")
+        state = torch.load(io.BytesIO(data), map_location="cpu", weights_only=True)
         same_settings(path, state.get("settings"), asked)
     return state
 
