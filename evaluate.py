@@ -12,6 +12,7 @@ import csv
 import html
 import io
 import math
+import zlib
 from typing import NamedTuple
 
 import numpy as np
@@ -123,9 +124,9 @@ def load_networks(run, dataset, device):
     """
     networks, gan = {}, run / "gan" / "checkpoint.pt"
     made_with, do = run / "classifiers" / "generated" / "generated.json", f"run python train_classifier.py --run {run} first"
-    gan_crc = lungaug.file_crc(gan, f"run python train_gan.py --run {run} first")
+    gan_crc = zlib.crc32(lungaug.read(gan, f"run python train_gan.py --run {run} first"))
     with lungaug.refusing(made_with, do):
-        made = lungaug.read_json(made_with, do)
+        made = lungaug.read(made_with, do)
         used, classes = made["settings"], made["classes"]
     for arm, *_ in TABLES.values():
         path = gan if arm == "critic" else run / "classifiers" / arm / "checkpoint.pt"

@@ -259,17 +259,18 @@ def write(path, value):
         beside.unlink(missing_ok=True)
 
 
-def read_json(path, do):
-    """The JSON file's value; `do` is what to tell the user where it is missing or broken."""
+def read(path, do):
+    """A .json file's value, another's bytes; `do` is what to tell the user where it is missing or broken."""
     with refusing(path, do):
-        return json.loads(Path(path).read_bytes())
+        data = Path(path).read_bytes()
+        return json.loads(data) if Path(path).suffix == ".json" else data
 
 
 def claim(folder, parameters, overwrite):
     """Keep a folder for output of these parameters alone: Refusal where it holds others', unless --overwrite."""
     path = Path(folder) / "parameters.json"
     if path.exists() and not overwrite:
-        same_settings(path, read_json(path, "start again with --overwrite"), parameters)
+        same_settings(path, read(path, "start again with --overwrite"), parameters)
     write(path, parameters)
 
 
@@ -301,8 +302,7 @@ def load_checkpoint(path, do, **asked):
 
     asked: what its settings must be. do: what to tell the user where the file is missing.
     """
-    with refusing(path, do):
-        data = Path(path).read_bytes()
+    data = read(path, do)
     with refusing(path, "start again with --overwrite"):
         check(zipfile.ZipFile(io.BytesIO(data)).testzip() is None, path, "is damaged", "start again with --overwrite")
         state = torch.load(io.BytesIO(data), map_location="cpu", weights_only=True)
@@ -358,12 +358,6 @@ def record_stage(folder, arguments, page, seconds=None):
 def fingerprint(value):
     """CRC-32 of a value that JSON holds."""
     return zlib.crc32(json.dumps(value, sort_keys=True).encode())
-
-
-def file_crc(path, do):
-    """CRC-32 of a file's bytes, to tell whether what was made from it still fits."""
-    with refusing(path, do):
-        return zlib.crc32(Path(path).read_bytes())
 
 
 @torch.no_grad()

@@ -578,7 +578,7 @@ def read_record(source, folder, parameters):
     """The record that an earlier run left of a scan with the same parameters; {} where there is none, or a damaged one."""
     path = folder / f"{scan_name(source.seriesuid)}.json"
     with suppress(Refusal), lungaug.refusing(path, ""):
-        record = lungaug.read_json(path, "")
+        record = lungaug.read(path, "")
         return record if record.pop("fingerprint") == lungaug.fingerprint([parameters, record]) else {}
     return {}
 
@@ -620,7 +620,7 @@ class Dataset(NamedTuple):
 def open_dataset(run):
     """The Dataset in <run>/prepared. Raises Refusal where there is none to train on."""
     path = Path(run) / "prepared" / "dataset.json"
-    info, do = lungaug.read_json(path, f"run python preprocessing.py --run {run} first"), "run preprocessing.py again"
+    info, do = lungaug.read(path, f"run python preprocessing.py --run {run} first"), "run preprocessing.py again"
 
     def rows(kind, split):
         scans = [(i, scan) for i, scan in enumerate(info["scans"]) if scan["split"] == split]
@@ -753,7 +753,7 @@ def main():
     annotations, sources = read_annotations(table), find_scans(scans)
     check(any(source.seriesuid in annotations for source in sources), table, "no series of the scans in it",
           "a MetaImage's series UID is its file's name, a DICOM file's is its tag")
-    parameters = {"scans": "synthetic" if synthetic else str(scans.resolve()), "annotations": lungaug.file_crc(table, ""),
+    parameters = {"scans": "synthetic" if synthetic else str(scans.resolve()), "annotations": zlib.crc32(table.read_bytes()),
                   **{key: getattr(arguments, key) for key in ("cube", "negatives", "max_slice_mm", "seed")}}
     part, parts = map(int, arguments.part.split("/"))
     with lungaug.alone(folder, f"part {part} of {parts}"):

@@ -9,6 +9,7 @@ mixed and fake.
 """
 
 import copy
+import zlib
 
 import numpy as np
 import torch
@@ -101,13 +102,13 @@ def generate_classes(run, dataset, arguments, device):
     folder, wanted = run / "classifiers" / "generated", 8 * len(dataset.positives["train"])
     path = folder / "generated.json"
     asked = {key: getattr(arguments, key) for key in ("seed", "score_quantile", "class_probability", "attempts")}
-    asked["prepared"] = dataset.fingerprint
-    asked["gan_crc32"] = lungaug.file_crc(run / "gan" / "checkpoint.pt", f"run python train_gan.py --run {run} first")
+    gan = lungaug.read(run / "gan" / "checkpoint.pt", f"run python train_gan.py --run {run} first")
+    asked |= {"prepared": dataset.fingerprint, "gan_crc32": zlib.crc32(gan)}
     if path.exists():
         with lungaug.refusing(path, "start again with --overwrite"):
-            found = lungaug.read_json(path, "start again with --overwrite")
+            found = lungaug.read(path, "start again with --overwrite")
             lungaug.same_settings(path, found["settings"], asked)
-            if all((folder / name).exists() and lungaug.file_crc(folder / name, "") == crc
+            if all((folder / name).exists() and zlib.crc32(lungaug.read(folder / name, "")) == crc
                    for name, crc in found["files"].items()):
                 return found["classes"]
     path.unlink(missing_ok=True)        # so that a kill leaves no old record beside new cubes
@@ -118,7 +119,7 @@ def generate_classes(run, dataset, arguments, device):
         cubes, spare, rate = generate(generator, critic, label, wanted, threshold, arguments, device)
         for kind, array in ((f"{name}.npy", cubes), (f"{name}_rejected.npy", spare)):
             lungaug.write(folder / kind, array)
-            files[kind] = lungaug.file_crc(folder / kind, "")
+            files[kind] = zlib.crc32(lungaug.read(folder / kind, ""))
         classes[name] = {"wanted": wanted, "accepted": len(cubes), "rate": rate, "score_threshold": threshold}
         print(f"Generated {name}s: {len(cubes)} of {wanted} wanted, acceptance rate {rate:.1%} "
               f"(score ≥ {threshold:.2f}, class probability ≥ {arguments.class_probability}).", flush=True)

@@ -251,7 +251,7 @@ def main():
     if not (run / "prepared" / "dataset.json").exists():
         begun, do = run / "prepared" / "parameters.json", "run python preprocessing.py with its options again"
         with lungaug.refusing(begun, do):
-            mine = begun.exists() and lungaug.read_json(begun, do)["scans"] != "synthetic"
+            mine = begun.exists() and lungaug.read(begun, do)["scans"] != "synthetic"
         check(not mine, begun, "scans that are not all prepared", do)
         print(f"Nothing prepared in {run}: synthetic scans first.")
         lungaug.stage("preprocessing.py", "--run", run, "--seed", arguments.seed or 0)

@@ -7,6 +7,7 @@ import csv
 import itertools
 import json
 import math
+import zlib
 import os
 from collections import Counter
 from fractions import Fraction
@@ -432,7 +433,7 @@ def trained_run(run, arms=("real", "mixed", "fake")):
     lungaug.write(run / "gan" / "checkpoint.pt", {
         "settings": {"cube": 6, "width": 1} | made_from, "critic": networks["critic"].state_dict(), "epoch": 2, "epochs": 2})
     lungaug.write(run / "classifiers" / "generated" / "generated.json", {
-        "settings": {"gan_crc32": lungaug.file_crc(run / "gan" / "checkpoint.pt", "")}, "classes": classes})
+        "settings": {"gan_crc32": zlib.crc32((run / "gan" / "checkpoint.pt").read_bytes())}, "classes": classes})
     for arm in arms:
         lungaug.write(run / "classifiers" / arm / "checkpoint.pt", {
             "settings": made_from | {"delivered": None if arm == "real" else classes}, "epoch": 2, "epochs": 2,
