@@ -145,11 +145,8 @@ def settle(arguments, stage, preset):
 
 def typed(arguments, stage):
     """The words that hand a stage those of the typed options that it knows."""
-    words = []
-    for name, *_ in rows_of(stage):
-        value = getattr(arguments, name[2:].replace("-", "_"))
-        words += [] if value is None else [name] if value is True else [name, value]
-    return words
+    given = [(name, getattr(arguments, name[2:].replace("-", "_"))) for name, *_ in rows_of(stage)]
+    return [word for name, value in given if value is not None for word in (name, value) if word is not True]
 
 
 # Errors: what the user can act on is one line and exit status 2

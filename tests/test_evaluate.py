@@ -7,8 +7,8 @@ import csv
 import itertools
 import json
 import math
-import zlib
 import os
+import zlib
 from collections import Counter
 from fractions import Fraction
 from xml.etree import ElementTree
