@@ -25,7 +25,7 @@ import time
 import zipfile
 import zlib
 from collections import namedtuple
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 import numpy as np
@@ -324,12 +324,10 @@ def append_log(path, row):
 def read_log(path):
     """The log's rows; a last line cut short by a kill is passed over. An empty list where there is none."""
     rows = []
-    for line in Path(path).read_bytes().split(b"\n") if Path(path).exists() else []:
-        try:
+    with suppress(FileNotFoundError, ValueError, TypeError, LookupError, OverflowError):
+        for line in Path(path).read_bytes().splitlines():
             row = json.loads(line)
             rows.append(row | {"epoch": int(row["epoch"])})
-        except (ValueError, TypeError, LookupError, OverflowError):
-            break
     return rows
 
 
