@@ -222,11 +222,10 @@ def pick_device(name):
     if name == "auto":
         name = "cuda" if torch.cuda.is_available() else "cpu"
     try:
-        device = torch.device(name)
-        torch.zeros(1, device=device).cpu()
+        torch.zeros(1, device=name).cpu()
     except (RuntimeError, AssertionError, NotImplementedError) as error:
         raise Refusal(f"--device {name}", str(error).splitlines()[0], "give --device cpu, or one that is there") from None
-    return device
+    return torch.device(name)
 
 
 # Safe files: a reader never sees half a file
