@@ -380,8 +380,7 @@ def progress(label, total, every=15.0):
         left = f", {duration((total - done) / rate)} left" if rate and done < total else ""
         speed = f"  {rate:.1f}/s" if rate >= 1 else f"  {rate * 60:.1f}/min" if rate else ""
         line = f"{label} {done}/{total}{speed}{left}  {printable(text)}"
-        line, end = (f"\r\x1b[K{line}", "" if done < total else "\n") if live else (line, "\n")
-        print(line, end=end, file=sys.stderr, flush=True)
+        print("\r\x1b[K" * live + line, end="" if live and done < total else "\n", file=sys.stderr, flush=True)
 
     return step
 
