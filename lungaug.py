@@ -16,9 +16,7 @@ import html
 import io
 import json
 import os
-import platform
 import shlex
-import struct
 import subprocess
 import sys
 import time
@@ -346,7 +344,7 @@ def record_stage(folder, arguments, page, seconds=None):
     write(folder / "options.json", {
         "page": page, "command": shlex.join(["python", Path(sys.argv[0]).name, *sys.argv[1:]]),
         "seconds": round(seconds or time.monotonic() - STARTED, 1), "options": vars(arguments),
-        "versions": {"python": platform.python_version(), "torch": torch.__version__, "numpy": np.__version__}})
+        "versions": {"python": sys.version.split()[0], "torch": torch.__version__, "numpy": np.__version__}})
 
 
 def fingerprint(value):
@@ -417,9 +415,9 @@ def png(pixels, factor=1):
     rows = np.pad(pixels.reshape(height, -1), ((0, 0), (1, 0))).tobytes()       # each row begins with its filter: none
 
     def chunk(name, data):
-        return struct.pack(">I", len(data)) + name + data + struct.pack(">I", zlib.crc32(name + data))
+        return len(data).to_bytes(4, "big") + name + data + zlib.crc32(name + data).to_bytes(4, "big")
 
-    header = struct.pack(">II5B", width, height, 8, 2 if pixels.ndim == 3 else 0, 0, 0, 0)
+    header = np.array([width, height], ">u4").tobytes() + bytes([8, 2 if pixels.ndim == 3 else 0, 0, 0, 0])
     return b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", header) + chunk(b"IDAT", zlib.compress(rows)) + chunk(b"IEND", b"")
 
 
