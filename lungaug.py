@@ -447,13 +447,13 @@ def stage(script, *arguments):
 
 # The report: one page that needs nothing else
 
-TITLE = "Generative adversarial data augmentation for lung nodule detection"
-STYLE = """body{font:15px/1.5 system-ui,sans-serif;max-width:1000px;margin:2em auto;padding:0 1em;color:#222}
+HEAD = """<!doctype html><html lang="en"><meta charset="utf-8"><title>lungaug</title><style>
+body{font:15px/1.5 system-ui,sans-serif;max-width:1000px;margin:2em auto;padding:0 1em;color:#222}
 h1{font-size:1.5em}h2{font-size:1.15em;border-bottom:1px solid #ccc;margin-top:2em}
-table{border-collapse:collapse;margin:.6em 0}
+table{border-collapse:collapse;margin:.6em 0}figure{margin:1em 0}figcaption{color:#555;font-size:.9em}
 td,th{padding:.15em .8em;text-align:right;border-bottom:1px solid #eee;overflow-wrap:anywhere}
 td:first-child,th:first-child{text-align:left}img,svg{max-width:100%;height:auto}img{image-rendering:pixelated}
-figure{margin:1em 0}figcaption{color:#555;font-size:.9em}"""
+</style><body><h1>Generative adversarial data augmentation for lung nodule detection</h1>"""
 
 
 def table_html(caption, head, rows):
@@ -489,8 +489,7 @@ def report(run):
             stages.append((left["command"], duration(left["seconds"]), settings))
     body = [part for _, *parts in sorted(sections, key=lambda section: section[0]) for part in parts]
     body += ["<h2>This run</h2>", *(f"<p>{html.escape(printable(': '.join(words), 2000))}</p>" for words in stages)]
-    write(run / "report.html", '<!doctype html><html lang="en"><meta charset="utf-8"><title>lungaug</title>'
-               f"<style>{STYLE}</style><body><h1>{TITLE}</h1>{''.join(body)}</body></html>\n")
+    write(run / "report.html", f"{HEAD}{''.join(body)}</body></html>\n")
     return run / "report.html"
 
 
