@@ -29,11 +29,6 @@ from pathlib import Path
 import numpy as np
 import torch
 
-try:
-    import fcntl
-except ImportError:     # Windows has no such lock
-    fcntl = None
-
 HERE = Path(__file__).resolve().parent
 STAGES = ("preprocessing", "train_gan", "train_classifier", "evaluate")
 STARTED = time.monotonic()
@@ -282,8 +277,10 @@ def alone(folder, work):
     path.parent.mkdir(parents=True, exist_ok=True)
     with open(path, "w") as file:
         try:
-            if fcntl:
-                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            import fcntl
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except ImportError:     # Windows has no such lock
+            pass
         except BlockingIOError:
             raise Refusal(folder, f"another process is at {work} here", "wait for it, or give another --run") from None
         yield
