@@ -22,7 +22,7 @@ import sys
 import time
 import zipfile
 import zlib
-from collections import namedtuple
+from collections import defaultdict, namedtuple
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
@@ -161,7 +161,7 @@ def check(holds, where, found, do):
 def refusing(path, do):
     """Turn whatever a missing or damaged file makes the code within raise into a Refusal that names the file.
 
-    What parsers raise on damaged input has no bounds. The disk's own errors, with an errno, pass: `command` tells of them.
+    What parsers raise on damaged input has no bounds. The disk's errors, with an errno, pass: `command` tells of them.
     """
     try:
         yield
@@ -336,12 +336,13 @@ def rewind_log(path, epoch):
 def record_stage(folder, arguments, page, seconds=None):
     """Leave a stage's page, options and time (default: since the start) in <folder>/options.json, for the report.
 
-    page: in order, headings (text), figures (caption, file in the folder) and tables (caption, head, rows).
+    page: in order, headings (text), figures (caption, file in the folder), tables (caption, head, rows), lines (text,).
     """
-    write(folder / "options.json", {
-        "page": page, "command": shlex.join(["python", Path(sys.argv[0]).name, *sys.argv[1:]]),
-        "seconds": round(seconds or time.monotonic() - STARTED, 1), "options": vars(arguments),
-        "versions": {"python": sys.version.split()[0], "torch": torch.__version__, "numpy": np.__version__}})
+    took = duration(seconds or time.monotonic() - STARTED)
+    options = vars(arguments) | {"python": sys.version.split()[0], "torch": torch.__version__, "numpy": np.__version__}
+    command = shlex.join(["python", Path(sys.argv[0]).name, *sys.argv[1:]])
+    words = f"{command}: {took}: {', '.join(f'{key} {value}' for key, value in options.items())}"
+    write(folder / "options.json", {"page": [*page, "This run", [printable(words, 2000)]], "options": options})
 
 
 def fingerprint(value):
@@ -406,7 +407,7 @@ def print_table(title, head, rows):
 # Drawing: PNG with zlib, SVG with strings
 
 def png(pixels, factor=1):
-    """A PNG file's bytes, each pixel factor×factor. pixels: uint8, (rows, columns) grey, or (rows, columns, 3) colours."""
+    """A PNG file's bytes, each pixel factor×factor. pixels: uint8, (rows, columns) grey, or with 3 colours."""
     pixels = pixels.repeat(factor, 0).repeat(factor, 1)
     height, width = pixels.shape[:2]
     rows = np.pad(pixels.reshape(height, -1), ((0, 0), (1, 0))).tobytes()       # each row begins with its filter: none
@@ -471,21 +472,17 @@ def figure_html(path, caption):
 
 def report(run):
     """Draw <run>/report.html from the pages that the stages left, in the thesis' order; returns its path."""
-    sections, stages = [], []
-    for folder in (run / name for name in ("prepared", "gan", "classifiers", "evaluation")):
-        path = folder / "options.json"
+    sections = defaultdict(list)
+    for path in (run / name / "options.json" for name in ("prepared", "gan", "classifiers", "evaluation")):
         with refusing(path, f"run python lungaug.py --run {run} first"):
-            left = json.loads(path.read_bytes())
-            for item in left["page"]:
+            for item in json.loads(path.read_bytes())["page"]:
                 if isinstance(item, str):
-                    sections.append([item, f"<h2>{html.escape(item)}</h2>"])
+                    parts = sections[item]
+                elif len(item) == 2:
+                    parts.append(figure_html(path.with_name(Path(item[1]).name), item[0]))
                 else:
-                    figure = len(item) == 2
-                    sections[-1].append(figure_html(folder / Path(item[1]).name, item[0]) if figure else table_html(*item))
-            settings = ", ".join(f"{key} {value}" for key, value in (left["options"] | left["versions"]).items())
-            stages.append((left["command"], duration(left["seconds"]), settings))
-    body = [part for _, *parts in sorted(sections, key=lambda section: section[0]) for part in parts]
-    body += ["<h2>This run</h2>", *(f"<p>{html.escape(printable(': '.join(words), 2000))}</p>" for words in stages)]
+                    parts.append(table_html(*item) if len(item) == 3 else f"<p>{html.escape(*item)}</p>")
+    body = [f"<h2>{html.escape(heading)}</h2>{''.join(parts)}" for heading, parts in sorted(sections.items())]
     write(run / "report.html", f"{HEAD}{''.join(body)}</body></html>\n")
     return run / "report.html"
 

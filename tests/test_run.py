@@ -421,7 +421,7 @@ def test_report__what_a_file_says_of_itself_is_escaped(copy, monkeypatch, run):
     dataset["left_out"] = [{"seriesuid": hostile, "reason": hostile}]
     lungaug.write(path, dataset)
     options = json.loads((copy / "prepared" / "options.json").read_bytes())
-    options["page"], options["command"] = preprocessing.page(preprocessing.open_dataset(copy)), hostile
+    options["page"] = [*preprocessing.page(preprocessing.open_dataset(copy)), "This run", [hostile]]
     lungaug.write(copy / "prepared" / "options.json", options)
     assert run(evaluate, "--run", copy).status == 0
     page = Page(lungaug.report(copy).read_text())
