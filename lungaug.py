@@ -438,8 +438,7 @@ def stage(script, *arguments):
     """Print a stage's command, run it, and stop where it fails, with its exit status."""
     words = [str(word) for word in (script, *arguments)]
     print(f"\n$ python {shlex.join(words)}", flush=True)
-    status = subprocess.run([sys.executable, HERE / words[0], *words[1:]]).returncode
-    if status:
+    if status := subprocess.run([sys.executable, HERE / words[0], *words[1:]]).returncode:
         sys.exit(status)
 
 
