@@ -277,10 +277,9 @@ def alone(folder, work):
     path.parent.mkdir(parents=True, exist_ok=True)
     with open(path, "w") as file:
         try:
-            import fcntl
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except ImportError:     # Windows has no such lock
-            pass
+            with suppress(ImportError):     # Windows has no such lock
+                import fcntl
+                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
             raise Refusal(folder, f"another process is at {work} here", "wait for it, or give another --run") from None
         yield
