@@ -228,7 +228,6 @@ def write(path, value):
 
     value: an array (.npy), a checkpoint's state (.pt), what JSON holds (.json); under another ending text or bytes.
     """
-    path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
     beside = path.with_name(f".{path.name}.{os.getpid()}")
     try:
