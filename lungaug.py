@@ -336,11 +336,10 @@ def record_stage(folder, arguments, page, seconds=None):
 
     page: in order, headings (text), figures (caption, file in the folder), tables (caption, head, rows), lines (text,).
     """
-    took = duration(seconds or time.monotonic() - STARTED)
     options = vars(arguments) | {"python": sys.version.split()[0], "torch": torch.__version__, "numpy": np.__version__}
-    command = shlex.join(["python", Path(sys.argv[0]).name, *sys.argv[1:]])
-    words = f"{command}: {took}: {', '.join(f'{key} {value}' for key, value in options.items())}"
-    write(folder / "options.json", {"page": [*page, "This run", [printable(words, 2000)]], "options": options})
+    parts = (shlex.join(["python", Path(sys.argv[0]).name, *sys.argv[1:]]), duration(seconds or time.monotonic() - STARTED),
+             ", ".join(f"{key} {value}" for key, value in options.items()))
+    write(folder / "options.json", {"page": [*page, "This run", [printable(": ".join(parts), 2000)]], "options": options})
 
 
 def fingerprint(value):
