@@ -100,13 +100,12 @@ OPTIONS = (     # stages, name, default, settings for argparse; PRESETS holds th
 def rows_of(stage):
     """A stage's options, of OPTIONS and of PRESETS: (name, (demo's, thesis' default), settings for argparse)."""
     rows = [(name, (default, default), settings) for stages, name, default, settings in OPTIONS if stage in stages]
-    for row in PRESETS:
-        if row.stage == stage:
-            kind, most = type(row.thesis), 1 if row.unit.startswith("share") else 1e12
-            least = 0 if kind is float else 2 if row.name == "batch-size" else 1
-            rows.append((f"--{row.name}", (row.demo, row.thesis), dict(
-                type=within(kind, least, most), metavar=row.name.split("-")[-1].upper(),
-                help=f"{row.unit}: {row.why} ({stage}: thesis {row.thesis}, demo {row.demo})".lstrip(": "))))
+    for row in (row for row in PRESETS if row.stage == stage):
+        kind, most = type(row.thesis), 1 if row.unit.startswith("share") else 1e12
+        least = 0 if kind is float else 2 if row.name == "batch-size" else 1
+        rows.append((f"--{row.name}", (row.demo, row.thesis), dict(
+            type=within(kind, least, most), metavar=row.name.split("-")[-1].upper(),
+            help=f"{row.unit}: {row.why} ({stage}: thesis {row.thesis}, demo {row.demo})".lstrip(": "))))
     return rows
 
 
