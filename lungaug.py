@@ -90,8 +90,7 @@ OPTIONS = (     # stages, name, default, settings for argparse; PRESETS holds th
     (STAGES[:1], "--strict", False, dict(action="store_true", help="stop at the first scan that cannot be used")),
     (STAGES[:1], "--part", "1/1", dict(type=part, help="2/8: this machine's share of the scans; parts join in one --run")),
     (STAGES[1:2], "--precision", "float32", dict(choices=("float32", "bfloat16"), help="bfloat16: quicker on a GPU")),
-    (STAGES[1:2], "--micro-batch", None, dict(
-        type=within(int, 1), help="cubes at a time, where a batch does not fit in memory; the gradients are the same")),
+    (STAGES[1:2], "--micro-batch", None, dict(type=within(int, 1), help="cubes at a time, where a batch does not fit in memory")),
     (STAGES[1:2], "--checkpoint-minutes", 1.0, dict(type=within(float, 0), help="between checkpoints (default 1)")),
     (STAGES[:3], "--overwrite", False, dict(action="store_true", help="start again, from nothing")),
 )
@@ -225,7 +224,7 @@ def pick_device(name):
 def write(path, value):
     """Write a file beside its place, fsync, rename: it takes its name only when it is whole and on the disk.
 
-    value: an array (.npy), a checkpoint's state (.pt), what JSON holds (.json); under another ending text or bytes.
+    path: a Path. value: an array (.npy), a checkpoint's state (.pt), what JSON holds (.json); under another ending text or bytes.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
     beside = path.with_name(f".{path.name}.{os.getpid()}")
@@ -403,7 +402,7 @@ def print_table(title, head, rows):
 # Drawing: PNG with zlib, SVG with strings
 
 def png(pixels, factor=1):
-    """A PNG file's bytes, each pixel factor×factor. pixels: uint8, (rows, columns) grey, or with 3 colours."""
+    """A PNG file's bytes, each pixel factor×factor. pixels: uint8, (rows, columns) or, of colours, (…, 3)."""
     pixels = pixels.repeat(factor, 0).repeat(factor, 1)
     height, width = pixels.shape[:2]
     rows = np.pad(pixels.reshape(height, -1), ((0, 0), (1, 0))).tobytes()       # each row begins with its filter: none

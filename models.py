@@ -157,14 +157,12 @@ class Critic(nn.Module):
     def __init__(self, cube, width):
         super().__init__()
         counts = channels(cube, width)[::-1]
-        self.conv, self.norm, self.act = conv(1, counts[0]), norm(counts[0]), activation()
-        self.blocks = nn.Sequential(*map(DownBlock, counts[:-1], counts[1:]))
-        self.flatten = nn.Flatten()
+        self.trunk = nn.Sequential(conv(1, counts[0]), norm(counts[0]), activation(),
+                                   *map(DownBlock, counts[:-1], counts[1:]), nn.Flatten())
         self.score, self.logits = nn.Linear(counts[-1] * 27, 1), nn.Linear(counts[-1] * 27, CLASSES)
 
     def forward(self, x):
-        x = x.contiguous(memory_format=torch.channels_last_3d)
-        trunk = self.flatten(self.blocks(self.act(self.norm(self.conv(x)))))
+        trunk = self.trunk(x.contiguous(memory_format=torch.channels_last_3d))
         return at_least_float32(self.score(trunk)[:, 0]), at_least_float32(self.logits(trunk))
 
 

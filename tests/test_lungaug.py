@@ -442,6 +442,19 @@ def test_load_checkpoint__of_other_settings_is_one_line(tmp_path, state):
         lungaug.load_checkpoint(tmp_path / "c.pt", "", seed=0)
 
 
+@pytest.mark.parametrize("method", [8, 12, 14])
+def test_load_checkpoint__a_member_said_to_be_compressed_is_one_line(tmp_path, method):
+    """Said to be deflated, bz2 or lzma; bz2's error on such bytes is an OSError, and not the disk's."""
+    lungaug.write(tmp_path / "c.pt", STATE)
+    data = (tmp_path / "c.pt").read_bytes()
+    for name, place in ((b"PK\x03\x04", 8), (b"PK\x01\x02", 10)):
+        data = bytearray(data)
+        data[data.index(name) + place] = method
+    (tmp_path / "c.pt").write_bytes(data)
+    with pytest.raises(Refusal, match="c.pt: .*--overwrite"):
+        lungaug.load_checkpoint(tmp_path / "c.pt", "")
+
+
 def test_load_checkpoint__runs_no_code(tmp_path):
     """A pickle that would run a command is refused, and runs nothing."""
     class Hostile:

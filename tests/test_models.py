@@ -72,10 +72,10 @@ def test_rule_3_1_channels__by_hand():
 def test_rule_3_1_channels__of_every_level_that_runs(cube, counts):
     """The generator's levels have these channels at sides 3, 6, …, the critic's the same from the other end."""
     rising = [f"{2 * n}×{3 * 2 ** k}×{3 * 2 ** k}×{3 * 2 ** k}" for k, n in enumerate(counts)]
-    blocks = [f"blocks.{i}.body.4" for i in range(len(counts) - 1)]
     up, down = ({name: shape for name, _, shape, _ in table(kind, cube, 2)} for kind in (Generator, Critic))
-    assert [up[name] for name in ("start", *blocks)] == rising
-    assert [down[name] for name in ("norm", *blocks)] == rising[::-1]
+    blocks = range(len(counts) - 1)
+    assert [up[name] for name in ("start", *(f"blocks.{i}.body.4" for i in blocks))] == rising
+    assert [down[name] for name in ("trunk.1", *(f"trunk.{3 + i}.body.4" for i in blocks))] == rising[::-1]
 
 
 def test_channels__a_level_for_each_doubling_from_three():
@@ -369,8 +369,8 @@ def test_rule_3_1_critic__heads_are_linear(output, head):
 def test_rule_3_1_critic__formula():
     """The heads' trunk is block(block(LReLU(LN(conv 3³(x))))) for cube 12, with nothing between or after."""
     c, x = shaken(Critic(12, 1)), samples(Critic, 12)
-    h = F.leaky_relu(layer_norm(three(x, c.conv), c.norm), 0.2)
-    trunk = c.blocks[1](c.blocks[0](h)).reshape(3, -1)
+    h = F.leaky_relu(layer_norm(three(x, c.trunk[0]), c.trunk[1]), 0.2)
+    trunk = c.trunk[4](c.trunk[3](h)).reshape(3, -1)
     assert near(c(x)[0], trunk @ c.score.weight[0] + c.score.bias, 1e-11)
     assert near(c(x)[1], trunk @ c.logits.weight.T + c.logits.bias, 1e-11)
 
@@ -386,7 +386,7 @@ def test_rule_3_1_critic__outputs_stay_float32_under_autocast():
 def test_rule_3_1_critic__heads_share_one_trunk():
     """Each head is W·t + b of the same flattened 8w·3³ numbers."""
     critic, seen = Critic(6, 1).double(), []
-    critic.flatten.register_forward_hook(lambda layer, x, trunk: seen.append(trunk))
+    critic.trunk.register_forward_hook(lambda layer, x, trunk: seen.append(trunk))
     (score, logits), (trunk,) = critic(samples(Critic, 6)), seen
     assert trunk.shape == (3, 2 * 27)
     assert near(score, (trunk * critic.score.weight[0]).sum(1) + critic.score.bias)
@@ -453,7 +453,7 @@ def test_layer_table__every_parameter_once(kind, cube):
 def test_layer_table__by_hand():
     """The critic's first convolution, width 2: 2 channels of 6³ from one, 27·2 + 2 numbers; the score's 4·27 + 1."""
     rows = {name: (shape, parameters) for name, _, shape, parameters in table(Critic, 6, 2)}
-    assert (rows["conv"], rows["score"]) == (("2×6×6×6", 56), ("1", 109))
+    assert (rows["trunk.0"], rows["score"]) == (("2×6×6×6", 56), ("1", 109))
 
 
 def test_layer_table__leaves_no_hook():
