@@ -456,16 +456,11 @@ def draw_negatives(lungs, nodules, side, count, rng):
     lungs: (m, 3), the mask's voxels of 2 mm; nodules: (centre (3,), radius); all in voxels (z, y, x) of the 1 mm grid.
     Returns int (n, 3), n ≤ count: fewer where nearly every cube in these lungs meets a nodule.
     """
-    kept = np.zeros((0, 3), int)
-    for _ in range(50):
-        drawn = lungs[rng.integers(len(lungs), size=2 * count)] + rng.uniform(-1, 1, (2 * count, 3))
-        drawn = np.rint(drawn).astype(int)
-        for centre, radius in nodules:
-            drawn = drawn[~meets_sphere(drawn, side, centre, radius)]
-        kept = np.concatenate([kept, drawn])[:count]
-        if len(kept) == count:
-            break
-    return kept
+    drawn = lungs[rng.integers(len(lungs), size=100 * count)] + rng.uniform(-1, 1, (100 * count, 3))
+    drawn = np.rint(drawn).astype(int)
+    for centre, radius in nodules:
+        drawn = drawn[~meets_sphere(drawn, side, centre, radius)]
+    return drawn[:count]
 
 
 # 2.1.5 Train / validation / test split

@@ -53,8 +53,7 @@ EQUIVALENT = {      # the changed line → why nothing changes
         "any value but 0 is true",
     "preprocessing.lung_mask: sizes = np.bincount(labels.ravel(), minlength=count + (3))": "one more component, of no voxel",
     "preprocessing.cut: if ((low <= high)).all():": "where they are equal the slice is empty",
-    "preprocessing.draw_negatives: for _ in range((51)):": "a cap on tries, not a number of the thesis",
-    "preprocessing.draw_negatives: drawn = (lungs[rng.integers(len(lungs), size=2 * count)] - rng.uniform(-1, 1, (2 * count, 3)))":
+    "preprocessing.draw_negatives: drawn = (lungs[rng.integers(len(lungs), size=100 * count)] - rng.uniform(-1, 1, (100 * count, 3)))":
         "a uniform draw about 0 has no sign",
     "train_gan.train_epoch: critic = {key: sum(terms[key] for terms in rounds) / len(rounds) for key in rounds[(1)]}":
         "the terms have the same names in each round",
