@@ -133,7 +133,7 @@ WRONG = {
         (("groups[tuple(np.hstack(plane).round(3))]", "groups[tuple(range(10))]"),)),
     "no_rescale": Wrong(
         "stored values taken for HU", "rule_2_rescale", "preprocessing.py",
-        (("float(tags.RescaleSlope), float(tags.RescaleIntercept), tags", "1.0, 0.0, tags"),)),
+        (("float(tags.RescaleSlope) * tags.pixel_array + float(tags.RescaleIntercept)", "1.0 * tags.pixel_array"),)),
     "room_air_as_lung": Wrong(
         "the largest air is the lung: the room", "rule_2_1_3_lungs", "preprocessing.py",
         (("        sizes[np.unique(face)] = 0\n", "        pass\n"),)),
