@@ -18,8 +18,7 @@ import os
 import signal
 import zlib
 from collections import defaultdict
-from concurrent.futures import ProcessPoolExecutor
-from concurrent.futures.process import BrokenProcessPool
+from concurrent.futures import BrokenExecutor, ProcessPoolExecutor
 from contextlib import suppress
 from pathlib import Path
 from typing import NamedTuple
@@ -704,7 +703,7 @@ def prepare(sources, annotations, folder, parameters, arguments):
                 if arguments.strict and job.result():
                     raise job.result()
                 step(done, f"left out: {source.seriesuid}" if job.result() else source.seriesuid)
-        except BrokenProcessPool:
+        except BrokenExecutor:
             raise Refusal(folder, "a process was killed, perhaps for want of memory", "give fewer --workers") from None
         finally:
             pool.shutdown(cancel_futures=True)
