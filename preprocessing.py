@@ -612,8 +612,7 @@ def open_dataset(run):
     info, do = lungaug.read(path, f"run python preprocessing.py --run {run} first"), "run preprocessing.py again"
 
     def rows(kind, split):
-        scans = [(i, scan) for i, scan in enumerate(info["scans"]) if scan["split"] == split]
-        found = [(i, *centre) for i, scan in scans for centre in scan[kind]]
+        found = [(i, *voxel) for i, scan in enumerate(info["scans"]) if scan["split"] == split for voxel in scan[kind]]
         check(found or split != "train", path, f"training scans without {kind}", "give more scans, or another --seed")
         return np.array(found, np.int32).reshape(-1, 4)
 
