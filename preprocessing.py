@@ -291,9 +291,8 @@ def grid(scan):
 
     Returns origin (x, y, z) in mm and shape (z, y, x).
     """
-    last = np.array(scan.hu.shape[::-1]) - 1
-    corners = np.array(list(itertools.product((0, 1), repeat=3))) * last @ affine(scan).T + scan.origin
-    return corners.min(0), np.floor(np.ptp(corners, axis=0) + 1e-6).astype(int)[::-1] + 1
+    edges = affine(scan) * (np.array(scan.hu.shape[::-1]) - 1)      # columns: from the first voxel to the last, in mm
+    return scan.origin + np.minimum(edges, 0).sum(1), np.floor(np.abs(edges).sum(1) + 1e-6).astype(int)[::-1] + 1
 
 
 def resample(scan, origin=None, shape=None):
