@@ -470,8 +470,7 @@ def split_patients(patients, seed):
     check(len(patients) >= 3, "the scans", f"{len(patients)} patients", "training, validation and test want one each")
     validation, test = (max(1, round(SPLITS[split] * len(patients))) for split in ("validation", "test"))
     order = [patients[i] for i in lungaug.stream(seed, "split").permutation(len(patients))]
-    return {patient: "test" if rank < test else "validation" if rank < test + validation else "train"
-            for rank, patient in enumerate(order)}
+    return dict(zip(order, ["test"] * test + ["validation"] * validation + ["train"] * len(patients)))
 
 
 # 2.1.6 Conventional data augmentation
