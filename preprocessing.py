@@ -188,30 +188,16 @@ def read_tags(path, names):
     return {}
 
 
-def read_dicom(source):
-    """A DICOM series as one volume: spacing along z from the positions, not from SliceThickness; HU slice by slice.
-
-    Under a gantry tilt the third index axis is not normal to the slices; direction says so, and resampling honours it.
-    """
-    paths, places, step, plane = stack(source)
-    between = round(float(np.linalg.norm(step)), 6)         # positions are decimal strings: 1.8, not 1.7999999999999
-    row, column, (down, across, _, _) = plane[:3], plane[3:6], plane[6:]
-    third, normal = step / between, np.cross(row, column)
-    third = normal if np.allclose(third, normal, atol=1e-4) else third      # the positions' decimals are no tilt
-    hu = np.stack([slice_hu(path) for path in paths])
-    return Scan(source.seriesuid, hu, np.array([across, down, between]), places[0], np.stack([row, column, third], axis=1))
-
-
 GEOMETRY = {"ImagePositionPatient": 3, "ImageOrientationPatient": 6, "PixelSpacing": 2, "Rows": 1, "Columns": 1}    # numbers
 
 
-def stack(source):
+def read_dicom(source):
     """The series' one volume: its slices in the order of their positions along its normal   [rule_2_dicom_geometry]
 
     Geometry says which files belong together (orientation, size, pixel spacing): a localizer may carry the series'
-    own UID and is left out. Returns paths; places (n, 3), where each slice's first voxel lies; the step from one to
-    the next; the plane's orientation (6), pixel spacing (2) and size (2). Raises Refusal; a missing or doubled slice
-    is named by its place.
+    own UID and is left out. Spacing along z comes from the positions, not from SliceThickness. Under a gantry tilt the
+    third index axis is not normal to the slices; direction says so, and resampling honours it. Raises Refusal; a
+    missing or doubled slice is named by its place.
     """
     where, groups = source.files[0].parent, defaultdict(list)
     for path in source.files:
@@ -220,24 +206,28 @@ def stack(source):
         wrong = [name for name, part in numbers.items() if part.size != GEOMETRY[name] or not (np.abs(part) < 1e6).all()]
         check(not wrong, path, f"no {', no '.join(wrong)}", "replace the file, or take it out")
         place, *plane = numbers.values()
-        groups[tuple(np.hstack(plane).round(3))].append((place, path, np.hstack(plane)))
+        groups[tuple(np.hstack(plane).round(3))].append((place, path, plane))
     (key, slices), *others = sorted(groups.items(), key=lambda group: -len(group[1]))
     check(len(slices) > 2, where, f"{len(source.files)} DICOM files, no three of one geometry", "a CT series is wanted")
     for other, found in others:
         check(len(found) < len(slices) / 4 and other[:6] != key[:6], found[0][1],
               f"of another side, size or pixel spacing, as {len(found)} of {len(source.files)} files", "keep one kind")
-    normal = np.cross(*slices[0][2][:6].reshape(2, 3))
+    normal = np.cross(*slices[0][2][0].reshape(2, 3))
     places, paths, planes = zip(*sorted(slices, key=lambda one: one[0] @ normal))
     steps = np.diff(places, axis=0)
     apart = [step for step in steps if step @ normal > 0.01] or [np.zeros(3)]       # of a series copied whole every second is 0
-    usual = np.median(apart, axis=0)
+    usual, step = np.median(apart, axis=0), steps.mean(0)
     worst = np.abs(steps - usual).max(1).argmax()
     after, found, wanted = (np.round(vector, 3).tolist() for vector in (places[worst], steps[worst], usual))
     even = np.abs((steps - usual) @ normal).max() < usual @ normal / 2
-    straight = np.abs(np.cumsum(steps - steps.mean(0), axis=0)).max() < usual @ normal / 4
+    straight = np.abs(np.cumsum(steps - step, axis=0)).max() < usual @ normal / 4
     check(even and straight, where, f"the slice after {after} mm lies {found} on, not {wanted}",
           "slices lie evenly along a line: restore the missing ones, keep one of each")
-    return paths, places, steps.mean(0), planes[0]
+    orientation, (down, across), *_ = planes[0]
+    between = round(float(np.linalg.norm(step)), 6)         # positions are decimal strings: 1.8, not 1.7999999999999
+    third = normal if np.allclose(step / between, normal, atol=1e-4) else step / between    # their decimals are no tilt
+    hu, direction = np.stack([slice_hu(path) for path in paths]), np.stack([*orientation.reshape(2, 3), third], axis=1)
+    return Scan(source.seriesuid, hu, np.array([across, down, between]), places[0], direction)
 
 
 def slice_hu(path):
@@ -388,16 +378,13 @@ def lung_mask(hu, step=1):
     air, thin = hu < -500, max(1, round(THIN_WALL / step))
     labels, count = ndimage.label(ndimage.binary_erosion(air, iterations=thin, border_value=1))
     sizes = np.bincount(labels.ravel(), minlength=count + 2)
-    sizes[0] = 0
-    for face in (labels[:, 0], labels[:, -1], labels[:, :, 0], labels[:, :, -1]):
-        sizes[np.unique(face)] = 0
-    second, first = np.argsort(sizes, kind="stable")[-2:]
-    if sizes[first] == 0:
-        return np.zeros(hu.shape, bool)
-    lungs = (labels == first) | (labels == second) & (sizes[second] >= sizes[first] / 4)
-    lungs = ndimage.binary_dilation(lungs, iterations=thin + 1, mask=air)
-    box, = ndimage.find_objects(lungs.astype(np.int8))
-    lungs[box] = ndimage.binary_fill_holes(close_ball(lungs[box], round(CLOSING_RADIUS / step)))
+    room = np.concatenate([labels[:, [0, -1]].ravel(), labels[:, :, [0, -1]].ravel()])
+    sizes[0] = sizes[room] = 0      # 0: what is no air
+    two = np.argsort(sizes, kind="stable")[-2:]
+    chosen = two[sizes[two] >= max(1, sizes.max() / 4)]     # two, one or none
+    lungs = ndimage.binary_dilation(np.isin(labels, chosen), iterations=thin + 1, mask=air)
+    for box in ndimage.find_objects(lungs.astype(np.int8)):     # the one around them all
+        lungs[box] = ndimage.binary_fill_holes(close_ball(lungs[box], round(CLOSING_RADIUS / step)))
     return lungs
 
 
@@ -706,12 +693,8 @@ def prepare(sources, annotations, folder, parameters, arguments):
             pool.shutdown(cancel_futures=True)
 
 
-def gather(sources, folder, parameters, arguments, synthetic):
-    """Write dataset.json of what all parts left; False where some have not been at work yet."""
-    records = [read_record(source, folder, parameters) for source in sources]
-    if not all(records):
-        print(f"This part is done; {records.count({})} scans are other parts'. The last part writes dataset.json.")
-        return False
+def gather(records, folder, parameters, arguments):
+    """Write dataset.json of what all parts left, and say which scans are left out."""
     left_out = [record for record in records if "reason" in record]
     for row in left_out:
         print(f"left out: {row['reason'].removeprefix('lungaug: ')}")
@@ -720,9 +703,8 @@ def gather(sources, folder, parameters, arguments, synthetic):
     splits = split_patients([record["patient"] for record in records], arguments.seed)
     scans = [record | {"split": splits[record["patient"]]} for record in records]
     lungaug.write(folder / "dataset.json", {
-        "parameters": parameters, "preset": arguments.preset, "synthetic": synthetic, "table_1": table_1(scans),
-        "left_out": left_out, "scans": scans})
-    return True
+        "parameters": parameters, "preset": arguments.preset, "synthetic": arguments.scans is None,
+        "table_1": table_1(scans), "left_out": left_out, "scans": scans})
 
 
 def main():
@@ -748,8 +730,11 @@ def main():
         if arguments.overwrite:
             lungaug.discard(folder, "dataset.json", "options.json", *(f"{scan_name(source.seriesuid)}.json" for source in mine))
         prepare(mine, annotations, folder, parameters, arguments)
-        if not gather(sources, folder, parameters, arguments, synthetic):
+        records = [read_record(source, folder, parameters) for source in sources]
+        if not all(records):
+            print(f"This part is done; {records.count({})} scans are other parts'. The last part writes dataset.json.")
             return
+        gather(records, folder, parameters, arguments)
     dataset = open_dataset(run)
     items = page(dataset)
     lungaug.print_table(*items[1])      # Table 1

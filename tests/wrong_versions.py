@@ -136,7 +136,7 @@ WRONG = {
         (("float(tags.RescaleSlope) * tags.pixel_array + float(tags.RescaleIntercept)", "1.0 * tags.pixel_array"),)),
     "room_air_as_lung": Wrong(
         "the largest air is the lung: the room", "rule_2_1_3_lungs", "preprocessing.py",
-        (("        sizes[np.unique(face)] = 0\n", "        pass\n"),)),
+        (("    sizes[0] = sizes[room] = 0", "    sizes[0] = 0"),)),
     "axes_transposed": Wrong(
         "millimetres (x, y, z) taken for an index (z, y, x)", "rule_2_1_4_centre", "preprocessing.py",
         (("(np.asarray(centre, float) - origin)[..., ::-1]", "(np.asarray(centre, float) - origin)"),)),
