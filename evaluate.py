@@ -38,7 +38,7 @@ def nearest_neighbours(queries, references):
 
 
 def nearest_training(queries, dataset, rows, flips, size=128):
-    """nearest_neighbours of queries (n, c, c, c) among the dataset's cubes at `rows`, `flips`, read `size` at a time."""
+    """nearest_neighbours of queries (n, c, c, c) among the dataset's cubes at `rows`, `flips`, `size` at a time."""
     best, where = np.full(len(queries), np.inf), np.zeros(len(queries), int)
     step = lungaug.progress("nearest neighbours", len(rows))
     for start in range(0, len(rows), size):
@@ -110,10 +110,10 @@ def metrics(confusion):
 # Tables 2–5: arm, title, and the thesis' matrix
 
 TABLES = {
-    2: ("real", "Conventional augmentation baseline", Confusion(1583, 2776, 50, 113451)),      # [num_table_2]
-    3: ("mixed", "Generative augmentation mixed with real data", Confusion(1377, 750, 256, 115477)),      # [num_table_3]
-    4: ("fake", "Completely fake data", Confusion(919, 8539, 714, 107688)),      # [num_table_4]
-    5: ("critic", "Critic auxiliary classifier, no fine-tuning", Confusion(1215, 815, 418, 115412)),      # [num_table_5]
+    2: ("real", "Conventional augmentation baseline", Confusion(1583, 2776, 50, 113451)),     # [num_table_2]
+    3: ("mixed", "Generative augmentation mixed with real data", Confusion(1377, 750, 256, 115477)),     # [num_table_3]
+    4: ("fake", "Completely fake data", Confusion(919, 8539, 714, 107688)),     # [num_table_4]
+    5: ("critic", "Critic auxiliary classifier, no fine-tuning", Confusion(1215, 815, 418, 115412)),     # [num_table_5]
 }
 
 
@@ -123,7 +123,8 @@ def load_networks(run, dataset, device):
     All must come from this dataset and from one GAN: others may have been trained on what is the test set here.
     """
     networks, gan = {}, run / "gan" / "checkpoint.pt"
-    made_with, do = run / "classifiers" / "generated" / "generated.json", f"run python train_classifier.py --run {run} first"
+    made_with = run / "classifiers" / "generated" / "generated.json"
+    do = f"run python train_classifier.py --run {run} first"
     gan_crc = zlib.crc32(lungaug.read(gan, f"run python train_gan.py --run {run} first"))
     with lungaug.refusing(made_with, do):
         made = lungaug.read(made_with, do)
@@ -340,7 +341,8 @@ def planes(cube):
 def draw_cubes(folder, dataset, shown=3):
     """Figures 2 (positives) and 3 (negatives), slice by slice; nodules.png, the middle planes of 24 nodules at most."""
     for number, rows in ((2, dataset.positives["train"]), (3, dataset.negatives["train"])):
-        cubes = preprocessing.read_cubes(dataset, rows[np.unique(np.linspace(0, len(rows) - 1, shown).astype(int))])[:, 0]
+        chosen = np.unique(np.linspace(0, len(rows) - 1, shown).astype(int))
+        cubes = preprocessing.read_cubes(dataset, rows[chosen])[:, 0]
         sheet = lungaug.tile([slices(cube) for cube in cubes], 1, gap=6, paper=255)
         lungaug.write(folder / f"figure_{number}.png", lungaug.png(sheet, 48 // dataset.cube or 1))
     cubes = preprocessing.read_cubes(dataset, np.concatenate(list(dataset.positives.values()))[:24])[:, 0]
@@ -388,13 +390,14 @@ def distances(values):
 
 def page(results):
     """What the report shows: the figures of sections 2 and 4, and section 5."""
-    pictures = [(f"Figure {row['figure']}. Generated{'' if row['accepted'] else ', not accepted in 4.3'} (left); the nearest "
-                 f"training sample, l2 distance {row['distance']:.1f} (right).", f"figure_{row['figure']}.png")
+    pictures = [(f"Figure {row['figure']}. Generated{'' if row['accepted'] else ', not accepted in 4.3'} (left); the "
+                 f"nearest training sample, l2 distance {row['distance']:.1f} (right).", f"figure_{row['figure']}.png")
                 for row in results["novelty"]["generated"]]
     captioned = [(table_title(number, table), TABLE_HEAD, table_cells(table))
                  for number, table in results["tables"].items()]
     generated, held_out = results["novelty"].values()
-    nearest = [("generated", distances(row["distance"] for row in generated)), ("real test positives", distances(held_out))]
+    nearest = [("generated", distances(row["distance"] for row in generated)),
+               ("real test positives", distances(held_out))]
     return ["2.1.7 Processed samples",
             ("Nodules, each in its three middle planes: axial, coronal, sagittal.", "nodules.png"),
             ("Figure 2. Positive samples, slice by slice from superior to inferior.", "figure_2.png"),

@@ -49,14 +49,14 @@ PRESETS = (
     Preset("train_gan", "late-auxiliary-scale", 10.0, 10.0, "α", "4.1.1, at the end"),
     Preset("train_gan", "critic-iterations", 5, 5, "an epoch", "4.1.1, then one of the generator"),
     Preset("train_gan", "epochs", 20000, 600, "of 5 + 1 iterations", "4.1.1 [num_4_1_epochs]; 600 take six minutes"),
-    Preset("train_classifier", "score-quantile", 0.5, 0.1, "share of the reals", "4.3, “some threshold”; few epochs reach few reals"),
+    Preset("train_classifier", "score-quantile", 0.5, 0.1, "share of reals", "4.3, “threshold”; few epochs, few pass"),
     Preset("train_classifier", "class-probability", 0.9, 0.9, "share", "4.3, “confident above a threshold”"),
-    Preset("train_classifier", "attempts", 20, 20, "for each one wanted", "a GAN may not deliver: the cap on its tries"),
+    Preset("train_classifier", "attempts", 20, 20, "for each one wanted", "a GAN may not deliver: a cap on its tries"),
     Preset("train_classifier", "batch-size", 64, 64, "cubes, half positive", "4.4.1 [num_4_4_batch_size]"),
     Preset("train_classifier", "learning-rate", 1e-3, 1e-3, "", "4.4.1 [num_4_4_learning_rate]"),
     Preset("train_classifier", "late-learning-rate", 1e-4, 1e-4, "", "4.4.1"),
     Preset("train_classifier", "decay-epoch", 30, 10, "", "4.4.1: half-way"),
-    Preset("train_classifier", "epochs", 60, 20, "over the positives", "4.4.1 [num_4_4_epochs]; 20 do for so few cubes"),
+    Preset("train_classifier", "epochs", 60, 20, "over the positives", "4.4.1 [num_4_4_epochs]; 20 do for few cubes"),
 )
 
 
@@ -88,9 +88,9 @@ OPTIONS = (     # stages, name, default, settings for argparse; PRESETS holds th
     (STAGES[:1], "--workers", min(os.cpu_count() or 1, 8), dict(
         type=within(int, 1), help="processes, each with a scan in memory (default: one a core, 8 at most)")),
     (STAGES[:1], "--strict", False, dict(action="store_true", help="stop at the first scan that cannot be used")),
-    (STAGES[:1], "--part", "1/1", dict(type=part, help="2/8: this machine's share of the scans; parts join in one --run")),
+    (STAGES[:1], "--part", "1/1", dict(type=part, help="2/8: one machine's share of the scans; all join in --run")),
     (STAGES[1:2], "--precision", "float32", dict(choices=("float32", "bfloat16"), help="bfloat16: quicker on a GPU")),
-    (STAGES[1:2], "--micro-batch", None, dict(type=within(int, 1), help="cubes at a time, where a batch does not fit in memory")),
+    (STAGES[1:2], "--micro-batch", None, dict(type=within(int, 1), help="cubes at a time, where a batch is too large")),
     (STAGES[1:2], "--checkpoint-minutes", 1.0, dict(type=within(float, 0), help="between checkpoints (default 1)")),
     (STAGES[:3], "--overwrite", False, dict(action="store_true", help="start again, from nothing")),
 )
@@ -215,7 +215,7 @@ def pick_device(name):
     try:
         torch.zeros(1, device=name).cpu()
     except (RuntimeError, AssertionError, NotImplementedError) as error:
-        raise Refusal(f"--device {name}", str(error).splitlines()[0], "give --device cpu, or one that is there") from None
+        raise Refusal(f"--device {name}", str(error).splitlines()[0], "give --device cpu, or one there is") from None
     return torch.device(name)
 
 
@@ -224,7 +224,7 @@ def pick_device(name):
 def write(path, value):
     """Write a file beside its place, fsync, rename: it takes its name only when it is whole and on the disk.
 
-    path: a Path. value: an array (.npy), a checkpoint's state (.pt), what JSON holds (.json); under another ending text or bytes.
+    path: a Path. value: an array (.npy), a checkpoint's state (.pt), what JSON holds (.json), else text or bytes.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
     beside = path.with_name(f".{path.name}.{os.getpid()}")
@@ -335,9 +335,9 @@ def record_stage(folder, arguments, page, seconds=None):
     page: in order, headings (text), figures (caption, file in the folder), tables (caption, head, rows), lines (text,).
     """
     options = vars(arguments) | {"python": sys.version.split()[0], "torch": torch.__version__, "numpy": np.__version__}
-    parts = (shlex.join(["python", Path(sys.argv[0]).name, *sys.argv[1:]]), duration(seconds or time.monotonic() - STARTED),
-             ", ".join(f"{key} {value}" for key, value in options.items()))
-    write(folder / "options.json", {"page": [*page, "This run", [printable(": ".join(parts), 2000)]], "options": options})
+    command, took = ["python", Path(sys.argv[0]).name, *sys.argv[1:]], seconds or time.monotonic() - STARTED
+    told = f"{shlex.join(command)}: {duration(took)}: {', '.join(f'{key} {value}' for key, value in options.items())}"
+    write(folder / "options.json", {"page": [*page, "This run", [printable(told, 2000)]], "options": options})
 
 
 def fingerprint(value):

@@ -70,7 +70,7 @@ def find_scans(folder):
             sources.append(Source(path.stem, path.stem, (path,)))
         elif path.is_file():
             tags = read_tags(path, ["SeriesInstanceUID", "PatientID", "Modality"])
-            if tags.get("SeriesInstanceUID") and tags.get("Modality", "CT") == "CT":    # no radiograph, report, contours
+            if tags.get("SeriesInstanceUID") and tags.get("Modality", "CT") == "CT":   # no radiograph, report, contours
                 series[str(tags["SeriesInstanceUID"])].append((path, str(tags.get("PatientID") or "")))
     for uid, files in series.items():
         sources.append(Source(uid, files[0][1] or uid, tuple(path for path, _ in files)))
@@ -98,8 +98,9 @@ def read_source(source):
           "three axes of two voxels at least, and one HU a voxel, are wanted")
     check((scan.spacing > 0).all() and (scan.spacing < 100).all(), where, f"spacing {scan.spacing}",
           "every spacing must be above 0, in mm")
-    check(np.allclose(np.linalg.norm(scan.direction, axis=0), 1, atol=1e-3) and abs(np.linalg.det(scan.direction)) > 0.5,
-          where, f"direction {scan.direction.T.ravel()}", "three axes of length 1 that span the space are wanted")
+    lengths, span = np.linalg.norm(scan.direction, axis=0), abs(np.linalg.det(scan.direction))
+    check(np.allclose(lengths, 1, atol=1e-3) and span > 0.5, where, f"direction {scan.direction.T.ravel()}",
+          "three axes of length 1 that span the space are wanted")
     return scan
 
 
@@ -117,8 +118,9 @@ ELEMENTS = {"MET_CHAR": "i1", "MET_UCHAR": "u1", "MET_SHORT": "i2", "MET_USHORT"
             "MET_UINT": "u4", "MET_LONG": "i4", "MET_ULONG": "u4", "MET_FLOAT": "f4", "MET_DOUBLE": "f8"}
 SYNONYMS = {"Position": "Offset", "Origin": "Offset", "Rotation": "TransformMatrix", "Orientation": "TransformMatrix",
             "ElementByteOrderMSB": "BinaryDataByteOrderMSB"}
-DEFAULTS = {"NDims": "3", "Offset": "0 0 0", "TransformMatrix": "1 0 0 0 1 0 0 0 1", "HeaderSize": "0", "BinaryData": "True",
-            "BinaryDataByteOrderMSB": "False", "CompressedData": "False", "ElementNumberOfChannels": "1"}
+DEFAULTS = {"NDims": "3", "Offset": "0 0 0", "TransformMatrix": "1 0 0 0 1 0 0 0 1", "HeaderSize": "0",
+            "BinaryData": "True", "BinaryDataByteOrderMSB": "False", "CompressedData": "False",
+            "ElementNumberOfChannels": "1"}
 COUNTS = {"DimSize": 3, "ElementSpacing": 3, "Offset": 3, "TransformMatrix": 9}     # numbers in a key's value
 MOST_VOXELS = 2 ** 29       # twice a whole body at 512 × 512
 
@@ -155,7 +157,7 @@ def read_metaimage(source):
     check(whole and size.max() <= MOST_VOXELS and size.prod() <= MOST_VOXELS, path, f"DimSize = {keys['DimSize']}",
           f"three whole numbers above 0, and {MOST_VOXELS:,} voxels at most, are wanted")
     name = keys["ElementDataFile"]
-    check(Path(name).name == name, path, f"ElementDataFile = {name}", "LOCAL, or a file beside the header, is read here")
+    check(Path(name).name == name, path, f"ElementDataFile = {name}", "LOCAL or a file beside the header is read here")
     data, start = (path, start) if name.upper() == "LOCAL" else (path.with_name(name), int(keys["HeaderSize"]))
     check(data.is_file(), data, "is not there", f"{path.name} names it as its data")
     big, packed = (keys[key][:1] in ("T", "t", "1") for key in ("BinaryDataByteOrderMSB", "CompressedData"))
@@ -167,7 +169,7 @@ def read_metaimage(source):
 
 
 def read_voxels(path, start, wanted, compressed):
-    """The `wanted` bytes of a MetaImage's voxels from `start` on (−1: the file's last); all that there is, or Refusal."""
+    """The `wanted` bytes of a MetaImage's voxels from `start` on (−1: the file's last), all there are, or Refusal."""
     with path.open("rb") as file:
         size = file.seek(0, os.SEEK_END)
         start = size - wanted if start == -1 else start
@@ -188,7 +190,7 @@ def read_tags(path, names):
     return {}
 
 
-GEOMETRY = {"ImagePositionPatient": 3, "ImageOrientationPatient": 6, "PixelSpacing": 2, "Rows": 1, "Columns": 1}    # numbers
+GEOMETRY = {"ImagePositionPatient": 3, "ImageOrientationPatient": 6, "PixelSpacing": 2, "Rows": 1, "Columns": 1}
 
 
 def read_dicom(source):
@@ -203,7 +205,7 @@ def read_dicom(source):
     for path in source.files:
         tags = read_tags(path, GEOMETRY)
         numbers = {name: np.array(tags.get(name), float).ravel() for name in GEOMETRY}
-        wrong = [name for name, part in numbers.items() if part.size != GEOMETRY[name] or not (np.abs(part) < 1e6).all()]
+        wrong = [name for name, part in numbers.items() if part.size != GEOMETRY[name] or not (abs(part) < 1e6).all()]
         check(not wrong, path, f"no {', no '.join(wrong)}", "replace the file, or take it out")
         place, *plane = numbers.values()
         groups[tuple(np.hstack(plane).round(3))].append((place, path, plane))
@@ -215,7 +217,7 @@ def read_dicom(source):
     normal = np.cross(*slices[0][2][0].reshape(2, 3))
     places, paths, planes = zip(*sorted(slices, key=lambda one: one[0] @ normal))
     steps = np.diff(places, axis=0)
-    apart = [step for step in steps if step @ normal > 0.01] or [np.zeros(3)]       # of a series copied whole every second is 0
+    apart = [step for step in steps if step @ normal > 0.01] or [np.zeros(3)]   # copied whole, every second is 0
     usual, step = np.median(apart, axis=0), steps.mean(0)
     worst = np.abs(steps - usual).max(1).argmax()
     after, found, wanted = (np.round(vector, 3).tolist() for vector in (places[worst], steps[worst], usual))
@@ -243,7 +245,7 @@ COLUMNS = ["seriesuid", "coordX", "coordY", "coordZ", "diameter_mm"]
 def read_annotations(path):
     """LUNA16's annotations.csv: series UID → its nodules (x, y, z, diameter), mm, LPS, each once. Raises Refusal."""
     nodules = defaultdict(dict)
-    with lungaug.refusing(path, "LUNA16's text with commas is wanted"), open(path, newline="", encoding="utf-8-sig") as file:
+    with lungaug.refusing(path, "LUNA16's text is wanted"), open(path, newline="", encoding="utf-8-sig") as file:
         rows = csv.reader(file)
         check(next(rows, None) == COLUMNS, path, "another first line", f"{','.join(COLUMNS)} is wanted")
         for row in filter(None, rows):
@@ -303,7 +305,7 @@ def resample(scan, origin=None, shape=None):
 
 
 def line_weights(size, start, step, count):
-    """W[k, i] = max(0, 1 − |x_k − i|), x_k = start + step·k, clamped to the `size` voxels of a line; (count, size), sparse"""
+    """W[k, i] = max(0, 1 − |x_k − i|), x_k = start + step·k, clamped to 0 … size − 1; (count, size), sparse"""
     x = np.clip(start + step * np.arange(count), 0, size - 1)[:, None]
     near = x.astype(int) + [0, 1]       # past the last voxel the weight is 0
     entries = (1 - np.abs(x - near)).ravel(), np.minimum(near, size - 1).ravel(), 2 * np.arange(count + 1)
@@ -503,7 +505,7 @@ def prepare_scan(source, nodules, folder, parameters):
     litres, areas = round(float(mask.hu.sum() * 8e-6), 3), mask.hu.sum((1, 2))
     check(1 <= litres <= 12, where, f"{litres} litres of lung", "a chest CT with both lungs in view is wanted")
     check(coarse.hu[mask.hu].mean() > GAS, where, f"{litres} litres of gas below {GAS} HU", "a chest CT is wanted")
-    check(max(areas[0], areas[-1]) < areas.max() / 2, where, "lungs cut at an end of the scan", "a whole chest is wanted")
+    check(max(areas[0], areas[-1]) < areas.max() / 2, where, "lungs cut at an end", "a whole chest is wanted")
     (corner, shape), nodules = grid(scan), np.array(nodules).reshape(-1, 4)
     index = (nodules[:, :3] - scan.origin) @ np.linalg.inv(affine(scan)).T + 0.5        # from the first voxel's corner
     outside = ((index < 0) | (index > scan.hu.shape[::-1])).any(1)
@@ -531,7 +533,7 @@ def prepare_scan(source, nodules, folder, parameters):
 def scan_picture(hu, lungs, centres, radii):
     """A PNG of three planes at 2 mm through the largest nodule, or through the right lung where there is none.
 
-    hu, lungs: (z, y, x), the lungs outlined in red; centres (n, 3) and radii (n,) of nodules, in voxels: ringed in green.
+    hu, lungs: (z, y, x), the lungs outlined in red; centres (n, 3), radii (n,): nodules, in voxels, ringed in green.
     """
     pictures, through = [], centres[radii.argmax()] if len(radii) else np.quantile(np.argwhere(lungs), 0.25, axis=0)
     for axis, at in enumerate(np.clip(np.rint(through).astype(int), 0, np.array(hu.shape) - 1)):
@@ -549,7 +551,7 @@ def scan_picture(hu, lungs, centres, radii):
 
 
 def read_record(source, folder, parameters):
-    """The record that an earlier run left of a scan with the same parameters; {} where there is none, or a damaged one."""
+    """The record that an earlier run left of a scan with the same parameters; {} where there is none that is whole."""
     path = folder / f"{scan_name(source.seriesuid)}.json"
     with suppress(Refusal), lungaug.refusing(path, ""):
         record = lungaug.read(path, "")
@@ -565,7 +567,7 @@ def is_whole(record, folder):
 
 
 def prepare_one(source, nodules, folder, parameters):
-    """Make a scan's record unless a whole one is there, or one with the reason why it cannot be used; returns the reason."""
+    """Make a scan's record, unless a whole one is there; of one that cannot be used, the reason, which is returned."""
     if is_whole(read_record(source, folder, parameters), folder):
         return None
     try:
@@ -604,7 +606,8 @@ def open_dataset(run):
     with lungaug.refusing(path, do):
         cube, names = info["parameters"]["cube"], [scan["volume"] for scan in info["scans"]]
         plain = all(Path(name).name == name for name in names)
-        check(info["preset"] in ("demo", "thesis") and cube in CUBES and plain, path, "a preset, cube or file name of no use", do)
+        known = info["preset"] in ("demo", "thesis") and cube in CUBES and plain
+        check(known, path, "a preset, cube or file name of no use", do)
         kinds = [{split: rows(kind, split) for split in SPLITS} for kind in ("positives", "negatives")]
         return Dataset(path.parent, info, cube, *kinds, lungaug.fingerprint(info["scans"]))
 
@@ -641,7 +644,7 @@ TABLE_1 = {"train": (5712, 406791), "validation": (816, 58113), "test": (1632, 1
 
 
 def table_1(scans):
-    """Table 1: split → nodules, positives (eight flips each: the thesis' are multiples of 8), negatives   [num_table_1]"""
+    """Table 1: split → nodules, positives (eight flips each: the thesis' are 8·n), negatives   [num_table_1]"""
     table = {}
     for split in SPLITS:
         nodules, negatives = (sum(len(scan[kind]) for scan in scans if scan["split"] == split)
@@ -664,7 +667,8 @@ def page(dataset):
              ("", "positive", "nodules", "negative", "thesis: positive", "negative"), counts),
             *([("Scans left out.", ("series", "why"), left_out)] if left_out else []),
             (f"Scan {most['seriesuid']}: axial, coronal and sagittal plane through its largest nodule. "
-             "Red: the lung mask. Green: around the nodules in a plane, or 2 mm beside it.", most["volume"].replace(".npy", ".png"))]
+             "Red: the lung mask. Green: around the nodules in a plane, or 2 mm beside it.",
+             most["volume"].replace(".npy", ".png"))]
 
 
 def find_annotations(scans):
@@ -721,14 +725,16 @@ def main():
     annotations, sources = read_annotations(table), find_scans(scans)
     check(any(source.seriesuid in annotations for source in sources), table, "no series of the scans in it",
           "a MetaImage's series UID is its file's name, a DICOM file's is its tag")
-    parameters = {"scans": "synthetic" if synthetic else str(scans.resolve()), "annotations": zlib.crc32(table.read_bytes()),
+    origin = "synthetic" if synthetic else str(scans.resolve())
+    parameters = {"scans": origin, "annotations": zlib.crc32(table.read_bytes()),
                   **{key: getattr(arguments, key) for key in ("cube", "negatives", "max_slice_mm", "seed")}}
     part, parts = map(int, arguments.part.split("/"))
     with lungaug.alone(folder, f"part {part} of {parts}"):
         lungaug.claim(folder, parameters, arguments.overwrite)
         mine = sources[part - 1::parts]
         if arguments.overwrite:
-            lungaug.discard(folder, "dataset.json", "options.json", *(f"{scan_name(source.seriesuid)}.json" for source in mine))
+            records = (f"{scan_name(source.seriesuid)}.json" for source in mine)
+            lungaug.discard(folder, "dataset.json", "options.json", *records)
         prepare(mine, annotations, folder, parameters, arguments)
         records = [read_record(source, folder, parameters) for source in sources]
         if not all(records):
@@ -739,8 +745,8 @@ def main():
     items = page(dataset)
     lungaug.print_table(*items[1])      # Table 1
     litres = [scan["litres"] for scan in dataset.info["scans"]]
-    print(f"{len(litres)} scans, {len(dataset.info['left_out'])} left out; lungs of {min(litres):.1f} to {max(litres):.1f} "
-          f"litres. Pictures in {folder}: one a scan.")
+    print(f"{len(litres)} scans, {len(dataset.info['left_out'])} left out; lungs of {min(litres):.1f} to "
+          f"{max(litres):.1f} litres. Pictures in {folder}: one a scan.")
     lungaug.record_stage(folder, arguments, items)
 
 

@@ -58,7 +58,7 @@ def score_reals(critic, dataset, label, device, most=2048):
 
 @torch.no_grad()
 def generate(generator, critic, label, wanted, threshold, arguments, device):
-    """Generate cubes of one class, score them, keep those that pass until `wanted` have   [rule_4_3_generate_score_select]
+    """Generate cubes of a class, score them, keep those that pass, until `wanted`   [rule_4_3_generate_score_select]
 
     Returns cubes, int16 HU (n, c, c, c), n < wanted where --attempts runs out; the best-scored of the rejected, for the
     pictures of a GAN that delivers none; and the acceptance rate.
@@ -124,8 +124,9 @@ def generate_classes(run, dataset, arguments, device):
         print(f"Generated {name}s: {len(cubes)} of {wanted} wanted, acceptance rate {rate:.1%} "
               f"(score ≥ {threshold:.2f}, class probability ≥ {arguments.class_probability}).", flush=True)
         if len(cubes) < wanted:
-            print(f"  The GAN does not deliver within --attempts {arguments.attempts} for each one wanted. Train it longer, "
-                  f"or lower --score-quantile (now {arguments.score_quantile}) or --class-probability.", flush=True)
+            print(f"  The GAN does not deliver within --attempts {arguments.attempts} for each one wanted. Train it "
+                  f"longer, or lower --score-quantile (now {arguments.score_quantile}) or --class-probability.",
+                  flush=True)
     lungaug.write(path, {"settings": asked, "classes": classes, "files": files})
     return classes
 
@@ -138,8 +139,9 @@ def draw_samples(folder, dataset, count=16):
     middles = []
     for name, rows in (("positive", dataset.positives["train"]), ("negative", dataset.negatives["train"])):
         real = preprocessing.read_cubes(dataset, rows[np.linspace(0, len(rows) - 1, count).astype(int)])[:, 0]
-        made = [preprocessing.open_array(folder / "generated" / f"{name}{kind}.npy")[:count] for kind in ("", "_rejected")]
-        made = preprocessing.normalize(np.concatenate(made)[:count])
+        files = (folder / "generated" / f"{name}{kind}.npy" for kind in ("", "_rejected"))
+        made = np.concatenate([preprocessing.open_array(file)[:count] for file in files])
+        made = preprocessing.normalize(made[:count])
         made = np.concatenate([made, -np.ones((count - len(made), *made.shape[1:]), np.float32)])
         middles += [real[:, dataset.cube // 2], made[:, dataset.cube // 2]]
     sheet = lungaug.tile(lungaug.grey(np.concatenate(middles)), count)
@@ -286,7 +288,7 @@ def main():
     print(f"Preset {arguments.preset}, cube {dataset.cube}, on {device}.", flush=True)
     with lungaug.alone(run / "classifiers", "training"):
         if arguments.overwrite:
-            lungaug.discard(run / "classifiers", "*/checkpoint.pt", "*/log.jsonl", "generated/generated.json", "options.json")
+            lungaug.discard(run / "classifiers", "*/checkpoint.pt", "*/log.jsonl", "*/generated.json", "options.json")
         generated = generate_classes(run, dataset, arguments, device)
         draw_samples(run / "classifiers", dataset)
         for arm in ARMS:
@@ -297,7 +299,7 @@ def main():
     lungaug.record_stage(run / "classifiers", arguments, [
         "4.3 Generative augmentation",
         ("Samples wanted, and those that passed the selection.", head, rows),
-        ("Middle axial slices, a row each: real and generated positives, real and generated negatives.", "samples.png")])
+        ("Middle axial slices, a row each: real, generated positives; real, generated negatives.", "samples.png")])
 
 
 if __name__ == "__main__":
