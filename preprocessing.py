@@ -305,10 +305,10 @@ def resample(scan, origin=None, shape=None):
 
 
 def line_weights(size, start, step, count):
-    """W[k, i] = max(0, 1 − |x_k − i|), x_k = start + step·k, clamped to 0 … size − 1; (count, size), sparse"""
-    x = np.clip(start + step * np.arange(count), 0, size - 1)[:, None]
-    near = x.astype(int) + [0, 1]       # past the last voxel the weight is 0
-    entries = (1 - np.abs(x - near)).ravel(), np.minimum(near, size - 1).ravel(), 2 * np.arange(count + 1)
+    """W[k, i] = max(0, 1 − |x_k − i|), x_k = start + step·k; past an end the last voxel has it all; (count, size), sparse"""
+    x = (start + step * np.arange(count))[:, None]
+    near = np.floor(x).astype(int) + [0, 1]
+    entries = (1 - np.abs(x - near)).ravel(), np.clip(near, 0, size - 1).ravel(), 2 * np.arange(count + 1)
     return sparse.csr_array(entries, shape=(count, size))
 
 
@@ -378,8 +378,8 @@ def lung_mask(hu, step=1):
     them to the stomach's gas, and after an erosion by 2 mm, which parts what meets through a thin wall.
     """
     air, thin = hu < -500, max(1, round(THIN_WALL / step))
-    labels, count = ndimage.label(ndimage.binary_erosion(air, iterations=thin, border_value=1))
-    sizes = np.bincount(labels.ravel(), minlength=count + 2)
+    labels, _ = ndimage.label(ndimage.binary_erosion(air, iterations=thin, border_value=1))
+    sizes = np.bincount(labels.ravel())
     room = np.concatenate([labels[:, [0, -1]].ravel(), labels[:, :, [0, -1]].ravel()])
     sizes[0] = sizes[room] = 0      # 0: what is no air
     two = np.argsort(sizes, kind="stable")[-2:]

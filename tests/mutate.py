@@ -38,6 +38,7 @@ EQUIVALENT = {      # the changed line → why nothing changes
         "UpsampleConv3d's forward has a padding of its own",
     "models.DownBlock: ConvDownsample3d(into, out, 3, padding=(2)), norm(out), activation())":
         "ConvDownsample3d's forward has a padding of its own",
+    "models.Classifier: for level in range(1, len(channels(cube, (2)))):": "the width does not change how many levels there are",
     "evaluate.nearest_neighbours: distances = cdist(np.reshape(queries, (len(queries), -(2))), np.reshape(references, (len(references), -1)))":
         "NumPy takes any negative side for what is left",
     "evaluate.nearest_neighbours: distances = cdist(np.reshape(queries, (len(queries), -1)), np.reshape(references, (len(references), -(2))))":
@@ -49,9 +50,9 @@ EQUIVALENT = {      # the changed line → why nothing changes
     "preprocessing.reorient: back = (np.diag(axes) <= 0)": "an axis across its own may be taken in either sense: far follows",
     "preprocessing.close_ball: cross, cube = (ndimage.generate_binary_structure(3, n) for n in (1, (4)))":
         "three axes have no fourth step: 3 is the whole cube already",
-    "preprocessing.lung_mask: labels, count = ndimage.label(ndimage.binary_erosion(air, iterations=thin, border_value=(2)))":
+    "preprocessing.lung_mask: labels, _ = ndimage.label(ndimage.binary_erosion(air, iterations=thin, border_value=(2)))":
         "any value but 0 is true",
-    "preprocessing.lung_mask: sizes = np.bincount(labels.ravel(), minlength=count + (3))": "one more component, of no voxel",
+    "preprocessing.interpolate_axes: @functools.lru_cache((3))": "what is kept in memory changes no result",
     "preprocessing.cut: if ((low <= high)).all():": "where they are equal the slice is empty",
     "preprocessing.draw_negatives: drawn = (lungs[rng.integers(len(lungs), size=100 * count)] - rng.uniform(-1, 1, (100 * count, 3)))":
         "a uniform draw about 0 has no sign",

@@ -434,6 +434,12 @@ def test_rule_2_1_3_lungs__vessels_and_nodules_inside_are_taken_in(chest):
     assert inside.sum() > 100 and chest.mask[inside].mean() > 0.95
 
 
+def test_rule_2_1_3_lungs__a_single_voxel_left_by_the_erosion_is_a_component():
+    """At 2 mm, 3³ voxels of air in a body: the erosion leaves their middle, and the mask is not empty."""
+    hu = box((11, 12, 13), ((4, 4, 5), (7, 7, 8)))
+    assert preprocessing.lung_mask(hu, 2)[5, 5, 6]
+
+
 @pytest.mark.parametrize("thick, taken", [(10, True), (5, False)])
 def test_rule_2_1_3_lungs__a_second_component_counts_from_a_quarter_on(thick, taken):
     """Lungs that do not touch are both taken; a second of 10/24 of the first is, one of 5/24 is not."""
