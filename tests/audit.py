@@ -21,22 +21,28 @@ from pathlib import Path
 from typing import NamedTuple
 
 ROOT = Path(__file__).resolve().parent.parent
-FILES = ("preprocessing.py", "models.py", "losses.py", "train_gan.py", "train_classifier.py", "evaluate.py", "lungaug.py")
+FILES = ("preprocessing.py", "models.py", "losses.py", "train_gan.py", "train_classifier.py", "evaluate.py",
+         "lungaug.py")
 TABLES = {"num_table_1": [2, 1, 5]} | {f"num_table_{n}": [5, 2, n] for n in (2, 3, 4, 5)}      # the section of each
 ID = r"(?:eq|rule|num)_[0-9a-z_]+"
 LEFT_OUT = (    # section, what it says, and why no code follows it
     ("1.1", "1.4% of the samples are positive", "follows from Table 1: 8,160 of 589,290"),
     ("1.1", "rotations as conventional augmentation", "the thesis itself flips only (2.1.6, 4.2)"),
     ("1.3.1", "some network approximates any function", "says that one exists: nothing to run"),
-    ("1.3.1, 1.3.2, 1.3.3", "batch normalization; residual networks converge faster; GAN training is unstable", "experience told, no rule; no norm over a batch is used"),
+    ("1.3.1, 1.3.2, 1.3.3", "batch normalization; residual networks converge faster; GAN training is unstable",
+     "experience told, no rule; no norm over a batch is used"),
     ("1.3.6, 1.3.7", "what [10] and [11] measured", "other data, other networks: background"),
-    ("2", "7371 lesions marked by one reader or more, 888 scans", "counts of LIDC-IDRI and LUNA16: however many scans there are, are read"),
-    ("2", "nodules of 3 mm or more, marked by 3 of 4 readers", "LUNA16's annotations.csv is made so, and taken as it is"),
+    ("2", "7371 lesions marked by one reader or more, 888 scans",
+     "counts of LIDC-IDRI and LUNA16: however many scans there are, are read"),
+    ("2", "nodules of 3 mm or more, marked by 3 of 4 readers",
+     "LUNA16's annotations.csv is made so, and taken as it is"),
     ("2.1.2", "HU of air, water, cancellous bone and lung", "reasons for the range [-1000, 400], not steps"),
     ("2.1.3", "OpenCV", "scipy.ndimage does the same in three dimensions, and is here already"),
-    ("4.1.1", "α is raised once both networks have stabilized", "a judgement by eye: three quarters of the epochs, rule_4_1_alpha"),
+    ("4.1.1", "α is raised once both networks have stabilized",
+     "a judgement by eye: three quarters of the epochs, rule_4_1_alpha"),
     ("5.3", "the distance flattened out around 70", "hangs on the lost width and on 20,000 epochs on LUNA16"),
-    ("5.3", "the fake-trained classifier converges at once and tests badly; the mixed one is like the critic", "observations of that run; figure 8 and Tables 3–5 show yours"),
+    ("5.3", "the fake-trained classifier converges at once and tests badly; the mixed one is like the critic",
+     "observations of that run; figure 8 and Tables 3–5 show yours"),
     ("6", "larger networks; nodule size, texture and malignancy as conditions", "proposals, not done in the thesis"),
 )
 
@@ -63,7 +69,11 @@ def entries(root=ROOT):
                 found.append(Entry(mark[2], mark[1].strip(" ,"), f"{stem}.{constant}"))
             elif (mark := re.match(rf'    Preset\("(\w+)", "([\w-]+)", ([\w.-]+), .*\[({ID})\]', line)):
                 found.append(Entry(mark[4], f"{mark[2]} = {mark[3]}", f"lungaug.PRESETS ({mark[1]})"))
-    return sorted(found, key=lambda entry: TABLES.get(entry.id) or [int(n) for n in re.findall(r"_(\d)(?=_)", entry.id)])
+
+    def section(entry):
+        return TABLES.get(entry.id) or [int(n) for n in re.findall(r"_(\d)(?=_)", entry.id)]
+
+    return sorted(found, key=section)
 
 
 def tests(root=ROOT):
@@ -92,7 +102,8 @@ def markdown(root=ROOT):
     lines = ["| id | equation, number or rule | where | tests | note |", "| --- | --- | --- | --- | --- |"]
     for entry in entries(root):
         formula = entry.formula.replace("|", "\\|")
-        lines.append(f"| `{entry.id}` | {formula} | `{entry.where}` | {len(named.get(entry.id, []))} | {marked.get(entry.id, '')} |")
+        count, note = len(named.get(entry.id, [])), marked.get(entry.id, "")
+        lines.append(f"| `{entry.id}` | {formula} | `{entry.where}` | {count} | {note} |")
     lines += [f"| {section} | {says} | left out | | {why} |" for section, says, why in LEFT_OUT]
     return "\n".join(lines)
 
@@ -101,20 +112,20 @@ def run(root, paths, select="eq_ or rule_ or num_", stop=False):
     """{test name: passed} of the tests that `select` names in these files of the tree `root`; `stop` at a failure."""
     with tempfile.TemporaryDirectory() as folder:
         report = Path(folder) / "report.xml"
-        subprocess.run([sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "-k", select, f"--junitxml={report}",
-                        *(["-x"] if stop else []), *paths],
-                       cwd=root, capture_output=True)
+        subprocess.run([sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "-k", select,
+                        f"--junitxml={report}", *(["-x"] if stop else []), *paths], cwd=root, capture_output=True)
         if not report.exists():
             return {}
         cases = xml.etree.ElementTree.parse(report).iter("testcase")
-        return {case.get("name"): case.find("failure") is None and case.find("error") is None and case.find("skipped") is None
+        return {case.get("name"): not any(case.find(bad) is not None for bad in ("failure", "error", "skipped"))
                 for case in cases}
 
 
 def verdicts(root=ROOT, select="eq_ or rule_ or num_"):
     """id → {test name: passed}, from running the tests, two processes at a time."""
     paths = sorted(map(str, (root / "tests").glob("test_*.py")), key=lambda path: "preprocessing" not in path)
-    paths = [path for path in paths if re.search(rf"^def test_(?:{select.replace(' or ', '|')})", Path(path).read_text(), re.M)]
+    paths = [path for path in paths
+             if re.search(rf"^def test_(?:{select.replace(' or ', '|')})", Path(path).read_text(), re.M)]
     with ThreadPoolExecutor(2) as pool:
         parts = list(pool.map(lambda path: run(root, [path], select), paths))
     found = {}
@@ -136,7 +147,8 @@ def main():
     from wrong_versions import WRONG, put
 
     parser = argparse.ArgumentParser(prog="python lungaug.py audit", description=__doc__.split("\n")[0])
-    parser.add_argument("--wrong", choices=sorted(WRONG), metavar="NAME", help=f"a mistake to put in place: {', '.join(sorted(WRONG))}")
+    parser.add_argument("--wrong", choices=sorted(WRONG), metavar="NAME",
+                        help=f"a mistake to put in place: {', '.join(sorted(WRONG))}")
     parser.add_argument("--markdown", action="store_true", help="print README's table instead")
     arguments = parser.parse_args()
     if arguments.markdown:

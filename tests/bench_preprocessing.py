@@ -6,8 +6,8 @@ ours      a scan from its files to its cubes, as preprocessing.py does it
 public    the recipe in wide use: zoom of order 3, then a 2-D segmentation of the lungs slice by slice
 plain     full resolution: zoom of order 3, then lung_mask at 1 mm with one large ball for the closing
 
-Then: our mask, made at 2 mm, against the plain way's (Dice), two processes against one, the peak memory of a process, the disk
-a scan takes, and what they make for 888 scans.
+Then: our mask, made at 2 mm, against the plain way's (Dice), two processes against one, the peak memory of a process,
+the disk a scan takes, and what they make for 888 scans.
 """
 
 import argparse
@@ -60,7 +60,8 @@ def plain(source):
     """zoom of order 3 to 1 mm, then lung_mask at full resolution, closed by one ball."""
     def close_ball(mask, radius):
         z, y, x = np.ogrid[-radius:radius + 1, -radius:radius + 1, -radius:radius + 1]
-        return ndimage.binary_closing(np.pad(mask, radius), x * x + y * y + z * z <= radius * radius)[(slice(radius, -radius),) * 3]
+        return ndimage.binary_closing(np.pad(mask, radius),
+                                      x * x + y * y + z * z <= radius * radius)[(slice(radius, -radius),) * 3]
 
     scan, ours = reorient(read_source(source)), preprocessing.close_ball
     hu = ndimage.zoom(clip_hu(scan.hu), scan.spacing[::-1], order=3)
@@ -84,13 +85,14 @@ def dice(source, full):
     scan = read_source(source)
     _, mask = coarse_lungs(scan._replace(hu=clip_hu(scan.hu)))
     scan = reorient(scan)
-    step = (np.array(scan.hu.shape) - 1) * scan.spacing[::-1] / (np.array(full.shape) - 1) / 2     # zoom keeps both ends
+    ends, full_ends = np.array(scan.hu.shape) - 1, np.array(full.shape) - 1     # zoom keeps both ends
+    step = ends * scan.spacing[::-1] / full_ends / 2
     ours = ndimage.affine_transform(mask.hu.astype(np.float32), step, output_shape=full.shape, order=1) > 0.5
     return 2 * (full & ours).sum() / (full.sum() + ours.sum())
 
 
 def parallel(sources, nodules, workers):
-    """Wall seconds of `prepare` over the scans, four times each, its peak memory a process and its disk a scan, in MB."""
+    """Wall seconds of `prepare` over the scans, four times each; peak memory a process and disk a scan, in MB."""
     many = [source._replace(seriesuid=f"{source.seriesuid}.{i}") for i in range(4) for source in sources]
     annotations = {source.seriesuid: nodules.get(source.seriesuid.rpartition(".")[0], []) for source in many}
     with tempfile.TemporaryDirectory() as folder:
@@ -120,7 +122,8 @@ def main():
     ours = statistics.median(times["ours"])
     for name, values in times.items():
         if values:
-            print(f"{name:<8}{statistics.median(values):8.2f} s a scan   {statistics.median(values) / ours:6.1f} × ours")
+            middle = statistics.median(values)
+            print(f"{name:<8}{middle:8.2f} s a scan   {middle / ours:6.1f} × ours")
     if agree:
         print(f"Dice of our mask with the plain way's: {', '.join(f'{value:.4f}' for value in agree)}")
     one, two = parallel(sources, nodules, 1), parallel(sources, nodules, 2)

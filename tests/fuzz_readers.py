@@ -4,9 +4,9 @@
     python tests/fuzz_readers.py --short             # as many as fit a minute
     python tests/fuzz_readers.py --seed 7 --only dicom
 
-Each input is a valid file, changed by its number alone: bits flipped, bytes cut, doubled, swapped or put in, numbers made
-huge, negative, fractional or no number, words swapped. A finding is any exception but Refusal, a Refusal of more than one
-line, more than 5 s, more than 1 GB, a scan that breaks its own contract, or a file written outside the run.
+Each input is a valid file, changed by its number alone: bits flipped, bytes cut, doubled, swapped or put in, numbers
+made huge, negative, fractional or no number, words swapped. A finding is any exception but Refusal, a Refusal of more
+than one line, more than 5 s, more than 1 GB, a scan that breaks its own contract, or a file written outside the run.
 """
 
 import argparse
@@ -30,12 +30,15 @@ import phantom
 import preprocessing
 import train_gan
 
-NUMBERS = (b"0", b"-1", b"1e309", b"nan", b"inf", b"99999999999999999999", b"2147483648", b"-0.0", b"1e-320", b"0x10", b"", b"3.7")
-WORDS = (b"True", b"False", b"LOCAL", b"LIST", b"MET_FLOAT", b"MET_SHORT", b"../x.raw", b"/etc/passwd", b"null", b"[]", b"{}", b"\x00", b"\xff\xfe",
+NUMBERS = (b"0", b"-1", b"1e309", b"nan", b"inf", b"99999999999999999999", b"2147483648", b"-0.0", b"1e-320", b"0x10",
+           b"", b"3.7")
+WORDS = (b"True", b"False", b"LOCAL", b"LIST", b"MET_FLOAT", b"MET_SHORT", b"../x.raw", b"/etc/passwd", b"null", b"[]",
+         b"{}", b"\x00", b"\xff\xfe",
          b"\r\n", b",", b"=", "\N{RIGHT-TO-LEFT OVERRIDE}".encode())
 
 
-RECORD = {"seriesuid": "1.2.3", "patient": "p", "volume": "1.2.3.npy", "crc32": 0, "origin": [0.0, 0.0, 0.0], "litres": 4.0,
+RECORD = {"seriesuid": "1.2.3", "patient": "p", "volume": "1.2.3.npy", "crc32": 0, "origin": [0.0, 0.0, 0.0],
+          "litres": 4.0,
           "positives": [[9, 9, 9]], "diameters": [6.0], "negatives": [[3, 4, 5], [20, 20, 20]], "split": "train"}
 
 
@@ -120,7 +123,8 @@ def read_report(path):
 
 def make_targets(folder):
     """name → (the file that is damaged, what reads it): valid files of every kind, small."""
-    scan = phantom.Phantom("1.2.3", "p", np.arange(6 * 7 * 8, dtype=np.int16).reshape(6, 7, 8), (0.7, 0.8, 2.5), (-10.0, 5.5, -300.25), np.eye(3), [],
+    scan = phantom.Phantom("1.2.3", "p", np.arange(6 * 7 * 8, dtype=np.int16).reshape(6, 7, 8), (0.7, 0.8, 2.5),
+                           (-10.0, 5.5, -300.25), np.eye(3), [],
                            np.zeros((6, 7, 8), bool), np.zeros((6, 7, 8), np.uint8))
     places = {}
     for name, options in (("raw", {}), ("zraw", {"compressed": True}), ("mha", {"local": True})):
@@ -131,24 +135,29 @@ def make_targets(folder):
     volume = np.random.default_rng(0).integers(-1000, 400, (30, 31, 32)).astype(np.int16)
     lungaug.write(run / "prepared" / "1.2.3.npy", volume)
     lungaug.write(run / "prepared" / "dataset.json", {"parameters": {"cube": 12}, "preset": "demo", "synthetic": True,
-                                                      "table_1": preprocessing.table_1([RECORD]), "left_out": [], "scans": [RECORD]})
-    lungaug.write(run / "prepared" / "1.2.3.json", RECORD | {"fingerprint": lungaug.fingerprint([{"cube": 12}, RECORD])})
+                                                      "table_1": preprocessing.table_1([RECORD]), "left_out": [],
+                                                      "scans": [RECORD]})
+    lungaug.write(run / "prepared" / "1.2.3.json",
+                  RECORD | {"fingerprint": lungaug.fingerprint([{"cube": 12}, RECORD])})
     lungaug.write(folder / "checkpoint.pt", {"epoch": 1, "weights": {"a": np.zeros(0).tolist()}, "draws": "{}"})
     for name in ("prepared", "gan", "classifiers", "evaluation"):
-        lungaug.write(run / name / "options.json", {"page": ["2 Dataset", ["Table.", ["a"], [["b"]]], ["A figure.", "x.png"]], "command": "c",
-                                                      "seconds": 1.0, "options": {"run": "r"}, "versions": {"torch": "2"}})
+        page = ["2 Dataset", ["Table.", ["a"], [["b"]]], ["A figure.", "x.png"], "This run", ["python a.py: 1 s"]]
+        lungaug.write(run / name / "options.json", {"page": page, "options": {"run": "r"}})
     for epoch in range(1, 6):
         lungaug.append_log(folder / "log.jsonl", {"epoch": epoch, "loss": 0.5})
-    (folder / "annotations.csv").write_text("seriesuid,coordX,coordY,coordZ,diameter_mm\n1.2.3,1.5,-2.5,3.25,6.4\n1.2.4,1,2,3,4\n")
+    head = ",".join(preprocessing.COLUMNS)
+    (folder / "annotations.csv").write_text(f"{head}\n1.2.3,1.5,-2.5,3.25,6.4\n1.2.4,1,2,3,4\n")
     scan_reader = lambda path: right_scan(preprocessing.read_scan(path))
     return {
         "header": (places["raw"], scan_reader), "mha": (places["mha"], scan_reader),
         "raw": (places["raw"].with_suffix(".raw"), lambda path: scan_reader(path.with_suffix(".mhd"))),
         "zraw": (places["zraw"].with_suffix(".zraw"), lambda path: scan_reader(path.with_suffix(".mhd"))),
         "dicom": (sorted(dicom.glob("*.dcm"))[2], lambda path: scan_reader(path.parent)),
-        "annotations": (folder / "annotations.csv", read_annotations), "dataset": (run / "prepared" / "dataset.json", read_dataset),
+        "annotations": (folder / "annotations.csv", read_annotations),
+        "dataset": (run / "prepared" / "dataset.json", read_dataset),
         "record": (run / "prepared" / "1.2.3.json", read_record),
-        "volume": (run / "prepared" / "1.2.3.npy", read_volume), "checkpoint": (folder / "checkpoint.pt", read_checkpoint),
+        "volume": (run / "prepared" / "1.2.3.npy", read_volume),
+        "checkpoint": (folder / "checkpoint.pt", read_checkpoint),
         "log": (folder / "log.jsonl", read_log), "report": (run / "gan" / "options.json", read_report)}
 
 
@@ -163,7 +172,8 @@ def attempt(path, reader, data):
     try:
         reader(path)
     except lungaug.Refusal as refusal:
-        return None if len(str(refusal).splitlines()) == 1 and str(refusal).isprintable() else f"not one line: {refusal!r}"
+        one_line = len(str(refusal).splitlines()) == 1 and str(refusal).isprintable()
+        return None if one_line else f"not one line: {refusal!r}"
     except Exception:
         return traceback.format_exc()
     finally:
@@ -201,10 +211,12 @@ def main():
             if wrong:
                 kind = wrong.strip().splitlines()[-1].split(":")[0][:80]
                 findings.setdefault(f"{name}: {kind}", (number, wrong))
-        strange = [path for parent, names in before.items() for path in set(parent.iterdir()) - names if path.name != "report.html"]
+        strange = [path for parent, names in before.items() for path in set(parent.iterdir()) - names
+                   if path.name != "report.html"]
     for title, (number, wrong) in findings.items():
         print(f"--- input {number}, {title}\n{wrong}")
-    print(f"{done} inputs of {len(targets)} kinds in {time.monotonic() - start:.0f} s: {len(findings)} findings, {len(strange)} strange files")
+    print(f"{done} inputs of {len(targets)} kinds in {time.monotonic() - start:.0f} s: "
+          f"{len(findings)} findings, {len(strange)} strange files")
     return 1 if findings or strange else 0
 
 

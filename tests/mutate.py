@@ -23,31 +23,37 @@ import audit
 TARGETS = {
     "losses.py": (None, ["test_losses.py", "test_background.py"]),
     "models.py": (None, ["test_models.py"]),
-    "evaluate.py": (("nearest_neighbours", "nearest_training", "confusion_matrix", "ratio", "sensitivity", "specificity", "precision", "f1",
-                     "metrics"), ["test_evaluate.py"]),
-    "preprocessing.py": (("affine", "reorient", "grid", "resample", "line_weights", "interpolate_axes", "clip_hu", "normalize", "denormalize", "close_ball", "lung_mask",
-                          "nearest_voxel", "cut", "crop_cube", "meets_sphere", "draw_negatives", "split_patients", "flip", "all_flips",
-                          "with_flips", "slice_hu"), ["test_preprocessing.py", "test_readers.py"]),
-    "train_gan.py": (("auxiliary_scale", "draw_batch", "draw_latent", "draw_labels", "draw_epsilon", "critic_iteration", "generator_iteration", "train_epoch"),
-                     ["test_train_gan.py"]),
+    "evaluate.py": (("nearest_neighbours", "nearest_training", "confusion_matrix", "ratio", "sensitivity",
+                     "specificity", "precision", "f1", "metrics"), ["test_evaluate.py"]),
+    "preprocessing.py": (("affine", "reorient", "grid", "resample", "line_weights", "interpolate_axes", "clip_hu",
+                          "normalize", "denormalize", "close_ball", "lung_mask", "nearest_voxel", "cut", "crop_cube",
+                          "meets_sphere", "draw_negatives", "split_patients", "flip", "all_flips", "with_flips",
+                          "slice_hu"), ["test_preprocessing.py", "test_readers.py"]),
+    "train_gan.py": (("auxiliary_scale", "draw_batch", "draw_latent", "draw_labels", "draw_epsilon", "critic_iteration",
+                      "generator_iteration", "train_epoch"), ["test_train_gan.py"]),
     "train_classifier.py": (("select", "learning_rate", "balanced_batches", "f1_score"), ["test_train_classifier.py"]),
 }
 EQUIVALENT = {      # the changed line → why nothing changes
-    "models.conv: return nn.Conv3d(into, out, kernel, padding=kernel // (3))": "kernels are 1 and 3: 0 and 1 either way",
+    "models.conv: return nn.Conv3d(into, out, kernel, padding=kernel // (3))":
+        "kernels are 1 and 3: 0 and 1 either way",
     "models.UpBlock: self.body = nn.Sequential(UpsampleConv3d(into, out, 3, padding=(2)), norm(out), activation(),":
         "UpsampleConv3d's forward has a padding of its own",
     "models.DownBlock: ConvDownsample3d(into, out, 3, padding=(2)), norm(out), activation())":
         "ConvDownsample3d's forward has a padding of its own",
-    "models.Classifier: for level in range(1, len(channels(cube, (2)))):": "the width does not change how many levels there are",
+    "models.Classifier: for level in range(1, len(channels(cube, (2)))):":
+        "the width does not change how many levels there are",
     "evaluate.nearest_neighbours: distances = cdist(np.reshape(queries, (len(queries), -(2))), np.reshape(references, (len(references), -1)))":
         "NumPy takes any negative side for what is left",
     "evaluate.nearest_neighbours: distances = cdist(np.reshape(queries, (len(queries), -1)), np.reshape(references, (len(references), -(2))))":
         "NumPy takes any negative side for what is left",
-    "evaluate.nearest_training: def nearest_training(queries, dataset, rows, flips, size=(129)):": "the result is that of any size",
-    "train_classifier.f1_score: return float(2 * hits / max((2), labels.sum() + predictions.sum()))": "where the sum is 1 there is no hit",
+    "evaluate.nearest_training: def nearest_training(queries, dataset, rows, flips, size=(129)):":
+        "the result is that of any size",
+    "train_classifier.f1_score: return float(2 * hits / max((2), labels.sum() + predictions.sum()))":
+        "where the sum is 1 there is no hit",
     "preprocessing.reorient: order = max(itertools.permutations(range(3)), key=lambda p: np.abs(scan.direction[range(3), p]).mean())":
         "a mean of three is largest where their sum is",
-    "preprocessing.reorient: back = (np.diag(axes) <= 0)": "an axis across its own may be taken in either sense: far follows",
+    "preprocessing.reorient: back = (np.diag(axes) <= 0)":
+        "an axis across its own may be taken in either sense: far follows",
     "preprocessing.close_ball: cross, cube = (ndimage.generate_binary_structure(3, n) for n in (1, (4)))":
         "three axes have no fourth step: 3 is the whole cube already",
     "preprocessing.lung_mask: labels, _ = ndimage.label(ndimage.binary_erosion(air, iterations=thin, border_value=(2)))":
@@ -60,10 +66,12 @@ EQUIVALENT = {      # the changed line → why nothing changes
         "the terms have the same names in each round",
 }
 
-SWAPS = {ast.Add: ast.Sub, ast.Sub: ast.Add, ast.Mult: ast.Div, ast.Div: ast.Mult, ast.FloorDiv: ast.Mult, ast.Lt: ast.LtE, ast.LtE: ast.Lt,
-         ast.Gt: ast.GtE, ast.GtE: ast.Gt, ast.Eq: ast.NotEq, ast.NotEq: ast.Eq, ast.BitAnd: ast.BitOr, ast.BitOr: ast.BitAnd, ast.Pow: ast.Mult}
-CALLS = {"mean": "sum", "sum": "mean", "argmin": "argmax", "argmax": "argmin", "min": "max", "max": "min", "floor": "ceil", "maximum": "minimum",
-         "minimum": "maximum", "rand": "randn", "randn": "rand", "binary_dilation": "binary_erosion", "log_softmax": "softmax"}
+SWAPS = {ast.Add: ast.Sub, ast.Sub: ast.Add, ast.Mult: ast.Div, ast.Div: ast.Mult, ast.FloorDiv: ast.Mult,
+         ast.Lt: ast.LtE, ast.LtE: ast.Lt, ast.Gt: ast.GtE, ast.GtE: ast.Gt, ast.Eq: ast.NotEq, ast.NotEq: ast.Eq,
+         ast.BitAnd: ast.BitOr, ast.BitOr: ast.BitAnd, ast.Pow: ast.Mult}
+CALLS = {"mean": "sum", "sum": "mean", "argmin": "argmax", "argmax": "argmin", "min": "max", "max": "min",
+         "floor": "ceil", "maximum": "minimum", "minimum": "maximum", "rand": "randn", "randn": "rand",
+         "binary_dilation": "binary_erosion", "log_softmax": "softmax"}
 
 
 def mutants_of(node):
@@ -88,7 +96,8 @@ def mutants_of(node):
         yield changed(value=not node.value)
     elif isinstance(node, ast.Attribute) and node.attr in CALLS:
         yield changed(attr=CALLS[node.attr])
-    elif isinstance(node, ast.Call) and isinstance(node.func, ast.Attribute) and node.func.attr in ("detach", "flip", "flatten", "transpose"):
+    elif (isinstance(node, ast.Call) and isinstance(node.func, ast.Attribute)
+          and node.func.attr in ("detach", "flip", "flatten", "transpose")):
         yield node.func.value   # the call taken out
     elif isinstance(node, ast.Return) and isinstance(node.value, ast.Tuple) and len(node.value.elts) == 2:
         yield changed(value=ast.Tuple(node.value.elts[::-1], ast.Load()))
@@ -108,7 +117,8 @@ def mutants(path, functions):
             continue
         if functions and top.name not in functions:
             continue
-        told = {id(node) for call in ast.walk(top) if isinstance(call, ast.Call) and getattr(call.func, "id", "") == "step"
+        told = {id(node) for call in ast.walk(top)
+                if isinstance(call, ast.Call) and getattr(call.func, "id", "") == "step"
                 for node in ast.walk(call)}     # the progress line is no mathematics
         for node in ast.walk(top):
             if not hasattr(node, "end_col_offset") or id(node) in told:
@@ -120,7 +130,8 @@ def mutants(path, functions):
                 if isinstance(node, ast.Attribute):
                     new = new[1:-1]
                 line = data[starts[node.lineno - 1]:begin] + new.encode() + data[end:starts[node.end_lineno]]
-                yield f"{path.stem}.{top.name}: {' '.join(line.decode().split())}", (data[:begin] + new.encode() + data[end:]).decode()
+                what, changed = " ".join(line.decode().split()), data[:begin] + new.encode() + data[end:]
+                yield f"{path.stem}.{top.name}: {what}", changed.decode()
 
 
 def survives(job):
@@ -138,7 +149,8 @@ def main():
     parser.add_argument("--short", action="store_true", help="every twelfth mutant")
     parser.add_argument("--file", choices=TARGETS, help="of one file")
     arguments = parser.parse_args()
-    jobs = [(what, (name, source, tests)) for name, (functions, tests) in TARGETS.items() if arguments.file in (None, name)
+    jobs = [(what, (name, source, tests)) for name, (functions, tests) in TARGETS.items()
+            if arguments.file in (None, name)
             for what, source in mutants(audit.ROOT / name, functions)]
     jobs = jobs[::12] if arguments.short else jobs
     alive = 0

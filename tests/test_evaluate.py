@@ -85,7 +85,8 @@ def test_eq_5_1_nearest_neighbour__in_parts_as_at_once(tmp_path, size):
     dataset = small_run(tmp_path)
     rows, flips, _ = preprocessing.labelled(dataset, "train")
     queries = np.random.default_rng(3).uniform(-1, 1, (4, 6, 6, 6))
-    references = np.concatenate([eight(cubes_of(dataset, "positives", "train")), cubes_of(dataset, "negatives", "train")])
+    references = np.concatenate([eight(cubes_of(dataset, "positives", "train")),
+                                 cubes_of(dataset, "negatives", "train")])
     assert len(rows) == len(references) == 29
     where, distances = evaluate.nearest_training(queries, dataset, rows, flips, size)
     _, expected = evaluate.nearest_neighbours(queries, references)
@@ -124,7 +125,8 @@ def test_draw_novelty__a_copy_of_a_training_cube_is_caught(tmp_path, kind, axes,
     found = evaluate.draw_novelty(tmp_path / "evaluation", tmp_path, dataset)
     first, *others = found["generated"]
     assert first["distance"] == 0 and first["nearest_label"] == label and first["nearest_seriesuid"] == "1.2.train"
-    assert all(other["distance"] > 1 for other in others) and all(distance > 1 for distance in found["held_out_distances"])
+    assert all(other["distance"] > 1 for other in others)
+    assert all(distance > 1 for distance in found["held_out_distances"])
 
 
 @pytest.mark.parametrize("accepted", [0, 2, 6, 9])
@@ -142,13 +144,14 @@ def test_draw_novelty__six_figures_and_which_were_accepted(tmp_path, accepted):
 
 
 def test_draw_novelty__the_figures_are_of_samples_from_all_of_the_accepted(tmp_path, monkeypatch):
-    """Of more than six accepted samples the figures show the first, the last, and some between, each beside its nearest."""
+    """Of more than six accepted samples the figures show the first, the last, some between, each beside its nearest."""
     dataset, pairs = small_run(tmp_path), []
     made = write_generated(tmp_path, positives=11)["positive"] / 700 + 3 / 7
     monkeypatch.setattr(evaluate, "pair", lambda left, right: pairs.append((left, right)) or np.zeros((1, 1), np.uint8))
     found = evaluate.draw_novelty(tmp_path, tmp_path, dataset)["generated"]
     assert np.allclose([left for left, _ in pairs], made[::2], atol=1e-5)
-    assert np.allclose([np.linalg.norm(left - right) for left, right in pairs], [row["distance"] for row in found], atol=1e-4)
+    assert np.allclose([np.linalg.norm(left - right) for left, right in pairs], [row["distance"] for row in found],
+                       atol=1e-4)
 
 
 def test_draw_novelty__distances_are_those_of_a_loop(tmp_path):
@@ -205,7 +208,8 @@ def test_eq_5_2_specificity__share_of_the_negatives_left_alone():
 def test_eq_5_2_specificity__is_the_sensitivity_of_the_classes_exchanged():
     """With the classes exchanged, TP is TN and FP is FN, and specificity is sensitivity."""
     swapped = [Confusion(c.tn, c.fn, c.fp, c.tp) for c in SMALL]
-    assert all(np.array_equal(evaluate.specificity(c), evaluate.sensitivity(s), equal_nan=True) for c, s in zip(SMALL, swapped))
+    assert all(np.array_equal(evaluate.specificity(c), evaluate.sensitivity(s), equal_nan=True)
+               for c, s in zip(SMALL, swapped))
 
 
 def test_eq_5_2_precision__share_of_the_alarms_that_are_right():
@@ -416,7 +420,7 @@ def test_write_scores__a_hostile_name_stays_in_its_cell(tmp_path):
 
 
 def test_write_scores__a_file_name_that_is_no_utf_8_can_be_written(tmp_path):
-    """A MetaImage's series UID is its file's name, which may hold any bytes; its test cubes are written nevertheless."""
+    """A MetaImage's series UID is its file's name, which may hold any bytes; its test cubes are still written."""
     dataset = small_run(tmp_path)
     dataset.info["scans"][2]["seriesuid"] = os.fsdecode(b"\xff")
     evaluate.write_scores(tmp_path / "scores.csv", dataset, {"real": np.zeros(20)})
@@ -431,7 +435,8 @@ def trained_run(run, arms=("real", "mixed", "fake")):
     made_from = {"prepared": lungaug.fingerprint(dataset.info["scans"])}
     networks["critic"] = Critic(6, 1)
     lungaug.write(run / "gan" / "checkpoint.pt", {
-        "settings": {"cube": 6, "width": 1} | made_from, "critic": networks["critic"].state_dict(), "epoch": 2, "epochs": 2})
+        "settings": {"cube": 6, "width": 1} | made_from, "critic": networks["critic"].state_dict(), "epoch": 2,
+        "epochs": 2})
     lungaug.write(run / "classifiers" / "generated" / "generated.json", {
         "settings": {"gan_crc32": zlib.crc32((run / "gan" / "checkpoint.pt").read_bytes())}, "classes": classes})
     for arm in arms:
@@ -463,7 +468,8 @@ def test_load_networks__arms_left_out_are_passed_over(tmp_path):
     assert list(evaluate.load_networks(tmp_path, dataset, CPU)) == ["real", "critic"]
 
 
-@pytest.mark.parametrize("gone", ["classifiers/real/checkpoint.pt", "gan/checkpoint.pt", "classifiers/generated/generated.json"])
+@pytest.mark.parametrize("gone", ["classifiers/real/checkpoint.pt", "gan/checkpoint.pt",
+                                  "classifiers/generated/generated.json"])
 def test_load_networks__what_is_missing_is_one_line(tmp_path, gone):
     """Without the baseline's classifier, the GAN or the record of what it made, the message says what to run."""
     _, dataset = trained_run(tmp_path)
@@ -506,7 +512,8 @@ def test_load_networks__a_training_that_was_stopped_is_told(tmp_path, capsys):
     assert capsys.readouterr().out.endswith("fake/checkpoint.pt: stopped at epoch 2 of 60.\n")
 
 
-@pytest.mark.parametrize("state", [[1], {}, {"best": {"classifier": {}}}, {"best": None}, {"best": {"classifier": Classifier(12).state_dict()}}])
+@pytest.mark.parametrize("state", [[1], {}, {"best": {"classifier": {}}}, {"best": None},
+                                   {"best": {"classifier": Classifier(12).state_dict()}}])
 def test_load_networks__a_checkpoint_that_does_not_fit_is_one_line(tmp_path, state):
     """A checkpoint of something else, or of another cube, is a Refusal that names it."""
     _, dataset = trained_run(tmp_path)
@@ -531,7 +538,8 @@ def ranges(kind):
     """Random (low, high) of a kind of size."""
     rng = np.random.default_rng(0)
     for _ in range(500):
-        size = 10 ** rng.uniform(*{"tiny": (-11, -6), "usual": (-6, 6), "negative": (-6, 6), "huge": (6, 30), "far": (-2, 2)}[kind])
+        size = 10 ** rng.uniform(*{"tiny": (-11, -6), "usual": (-6, 6), "negative": (-6, 6), "huge": (6, 30),
+                                   "far": (-2, 2)}[kind])
         low = {"negative": -1.5 * size, "far": 1e6}.get(kind, 0) + rng.uniform(-3, 3) * size
         yield low, low + size
     yield from ((0, 1), (0, 8), (1, 60), (-1, 1), (0, 20000)) if kind == "usual" else ()
@@ -547,7 +555,8 @@ def test_ticks__are_round_even_and_within_the_range(kind):
         step = np.median(steps)
         assert np.abs(steps - step).max() <= slack, (low, high, values)
         assert round(step / 10 ** np.floor(np.log10(step * 1.0001)), 3) in (1, 2, 5), (low, high, values)
-        assert np.abs(values / step - np.rint(values / step)).max() < 1e-6 * max(1, np.abs(values / step).max()), (low, high, values)
+        whole = values / step
+        assert np.abs(whole - np.rint(whole)).max() < 1e-6 * max(1, np.abs(whole).max()), (low, high, values)
         assert low - slack <= values.min() and values.max() <= high + slack, (low, high, values)
 
 
@@ -601,7 +610,8 @@ def test_curves__a_constant_stands_in_the_middle():
 def test_curves__the_band_goes_out_along_its_top_and_back_along_its_bottom():
     """The shaded polygon is bounded by the two curves of the band, where they would be drawn themselves."""
     low, high = np.array([0.0, 1, 2]), np.array([5.0, 3, 4])
-    tree = ElementTree.fromstring(evaluate.curves("t", [("a", [1, 2, 3], low, (low, high)), ("b", [1, 2, 3], high, None)], "x", "y"))
+    tree = ElementTree.fromstring(evaluate.curves("t", [("a", [1, 2, 3], low, (low, high)),
+                                                        ("b", [1, 2, 3], high, None)], "x", "y"))
     bottom, top = (node.get("points").split() for node in tree.iter() if node.tag.endswith("polyline"))
     polygon, = (node.get("points").split() for node in tree.iter() if node.tag.endswith("polygon"))
     assert polygon == top + bottom[::-1]
@@ -653,7 +663,8 @@ def test_rule_4_1_smoothed__a_line_is_its_own_mean():
     """A centred window does not shift a straight line, but at its ends; its band is as wide everywhere between."""
     line = 2 * np.arange(20.0) + 1
     mean, (low, high) = evaluate.smooth(line, 5)
-    assert np.allclose(mean[2:-2], line[2:-2], rtol=1e-14) and np.allclose((high - low)[2:-2], 2 * 1.96 * 2 * math.sqrt(2))
+    assert np.allclose(mean[2:-2], line[2:-2], rtol=1e-14)
+    assert np.allclose((high - low)[2:-2], 2 * 1.96 * 2 * math.sqrt(2))
 
 
 def test_rule_4_1_smoothed__band_holds_95_percent():
@@ -673,8 +684,10 @@ def test_figure_7__a_smoothed_curve_and_its_band_for_each_term():
     """Four charts; the estimate, both cross-entropies, the penalty and both accuracies, each with its band."""
     tree = ElementTree.fromstring(evaluate.figure_7([gan_row(epoch) for epoch in range(1, 41)]))
     words = " ".join(tree.itertext())
-    assert all(name in words for name in ("Wasserstein", "cross-entropy", "penalty", "accuracy", "on reals", "on fakes"))
-    lines, bands = ([node.get("points").split() for node in tree.iter() if node.tag.endswith(kind)] for kind in ("polyline", "polygon"))
+    assert all(name in words
+               for name in ("Wasserstein", "cross-entropy", "penalty", "accuracy", "on reals", "on fakes"))
+    lines, bands = ([node.get("points").split() for node in tree.iter() if node.tag.endswith(kind)]
+                    for kind in ("polyline", "polygon"))
     assert [len(line) for line in lines] == [40] * 6 and [len(band) for band in bands] == [80] * 6
     heights = [float(point.split(",")[1]) for point in lines[0]]
     assert heights == sorted(heights)       # the estimate falls: down the page

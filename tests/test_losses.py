@@ -110,7 +110,8 @@ def test_eq_1_3_5_gradient_penalty__half_square_critic():
     real, fake, epsilon = random(*SHAPE), random(*SHAPE), numbers(0.125, 0.5, 0.75)
     norms = [math.sqrt(sum(v * v for v in (e * r + (1 - e) * f).flatten().tolist()))
              for e, r, f in zip(epsilon.tolist(), real, fake)]
-    assert gradient_penalty(quadratic, real, fake, epsilon).tolist() == pytest.approx([(n - 1) ** 2 for n in norms], rel=1e-13)
+    penalties = gradient_penalty(quadratic, real, fake, epsilon).tolist()
+    assert penalties == pytest.approx([(n - 1) ** 2 for n in norms], rel=1e-13)
 
 
 def test_eq_1_3_5_gradient_penalty__flat_critic():
@@ -147,12 +148,14 @@ def test_eq_1_3_5_gradient_penalty__gradient_in_a_quadratic_weight_by_hand():
 
 def test_eq_1_3_5_gradient_penalty__two_sided():
     """A gradient below 1 is penalised too: ‖w‖ = ½ gives ¼, not 0."""
-    assert gradient_penalty(linear(numbers(0.3, 0.4)), cubes([1, 0]), cubes([0, 2]), numbers(0.5)).item() == pytest.approx(0.25)
+    penalty = gradient_penalty(linear(numbers(0.3, 0.4)), cubes([1, 0]), cubes([0, 2]), numbers(0.5))
+    assert penalty.item() == pytest.approx(0.25)
 
 
 def test_eq_1_3_5_gradient_penalty__one_number_a_sample():
     """(n,), and sample i's penalty is what it is alone."""
-    critic, real, fake, epsilon = Critic(6, 1).double(), random(3, 1, 6, 6, 6), random(3, 1, 6, 6, 6), numbers(0.1, 0.5, 0.9)
+    critic, epsilon = Critic(6, 1).double(), numbers(0.1, 0.5, 0.9)
+    real, fake = random(3, 1, 6, 6, 6), random(3, 1, 6, 6, 6)
     together = gradient_penalty(critic, real, fake, epsilon)
     alone = [gradient_penalty(critic, real[i:i + 1], fake[i:i + 1], epsilon[i:i + 1]).item() for i in range(3)]
     assert together.shape == (3,) and together.tolist() == pytest.approx(alone, rel=1e-10)
@@ -189,7 +192,8 @@ def test_eq_3_3_1_auxiliary__by_hand():
     """softmax(0, ln 3) = (¼, ¾): −log ¾ where the label is 1, −log ¼ where it is 0; the mean of both is ½·log 16/3."""
     logits = numbers([0, LN3], [0, LN3])
     assert auxiliary_cross_entropy(logits[:1], torch.tensor([1])).item() == pytest.approx(math.log(4 / 3), abs=1e-15)
-    assert auxiliary_cross_entropy(logits, torch.tensor([1, 0])).item() == pytest.approx(math.log(16 / 3) / 2, abs=1e-15)
+    both = auxiliary_cross_entropy(logits, torch.tensor([1, 0])).item()
+    assert both == pytest.approx(math.log(16 / 3) / 2, abs=1e-15)
 
 
 def test_eq_3_3_1_auxiliary__gradient_by_hand():
@@ -270,7 +274,8 @@ def test_eq_3_3_1_critic_loss__no_gradient_to_what_made_the_fakes():
 
 def test_eq_3_3_1_critic_loss__accuracies():
     """Reals and fakes apart: says class 1 throughout, so labels (1, 0) give ½ and (0, 0) give 0."""
-    terms = critic_terms(says([0, 1]), cubes([0], [0]), cubes([0], [0]), 0, 1, torch.tensor([1, 0]), torch.tensor([0, 0]))
+    terms = critic_terms(says([0, 1]), cubes([0], [0]), cubes([0], [0]), 0, 1, torch.tensor([1, 0]),
+                         torch.tensor([0, 0]))
     assert (terms.real_accuracy.item(), terms.fake_accuracy.item()) == (0.5, 0)
 
 
@@ -289,7 +294,8 @@ def slopes(loss, parameters, step=1e-6):
 
 def test_eq_3_3_1_critic_loss__gradient_by_finite_differences():
     """The whole L_f of a small critic, along each of its weight tensors; λ = 10, α = 2."""
-    critic, real, fake, epsilon = Critic(6, 1).double(), random(3, 1, 6, 6, 6), random(3, 1, 6, 6, 6), numbers(0.1, 0.5, 0.8)
+    critic, epsilon = Critic(6, 1).double(), numbers(0.1, 0.5, 0.8)
+    real, fake = random(3, 1, 6, 6, 6), random(3, 1, 6, 6, 6)
     labels = torch.tensor([1, 0, 1]), torch.tensor([0, 0, 1])
     loss = lambda: critic_loss(critic, real, labels[0], fake, labels[1], epsilon, 10, 2).total
     for measured, derived in slopes(loss, list(critic.parameters())):
@@ -348,7 +354,8 @@ def test_eq_3_3_2_generator_loss__gradient_by_finite_differences():
     """The whole L_G of a small generator under a small critic, along each of the generator's weight tensors; α = 2."""
     generator, critic, labels = Generator(6, 1).double(), Critic(6, 1).double(), torch.tensor([1, 0, 1])
     latent = conditional_latent(random(3, LATENT), labels)
-    for measured, derived in slopes(lambda: generator_loss(critic, generator(latent), labels, 2).total, list(generator.parameters())):
+    for measured, derived in slopes(lambda: generator_loss(critic, generator(latent), labels, 2).total,
+                                    list(generator.parameters())):
         assert derived == pytest.approx(measured, rel=1e-6, abs=1e-7)
 
 
@@ -356,11 +363,13 @@ def test_eq_3_3_2_generator_loss__gradient_by_finite_differences():
 
 def test_eq_3_3_3_classifier_loss__by_hand():
     """(¼, ¾) with label 0 and (½, ½) with label 1: ½(log 4 + log 2)."""
-    assert classifier_loss(numbers([0, LN3], [7, 7]), torch.tensor([0, 1])).item() == pytest.approx(math.log(8) / 2, rel=1e-15)
+    loss = classifier_loss(numbers([0, LN3], [7, 7]), torch.tensor([0, 1])).item()
+    assert loss == pytest.approx(math.log(8) / 2, rel=1e-15)
 
 
 def test_eq_3_3_3_classifier_loss__log_odds():
     """Of two classes it is log(1 + e^−m), m the right logit less the wrong one, meant over the batch."""
     logits, labels = random(5, 2), torch.tensor([0, 1, 1, 0, 1])
     margins = [(row[y] - row[1 - y]).item() for row, y in zip(logits, labels)]
-    assert classifier_loss(logits, labels).item() == pytest.approx(sum(math.log1p(math.exp(-m)) for m in margins) / 5, rel=1e-14)
+    mean = sum(math.log1p(math.exp(-m)) for m in margins) / 5
+    assert classifier_loss(logits, labels).item() == pytest.approx(mean, rel=1e-14)

@@ -54,7 +54,8 @@ def test_imports__are_those_of_the_design(file, allowed):
 def test_imports__tests_need_nothing_else():
     """Tests use the five packages, our files and each other."""
     ours = {path.stem for path in HERE.glob("tests/*.py")} | set(FILES)
-    assert set().union(*map(imports, HERE.glob("tests/*.py"))) - ours <= {"torch", "numpy", "pydicom", "scipy", "pytest"}
+    others = set().union(*map(imports, HERE.glob("tests/*.py"))) - ours
+    assert others <= {"torch", "numpy", "pydicom", "scipy", "pytest"}
 
 
 def test_requirements__are_exactly_the_five_packages():
@@ -100,10 +101,12 @@ def test_settle__defaults_follow_the_preset(stage, preset, column):
 
 def test_settle__a_typed_preset_overrides_the_datas():
     """--preset is stronger than what the prepared data suggest."""
-    assert lungaug.settle(lungaug.parse("", "train_gan", words=["--preset", "thesis"]), "train_gan", "demo").epochs == 20000
+    typed = lungaug.parse("", "train_gan", words=["--preset", "thesis"])
+    assert lungaug.settle(typed, "train_gan", "demo").epochs == 20000
 
 
-@pytest.mark.parametrize("word, value", [("--epochs", 7), ("--score-quantile", 0.0), ("--class-probability", 0.0), ("--learning-rate", 0.5)])
+@pytest.mark.parametrize("word, value", [("--epochs", 7), ("--score-quantile", 0.0), ("--class-probability", 0.0),
+                                         ("--learning-rate", 0.5)])
 def test_settle__typed_options_override_the_preset(word, value):
     """A typed value stays, 0 too; the others follow the preset."""
     stage = "train_classifier"
@@ -113,7 +116,8 @@ def test_settle__typed_options_override_the_preset(word, value):
 
 def test_typed__hands_each_stage_what_it_knows():
     """Each stage gets those of the typed options that are its own, and understands them as they were."""
-    words = ("--run r --preset demo --seed 0 --device cpu --scans s --workers 2 --strict --part 2/8 --cube 12 --width 3 --precision bfloat16 "
+    words = ("--run r --preset demo --seed 0 --device cpu --scans s --workers 2 --strict --part 2/8 --cube 12 "
+             "--width 3 --precision bfloat16 "
              "--overwrite --epochs 4 --attempts 2 --score-quantile 0 --batch-size 8 --checkpoint-minutes 0.5").split()
     every, given = lungaug.parse("", *STAGES, words=words), {}
     for stage in STAGES:
@@ -128,10 +132,12 @@ def test_typed__hands_each_stage_what_it_knows():
 
 def test_typed__nothing_typed_hands_the_run_alone():
     """Without options each stage is called with the run alone, and finds its own defaults."""
-    assert [lungaug.typed(lungaug.parse("", *STAGES, words=[]), stage) for stage in STAGES] == [["--run", Path("runs/demo")]] * 4
+    assert [lungaug.typed(lungaug.parse("", *STAGES, words=[]), stage)
+            for stage in STAGES] == [["--run", Path("runs/demo")]] * 4
 
 
-@pytest.mark.parametrize("words", ["--nonsense", "--epoch 3", "--epochs 0", "--epochs 1.5", "--seed -1", "--attempts 0", "--batch-size 1",
+@pytest.mark.parametrize("words", ["--nonsense", "--epoch 3", "--epochs 0", "--epochs 1.5", "--seed -1", "--attempts 0",
+                                   "--batch-size 1",
                                    "--learning-rate -1", "--learning-rate nan", "--learning-rate inf", "--preset quick",
                                    "--score-quantile 1.5", "--class-probability 1.1", "extra"])
 def test_parse__what_no_stage_can_use_exits_2(words, capsys):
@@ -141,14 +147,17 @@ def test_parse__what_no_stage_can_use_exits_2(words, capsys):
     assert stopped.value.code == 2 and words.split()[0] in capsys.readouterr().err
 
 
-@pytest.mark.parametrize("words, key, value", [("--part 1/1", "part", "1/1"), ("--part 2/2", "part", "2/2"), ("--batch-size 2", "batch_size", 2),
-                                               ("--micro-batch 1", "micro_batch", 1), ("--score-quantile 1", "score_quantile", 1)])
+@pytest.mark.parametrize("words, key, value", [("--part 1/1", "part", "1/1"), ("--part 2/2", "part", "2/2"),
+                                               ("--batch-size 2", "batch_size", 2),
+                                               ("--micro-batch 1", "micro_batch", 1),
+                                               ("--score-quantile 1", "score_quantile", 1)])
 def test_parse__the_least_and_the_most_are_taken(words, key, value):
     """A value at the edge of its range is read."""
     assert getattr(lungaug.parse("", *STAGES, words=words.split()), key) == value
 
 
-@pytest.mark.parametrize("words", ["--part 0/2", "--part 3/2", "--part 2", "--part a/b", "--part 1/2/3", "--max-slice-mm nan", "--workers 0"])
+@pytest.mark.parametrize("words", ["--part 0/2", "--part 3/2", "--part 2", "--part a/b", "--part 1/2/3",
+                                   "--max-slice-mm nan", "--workers 0"])
 def test_parse__what_preprocessing_cannot_use_exits_2(words, capsys):
     """A part that is none, or a number out of range, ends with status 2 and a line that names the option."""
     with pytest.raises(SystemExit) as stopped:
@@ -159,14 +168,16 @@ def test_parse__what_preprocessing_cannot_use_exits_2(words, capsys):
 @pytest.mark.parametrize("cube", ["1", "3", "20", "47"])
 def test_cube__a_side_that_no_network_takes_is_refused_at_once(cube, tmp_path, monkeypatch, capsys):
     """A cube's side is 3·2^k: another is refused before hours of preparing scans, not by a traceback after them."""
-    monkeypatch.setattr(sys, "argv", ["preprocessing.py", "--scans", str(tmp_path), "--run", str(tmp_path), "--cube", cube])
+    monkeypatch.setattr(sys, "argv",
+                        ["preprocessing.py", "--scans", str(tmp_path), "--run", str(tmp_path), "--cube", cube])
     with pytest.raises(SystemExit) as stopped:
         lungaug.command(preprocessing.main)
     assert stopped.value.code == 2 and "cube" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("words, expected", [([], "runs/demo"), (["--scans", "a/LUNA16"], "runs/LUNA16"),
-                                             (["--scans", "a/LUNA16/."], "runs/LUNA16"), (["--scans", "a/LUNA16", "--run", "x"], "x")])
+                                             (["--scans", "a/LUNA16/."], "runs/LUNA16"),
+                                             (["--scans", "a/LUNA16", "--run", "x"], "x")])
 def test_parse__the_run_follows_the_data(words, expected):
     """runs/demo for synthetic scans, runs/<folder> for yours; a typed --run is stronger."""
     assert lungaug.parse("", "preprocessing", words=words).run == Path(expected)
@@ -225,7 +236,8 @@ def no_memory_for_numpy():
     np.ones(2 ** 55)
 
 
-@pytest.mark.parametrize("main, names", [(refuse, "a.mhd"), (no_space, "x/y.npy: No space left"), (bare_os_error, "odd"),
+@pytest.mark.parametrize("main, names",
+                         [(refuse, "a.mhd"), (no_space, "x/y.npy: No space left"), (bare_os_error, "odd"),
                                          (no_memory, "--batch-size"), (no_memory_for_numpy, "--batch-size")])
 def test_command__one_line_and_status_2(main, names, capsys):
     """A Refusal, or an error of the file system, is one line on stderr, nothing on stdout, and status 2."""
@@ -332,7 +344,8 @@ def test_write__the_name_is_taken_when_all_bytes_are_on_the_disk(tmp_path, monke
 def test_write__by_the_names_ending(tmp_path):
     """An array comes back in value, shape and dtype, a state by torch.load; text and bytes are written as they are."""
     array = np.arange(24, dtype=np.int16).reshape(2, 3, 4)
-    for name, value in (("a.npy", array), ("a.pt", {"x": torch.arange(3)}), ("a.svg", "<é\udcff>"), ("a.png", b"\x89\xff")):
+    for name, value in (("a.npy", array), ("a.pt", {"x": torch.arange(3)}), ("a.svg", "<é\udcff>"),
+                        ("a.png", b"\x89\xff")):
         lungaug.write(tmp_path / name, value)
     found = np.load(tmp_path / "a.npy")
     assert found.dtype == np.int16 and np.array_equal(found, array)
@@ -344,7 +357,8 @@ def test_read__the_value_or_one_line(tmp_path):
     """What was written comes back; a missing or broken file is a Refusal that says what to do."""
     lungaug.write(tmp_path / "a.json", {"x": [1, "–"]})
     assert lungaug.read(tmp_path / "a.json", "") == {"x": [1, "–"]}
-    for name, data in (("missing.json", None), ("cut.json", b'{"x": [1'), ("deep.json", b"[" * 100000), ("bytes.json", b'"\xff"')):
+    for name, data in (("missing.json", None), ("cut.json", b'{"x": [1'), ("deep.json", b"[" * 100000),
+                       ("bytes.json", b'"\xff"')):
         if data is not None:
             (tmp_path / name).write_bytes(data)
         with pytest.raises(Refusal, match=f"{name}.*run this"):
@@ -365,7 +379,8 @@ def test_claim__a_folder_of_other_parameters_is_refused(tmp_path):
 
 def test_alone__a_second_process_at_the_same_work_is_refused(tmp_path):
     """Two trainings in one folder would spoil each other: the second is refused; other work, or a later one, is not."""
-    code = "import sys; sys.path.insert(0, sys.argv[1]); import lungaug; lungaug.command(lambda: lungaug.alone(sys.argv[2], sys.argv[3]).__enter__())"
+    code = ("import sys; sys.path.insert(0, sys.argv[1]); import lungaug; "
+            "lungaug.command(lambda: lungaug.alone(sys.argv[2], sys.argv[3]).__enter__())")
     words = [sys.executable, "-c", code, str(HERE), str(tmp_path)]
     with lungaug.alone(tmp_path, "training"):
         second = subprocess.run([*words, "training"], capture_output=True, text=True)
@@ -386,7 +401,8 @@ def test_alone__a_work_that_failed_leaves_the_folder_free(tmp_path):
 
 # Checkpoints and logs
 
-STATE = {"epoch": 3, "w": torch.arange(50.0), "text": "–", "best": {"f1": 0.5, "none": None}, "list": [(1, torch.zeros(2, 3))]}
+STATE = {"epoch": 3, "w": torch.arange(50.0), "text": "–", "best": {"f1": 0.5, "none": None},
+         "list": [(1, torch.zeros(2, 3))]}
 
 
 def same(one, other):
@@ -534,22 +550,26 @@ def test_read__another_files_bytes(tmp_path):
 def test_predict__in_parts_as_at_once(count, size):
     """Each cube is scored once, in order, at most `size` at a time."""
     cubes, asked = np.random.default_rng(0).random((count, 1, 2, 2, 2), np.float32), []
-    found = lungaug.predict(lambda x: x.sum((1, 2, 3, 4)), lambda part: asked.append(part) or cubes[part], count, "cpu", size)
+    found = lungaug.predict(lambda x: x.sum((1, 2, 3, 4)), lambda part: asked.append(part) or cubes[part], count, "cpu",
+                            size)
     assert np.allclose(found, cubes.sum((1, 2, 3, 4))) and np.concatenate(asked).tolist() == list(range(count))
     assert max(map(len, asked)) <= size
 
 
 # What is shown
 
-@pytest.mark.parametrize("value, text", [(None, "–"), (float("nan"), "–"), (0.5, "0.500"), (0.0, "0.000"), (0.12345, "0.123"),
+@pytest.mark.parametrize("value, text",
+                         [(None, "–"), (float("nan"), "–"), (0.5, "0.500"), (0.0, "0.000"), (0.12345, "0.123"),
                                          (1215 / 2030, "0.599"), (0, "0"), (581130, "581,130")])
 def test_shown__three_decimals_commas_or_a_dash(value, text):
     """Numbers with three decimals, counts with commas, – for none."""
     assert lungaug.shown(value) == text
 
 
-@pytest.mark.parametrize("seconds, text", [(45, "45 s"), (119, "119 s"), (120, "2 min"), (720, "12 min"), (3600, "1.0 h"),
-                                           (12240, "3.4 h"), (172799, "48.0 h"), (172800, "2.0 days"), (181440, "2.1 days")])
+@pytest.mark.parametrize("seconds, text",
+                         [(45, "45 s"), (119, "119 s"), (120, "2 min"), (720, "12 min"), (3600, "1.0 h"),
+                                           (12240, "3.4 h"), (172799, "48.0 h"), (172800, "2.0 days"),
+                                           (181440, "2.1 days")])
 def test_duration__in_the_unit_that_fits(seconds, text):
     """45 s, 12 min, 3.4 h, 2.1 days."""
     assert lungaug.duration(seconds) == text
@@ -565,7 +585,8 @@ def test_progress__elsewhere_than_on_a_terminal_the_last_line_is_whole(capsys):
     assert len(err.splitlines()) <= 2
 
 
-@pytest.mark.parametrize("seconds, line", [(5, "x 20/40  2.0/s, 10 s left  "), (50, "x 20/40  12.0/min, 100 s left  "), (0, "x 20/40")])
+@pytest.mark.parametrize("seconds, line",
+                         [(5, "x 20/40  2.0/s, 10 s left  "), (50, "x 20/40  12.0/min, 100 s left  "), (0, "x 20/40")])
 def test_progress__rate_and_time_left(monkeypatch, capsys, seconds, line):
     """From 10 to 20 of 40 in 5 s: 2 a second, 10 s left; what a resumed run found done does not count as its speed."""
     now = [1000.0]
@@ -654,7 +675,8 @@ def test_tile__each_image_in_its_place_and_paper_between(count, columns, shape):
 def test_table_html__cells_are_escaped():
     """A cell or a caption with mark-up is text; a line end or a terminal code is escaped."""
     page = lungaug.table_html("<b>", ("<i>",), [("<script>\n\x1b",), (1.5,)])
-    assert page == "<p>&lt;b&gt;</p><table><tr><th>&lt;i&gt;</th></tr><tr><td>&lt;script&gt;\\n\\x1b</td></tr><tr><td>1.5</td></tr></table>"
+    assert page == ("<p>&lt;b&gt;</p><table><tr><th>&lt;i&gt;</th></tr>"
+                    "<tr><td>&lt;script&gt;\\n\\x1b</td></tr><tr><td>1.5</td></tr></table>")
 
 
 def test_figure_html__inline_or_said_to_be_missing(tmp_path):

@@ -240,7 +240,8 @@ def test_rule_3_1_1_residual_up__formula():
     block, x = shaken(UpBlock(3, 5)), random(*SHAPE)
     h = F.leaky_relu(layer_norm(three(upsample(x), block.body[0]), block.body[1]), 0.2)
     h = F.leaky_relu(layer_norm(three(h, block.body[3]), block.body[4]), 0.2)
-    skip = torch.einsum("oi,nizyx->nozyx", block.skip.weight[:, :, 0, 0, 0], upsample(x)) + block.skip.bias.reshape(-1, 1, 1, 1)
+    skip = torch.einsum("oi,nizyx->nozyx", block.skip.weight[:, :, 0, 0, 0],
+                        upsample(x)) + block.skip.bias.reshape(-1, 1, 1, 1)
     assert near(block(x), h + skip)
 
 
@@ -249,7 +250,8 @@ def test_rule_3_1_1_residual_down__formula():
     block, x = shaken(DownBlock(3, 5)), random(*SHAPE)
     h = F.leaky_relu(layer_norm(three(x, block.body[0]), block.body[1]), 0.2)
     h = F.leaky_relu(layer_norm(downsample(three(h, block.body[3])), block.body[4]), 0.2)
-    skip = torch.einsum("oi,nizyx->nozyx", block.skip.weight[:, :, 0, 0, 0], downsample(x)) + block.skip.bias.reshape(-1, 1, 1, 1)
+    skip = torch.einsum("oi,nizyx->nozyx", block.skip.weight[:, :, 0, 0, 0],
+                        downsample(x)) + block.skip.bias.reshape(-1, 1, 1, 1)
     assert near(block(x), h + skip)
 
 

@@ -126,7 +126,7 @@ def test_rule_2_1_1_resample__int16_is_rounded_to_the_nearest():
 
 @every_direction
 def test_rule_2_1_1_resample__equals_the_sum_over_eight_corners(name):
-    """Linear interpolation as its definition has it, Σ weight · HU of the eight voxels around, air where there is none."""
+    """Linear interpolation as its definition has it, Σ weight · HU of the eight voxels around, air where none is."""
     scan = scan_of(noise(SHAPE, float), DIRECTIONS[name])
     volume = preprocessing.resample(scan)
     index = index_in(scan, grid_points(volume))
@@ -167,7 +167,7 @@ def test_rule_2_1_1_axes__past_an_end_the_last_voxel_stays():
 
 
 def test_rule_2_1_1_axes__a_long_axis_takes_two_weights_a_point():
-    """A hostile file may be a single line of 2²⁷ voxels: a full matrix of 200,000 × 250,000 weights would take 373 GiB."""
+    """A hostile file may be a single line of 2²⁷ voxels: full weights of 200,000 × 250,000 would take 373 GiB."""
     assert preprocessing.line_weights(200_000, 0, 0.8, 250_000).nnz <= 500_000
 
 
@@ -267,7 +267,7 @@ def test_eq_2_1_2_normalize__ends_and_middle():
 
 
 def test_eq_2_1_2_normalize__clips_before_scaling():
-    """What lies outside the range, to int16's last value, becomes ±1: no overflow, no scaling by the volume's own range."""
+    """What lies outside the range, to int16's last value, becomes ±1: no overflow, no scaling by the volume's range."""
     x = preprocessing.normalize(np.array([-32768, -2048, -1024, 401, 3071, 32767], np.int16))
     assert np.abs(x - [-1, -1, -1, 1, 1, 1]).max() < 2e-7
 
@@ -348,7 +348,7 @@ def test_rule_2_1_3_closing__closing_again_changes_nothing():
 
 @pytest.fixture(scope="module", params=[0, 2, 4], ids=["straight", "turned", "oblique"])
 def chest(request):
-    """A coarse phantom's mask at 2 mm; truth on the same points; each point's place in the standard body (3, z, y, x)."""
+    """A coarse phantom's mask at 2 mm; truth at the same points; each one's place in the standard body (3, z, y, x)."""
     made = phantom.make_phantom(request.param, scale=2.5)
     scan = scan_of(made.hu, made.direction, made.spacing, made.origin)
     hu, mask = preprocessing.coarse_lungs(scan._replace(hu=preprocessing.clip_hu(scan.hu)))
@@ -376,7 +376,7 @@ def test_rule_2_1_3_lungs__the_erosion_is_of_2_mm_at_2_mm_too():
 
 
 def test_rule_2_1_3_lungs__what_the_erosion_took_comes_back_and_one_voxel_more():
-    """Two voxels of each face, and of an edge, where two faces meet, what lies three steps from what was left, not four."""
+    """Two voxels of each face, and of an edge, where faces meet, what lies three steps from what was left, not four."""
     hu = np.zeros((50, 50, 50), np.int16)
     hu[10:40, 10:40, 10:40] = -850
     lungs = preprocessing.lung_mask(hu)
@@ -395,7 +395,7 @@ def test_rule_2_1_3_lungs__air_at_any_side_of_the_field_of_view_is_the_rooms(fac
 
 @pytest.mark.parametrize("depth, both", [(12, True), (11, False)])
 def test_rule_2_1_3_lungs__two_where_the_second_has_a_quarter(depth, both):
-    """Less a voxel of each face, 20 × 20 × 20 and 20 × 10 × 10 are lungs, exactly a quarter; 20 × 10 × 9 is too little."""
+    """Less a voxel of each face, 20 × 20 × 20 and 20 × 10 × 10 are lungs, just a quarter; 20 × 10 × 9 is too little."""
     hu = np.zeros((60, 60, 60), np.int16)
     hu[5:27, 5:27, 5:27] = -850
     hu[5:27, 40:52, 40:40 + depth] = -850
@@ -468,7 +468,8 @@ def test_rule_2_1_3_lungs__below_minus_500_alone_is_air():
     assert not preprocessing.lung_mask(box((40, 41, 42), corners, inside=-500)).any()
 
 
-@pytest.mark.parametrize("face", [(slice(None), 0), (slice(None), -1), (slice(None), slice(None), 0), (slice(None), slice(None), -1)])
+@pytest.mark.parametrize("face", [(slice(None), 0), (slice(None), -1), (slice(None), slice(None), 0),
+                                  (slice(None), slice(None), -1)])
 def test_rule_2_1_3_lungs__air_at_the_axial_border_is_the_room(face):
     """Air that reaches any of the four sides of the field of view is dropped, however large."""
     hu = box((40, 60, 60), ((10, 20, 20), (30, 40, 40)))
@@ -516,7 +517,8 @@ def test_rule_2_1_3_lungs__are_sought_at_every_second_point_of_the_grid():
 
 def test_num_2_1_4_cube__48_voxels():
     """2.1.4: all cubes are 48×48×48 voxels."""
-    assert PRESETS["cube"].thesis == 48 and preprocessing.crop_cube(Volume(noise((5, 6, 7)), np.zeros(3)), (0, 0, 0), 48).shape == (48,) * 3
+    assert PRESETS["cube"].thesis == 48
+    assert preprocessing.crop_cube(Volume(noise((5, 6, 7)), np.zeros(3)), (0, 0, 0), 48).shape == (48,) * 3
 
 
 def test_num_2_1_4_negatives__of_table_1():
@@ -544,7 +546,8 @@ def test_rule_2_1_4_centre__is_the_nearest_grid_point(side):
 def test_rule_2_1_4_centre__takes_xyz_and_gives_zyx():
     """Millimetres (x, y, z) become an index (z, y, x), for one centre and for many."""
     assert preprocessing.nearest_voxel(np.array([10, 20, 30]), (11, 24, 39)).tolist() == [9, 4, 1]
-    assert preprocessing.nearest_voxel(np.array([10, 20, 30]), [(11, 24, 39), (9.6, 20.4, 30)]).tolist() == [[9, 4, 1], [0, 0, 0]]
+    assert preprocessing.nearest_voxel(np.array([10, 20, 30]),
+                                       [(11, 24, 39), (9.6, 20.4, 30)]).tolist() == [[9, 4, 1], [0, 0, 0]]
 
 
 def test_rule_2_1_4_centre__neighbours_keep_their_order():
@@ -553,7 +556,8 @@ def test_rule_2_1_4_centre__neighbours_keep_their_order():
     assert np.array_equal(preprocessing.crop_cube(volume, (12, 11, 10), 6), volume.hu[7:13, 8:14, 9:15])
 
 
-@pytest.mark.parametrize("voxel", [(0, 10, 10), (12, 10, 10), (6, 0, 10), (6, 14, 10), (6, 10, 0), (6, 10, 17), (0, 0, 0), (12, 14, 17), (-2, 10, 19)])
+@pytest.mark.parametrize("voxel", [(0, 10, 10), (12, 10, 10), (6, 0, 10), (6, 14, 10), (6, 10, 0), (6, 10, 17),
+                                   (0, 0, 0), (12, 14, 17), (-2, 10, 19)])
 @pytest.mark.parametrize("side", [6, 7])
 def test_rule_2_1_4_padding__pads_and_never_shifts(voxel, side):
     """At each border, and past it, the cube is that of the volume in endless air."""
@@ -611,7 +615,8 @@ def test_rule_2_1_4_negatives__uniform_over_the_lungs():
     middle = (50, 64, 80)
     octant = lambda points: (points + 1e-9 >= middle) @ [4, 2, 1]
     share = np.bincount(octant(lungs), minlength=8) / len(lungs)
-    count = np.bincount(octant(preprocessing.draw_negatives(lungs, [], 6, 10000, np.random.default_rng(0)) + 0.5), minlength=8)
+    count = np.bincount(octant(preprocessing.draw_negatives(lungs, [], 6, 10000, np.random.default_rng(0)) + 0.5),
+                        minlength=8)
     assert np.abs(count - 10000 * share).max() < 5 * np.sqrt(10000 / 4) and np.ptp(share) > 0.05
 
 
@@ -657,7 +662,8 @@ def test_rule_2_1_5_split__shares_are_those_of_the_thesis():
 def test_rule_2_1_5_split__one_each_of_few(count):
     """However few patients, three at least, no split is empty, and training has no less than another."""
     found = list(preprocessing.split_patients(map(str, range(count)), 1).values())
-    assert min(map(found.count, preprocessing.SPLITS)) >= 1 and found.count("train") == max(map(found.count, preprocessing.SPLITS))
+    assert min(map(found.count, preprocessing.SPLITS)) >= 1
+    assert found.count("train") == max(map(found.count, preprocessing.SPLITS))
 
 
 def test_rule_2_1_5_split__two_patients_are_refused():
@@ -682,7 +688,8 @@ def test_rule_2_1_5_split__drawn_from_the_seed():
 def test_rule_2_1_5_split__every_patient_may_come_into_any():
     """Over 200 seeds each patient is in test a fifth of the time, within five standard deviations: no order shows."""
     patients = [f"P{i}" for i in range(20)]
-    times = [sum(preprocessing.split_patients(patients, seed)[patient] == "test" for seed in range(200)) for patient in patients]
+    times = [sum(preprocessing.split_patients(patients, seed)[patient] == "test" for seed in range(200))
+             for patient in patients]
     assert np.abs(np.array(times) - 40).max() < 5 * np.sqrt(200 * 0.2 * 0.8)
 
 
@@ -701,7 +708,8 @@ def test_rule_2_1_6_flip__mirrors_the_named_axes_alone(flips, expected):
 
 def test_rule_2_1_6_flip__twice_is_none():
     """Each flip is its own inverse."""
-    assert all(np.array_equal(preprocessing.flip(preprocessing.flip(CUBE, flips), flips), CUBE) for flips in preprocessing.FLIPS)
+    assert all(np.array_equal(preprocessing.flip(preprocessing.flip(CUBE, flips), flips), CUBE)
+               for flips in preprocessing.FLIPS)
 
 
 def test_rule_2_1_6_all_flips__eight_distinct_the_first_the_cube_itself():
@@ -734,19 +742,21 @@ def test_labelled__positives_in_all_flips_then_negatives_in_none(dataset):
     """What is scored: each positive eight times, label 1, then each negative once, unflipped, label 0."""
     rows, flips, labels = preprocessing.labelled(dataset, "train")
     assert labels.tolist() == [1] * 16 + [0] * 2 and flips.tolist() == [*range(8)] * 2 + [0] * 2
-    assert (rows[labels == 1] == dataset.positives["train"].repeat(8, axis=0)).all() and (rows[labels == 0] == dataset.negatives["train"]).all()
+    assert (rows[labels == 1] == dataset.positives["train"].repeat(8, axis=0)).all()
+    assert (rows[labels == 0] == dataset.negatives["train"]).all()
 
 
 def test_read_cubes__are_as_they_are_without_flips(dataset):
     """No flips named means none made."""
     rows = dataset.positives["train"]
-    assert np.array_equal(preprocessing.read_cubes(dataset, rows), preprocessing.read_cubes(dataset, rows, np.zeros(2, int)))
+    assert np.array_equal(preprocessing.read_cubes(dataset, rows),
+                          preprocessing.read_cubes(dataset, rows, np.zeros(2, int)))
 
 
 # Table 1
 
 def test_num_table_1__thesis_cut_cubes_at_exactly_70_10_20():
-    """The erratum: Table 1 is exactly 70, 10 and 20% of 1,020 × 8 positives and of 581,130 negatives, so it cut cubes."""
+    """The erratum: Table 1 is exactly 70, 10 and 20% of 1,020 × 8 positives and 581,130 negatives: it cut cubes."""
     for split, tenths in (("train", 7), ("validation", 1), ("test", 2)):
         assert preprocessing.TABLE_1[split] == (1020 * 8 * tenths // 10, 581130 * tenths // 10)
         assert 1020 * 8 * tenths % 10 == 581130 * tenths % 10 == 0
@@ -756,13 +766,15 @@ def test_num_table_1__counts_with_flips_and_as_nodules():
     """Each split's positives count eight times as samples and once as nodules; negatives once."""
     scans = [{"split": split, "positives": [0] * p, "negatives": [0] * n} for split, p, n in
              (("train", 3, 20), ("test", 1, 7), ("train", 2, 15), ("validation", 0, 11))]
-    counts = {split: (row["positive"], row["nodules"], row["negative"]) for split, row in preprocessing.table_1(scans).items()}
+    counts = {split: (row["positive"], row["nodules"], row["negative"])
+              for split, row in preprocessing.table_1(scans).items()}
     assert counts == {"train": (40, 5, 35), "validation": (0, 0, 11), "test": (8, 1, 7)}
 
 
 # A scan, from its files to its cubes
 
-UNSAFE = ["../x", "/abs", ".hid", "..", ".", "", "a/b", "a\\b", "1.2 3", "nul\0", "n\nl", "x" * 300, "x" * 301, "é", "è", "1.2.3é", "_1.2.3",
+UNSAFE = ["../x", "/abs", ".hid", "..", ".", "", "a/b", "a\\b", "1.2 3", "nul\0", "n\nl", "x" * 300, "x" * 301, "é",
+          "è", "1.2.3é", "_1.2.3",
           "_a_00000000", "\udcff"]
 
 
@@ -771,7 +783,8 @@ def test_scan_name__never_leaves_the_folder(uid, tmp_path):
     """Whatever the UID, its file lies in the folder itself, is not hidden, and its name is short and plain."""
     name = preprocessing.scan_name(uid)
     assert (tmp_path / f"{name}.npy").resolve().parent == tmp_path.resolve()
-    assert name and name.isascii() and not name.startswith(".") and len(name) < 150 and not set(name) & set("/\\:\0\n *")
+    assert name and name.isascii() and not name.startswith(".")
+    assert len(name) < 150 and not set(name) & set("/\\:\0\n *")
 
 
 def test_scan_name__keeps_a_dicom_uid():
@@ -803,7 +816,7 @@ PARAMETERS = {"cube": 12, "negatives": 6000, "seed": 0, "max_slice_mm": 9}
 
 @pytest.fixture(scope="module")
 def trunk(tmp_path_factory):
-    """An oblique trunk with one box of lung, prepared: .scan, .record, .folder, .source, .nodules, .whole (all of it at 1 mm)."""
+    """An oblique trunk with one box of lung, prepared: .scan, .record, .folder, .source, .nodules, .whole (at 1 mm)."""
     folder = tmp_path_factory.mktemp("trunk")
     hu = np.full((52, 66, 75), -1000, np.int16)
     hu[:, 6:-6, 6:-6] = noise((52, 54, 63)) // 20
@@ -811,11 +824,13 @@ def trunk(tmp_path_factory):
     direction = np.round(turn(2, 8) @ turn(0, -6) @ np.diag([-1, 1, 1]), 10)
     made = phantom.Phantom("1.2.3", "", hu, (3.1, 3.7, 4.3), (141.3, -77.9, 33.7), direction, [], None, None)
     scan = scan_of(hu, direction, made.spacing, made.origin)
-    centres = [scan.origin + direction @ (scan.spacing * index) for index in ((27.3, 24.4, 16.2), (48.6, 24.7, 17.4), (28.2, 39.3, 33.6), (47.7, 39.9, 34.8))]
+    centres = [scan.origin + direction @ (scan.spacing * index)
+               for index in ((27.3, 24.4, 16.2), (48.6, 24.7, 17.4), (28.2, 39.3, 33.6), (47.7, 39.9, 34.8))]
     nodules = [(*centre.tolist(), diameter) for centre, diameter in zip(centres, (31.3, 24.2, 17.6, 28.9))]
     source = Source("1.2.3", "1.2.3", (phantom.write_metaimage(folder, made),))
     record = preprocessing.prepare_scan(source, nodules, folder, PARAMETERS)
-    return SimpleNamespace(scan=scan, record=record, folder=folder, source=source, nodules=nodules, whole=preprocessing.resample(scan))
+    return SimpleNamespace(scan=scan, record=record, folder=folder, source=source, nodules=nodules,
+                           whole=preprocessing.resample(scan))
 
 
 def centres_of(record, kind):
@@ -849,7 +864,7 @@ def test_rule_2_1_4_negatives__a_prepared_negative_is_in_the_lungs(trunk):
 
 @pytest.mark.parametrize("kind", ["positives", "negatives"])
 def test_rule_2_1_4_padding__only_past_the_scans_edge(trunk, kind):
-    """The stored part is large enough: each cube cut from it is the cube cut from the whole scan, no air put in its place."""
+    """The stored part is large enough: each cube cut from it is the one cut from the whole scan, no air put in."""
     stored = np.load(trunk.folder / trunk.record["volume"])
     shift = np.rint(np.array(trunk.record["origin"]) - trunk.whole.origin).astype(int)[::-1]
     wrong = [voxel for voxel in trunk.record[kind] if not np.array_equal(
@@ -873,11 +888,13 @@ def test_prepare_scan__a_nodule_between_an_oblique_scan_and_its_grids_corner_is_
 def test_prepare_scan__refuses(trunk, change, says, tmp_path):
     """Slices too far apart, or an annotation outside the scan, are refused with what was found."""
     with pytest.raises(Refusal, match=says):
-        preprocessing.prepare_scan(trunk.source, [*trunk.nodules, (999.0, 0.0, 0.0, 5.0)], tmp_path, PARAMETERS | change)
+        preprocessing.prepare_scan(trunk.source, [*trunk.nodules, (999.0, 0.0, 0.0, 5.0)], tmp_path,
+                                   PARAMETERS | change)
     assert not list(tmp_path.glob("*.npy"))
 
 
-@pytest.mark.parametrize("hu, says", [(np.full((30, 40, 40), 40), "litres of lung"), (box((40, 60, 60), ((0, 12, 12), (30, 48, 48))), "cut at an end")])
+@pytest.mark.parametrize("hu, says", [(np.full((30, 40, 40), 40), "litres of lung"),
+                                      (box((40, 60, 60), ((0, 12, 12), (30, 48, 48))), "cut at an end")])
 def test_prepare_scan__refuses_what_is_no_whole_chest(tmp_path, hu, says):
     """A scan without lungs, and one that cuts them, are refused."""
     made = phantom.Phantom("1.2.3", "", hu.astype(np.int16), (3, 3, 3), (0, 0, 0), np.eye(3), [], None, None)
@@ -903,7 +920,7 @@ def coloured(pane, colour):
 
 
 def test_scan_picture__rings_the_largest_nodule_in_its_three_planes(monkeypatch):
-    """A green ring a voxel outside the nodule, in each plane through its centre; superior is up; others are elsewhere."""
+    """A green ring a voxel outside the nodule, in each plane through its centre; superior is up; others elsewhere."""
     hu, lungs = np.full((40, 44, 48), -850, np.int16), np.ones((40, 44, 48), bool)
     panes = panes_of(monkeypatch, hu, lungs, np.array([[8.0, 8, 8], [28, 30, 34]]), np.array([3.0, 6]))
     for pane, centre in zip(panes, ((30, 34), (39 - 28, 34), (39 - 28, 30))):
@@ -915,7 +932,8 @@ def test_scan_picture__outlines_the_lungs(monkeypatch):
     """Red are the outermost voxels of the mask and no others; without a nodule the planes pass through the lungs."""
     hu, lungs = np.full((40, 44, 48), 40, np.int16), np.zeros((40, 44, 48), bool)
     lungs[10:30, 12:32, 6:42] = True
-    for pane, sides in zip(panes_of(monkeypatch, hu, lungs, np.zeros((0, 3)), np.zeros(0)), ((20, 36), (20, 36), (20, 20))):
+    for pane, sides in zip(panes_of(monkeypatch, hu, lungs, np.zeros((0, 3)), np.zeros(0)),
+                           ((20, 36), (20, 36), (20, 20))):
         red = coloured(pane, 0)
         assert len(red) == 2 * sum(sides) - 4 and np.array_equal(np.ptp(red, axis=0) + 1, sides)
         assert len(coloured(pane, 1)) == 0
@@ -940,7 +958,8 @@ def prepare(folder, *words):
     """Run preprocessing.py in a folder as a user would, with a home that must stay empty."""
     (folder / "home").mkdir(exist_ok=True)
     settings = os.environ | {"HOME": str(folder / "home"), "PYTHONDONTWRITEBYTECODE": "1", "OMP_NUM_THREADS": "1"}
-    return subprocess.run([sys.executable, ROOT / "preprocessing.py", *map(str, words)], cwd=folder, env=settings, capture_output=True, text=True)
+    return subprocess.run([sys.executable, ROOT / "preprocessing.py", *map(str, words)], cwd=folder, env=settings,
+                          capture_output=True, text=True)
 
 
 def contents(folder):
@@ -964,7 +983,8 @@ def finished(tmp_path_factory):
     before = contents(folder)
     done = prepare(folder, "--scans", folder / "scans", "--run", "R", *WORDS)
     assert done.returncode == 0, done.stderr
-    return SimpleNamespace(folder=folder, before=before, done=done, info=json.loads((folder / "R/prepared/dataset.json").read_bytes()))
+    return SimpleNamespace(folder=folder, before=before, done=done,
+                           info=json.loads((folder / "R/prepared/dataset.json").read_bytes()))
 
 
 @pytest.fixture
@@ -977,19 +997,21 @@ def again(finished, tmp_path):
 def annotations(folder):
     with open(folder / "scans/annotations.csv", newline="") as file:
         rows = list(csv.reader(file))[1:]
-    return {uid: [[float(cell) for cell in row[1:]] for row in rows if row[0] == uid] for uid in sorted({row[0] for row in rows})}
+    return {uid: [[float(cell) for cell in row[1:]] for row in rows if row[0] == uid]
+            for uid in sorted({row[0] for row in rows})}
 
 
 def products(folder):
     """The bytes of every volume, record and dataset.json."""
-    return {name: data for name, data in contents(folder / "R/prepared").items() if name.endswith(".npy") or name[0].isdigit() or name == "dataset.json"}
+    return {name: data for name, data in contents(folder / "R/prepared").items() if name.endswith(".npy")
+            or name[0].isdigit() or name == "dataset.json"}
 
 
 def one_line(done, *words):
-    """Whether a command ended with status 2 and a last line on stderr, in the form of a Refusal, that holds the words."""
+    """Whether a command ended with status 2 and a last line on stderr, formed as a Refusal, that holds the words."""
     *others, line = done.stderr.strip().split("\n")
-    return done.returncode == 2 and not any("Traceback" in other for other in others) and line.startswith("lungaug: ") and \
-        " — " in line and all(word in line for word in words)
+    return (done.returncode == 2 and not any("Traceback" in other for other in others)
+            and line.startswith("lungaug: ") and " — " in line and all(word in line for word in words))
 
 
 def test_command__dataset_json_holds_every_scan_and_annotation(finished):
@@ -1000,13 +1022,15 @@ def test_command__dataset_json_holds_every_scan_and_annotation(finished):
         rows = np.array(wanted[scan["seriesuid"]])
         assert np.abs(centres_of(scan, "positives") - rows[:, :3]).max() <= 0.5 + 1e-6
         assert scan["diameters"] == rows[:, 3].tolist() and len(scan["negatives"]) == 20 and 2 < scan["litres"] < 8
-    assert finished.info["preset"] == "thesis" and not finished.info["synthetic"] and finished.info["parameters"]["cube"] == 12
+    assert finished.info["preset"] == "thesis"
+    assert not finished.info["synthetic"] and finished.info["parameters"]["cube"] == 12
 
 
 def test_rule_2_1_5_split__two_series_of_one_patient_land_in_one(finished):
     """Two of the four series are one patient's: they share a split, and the three patients fill the three."""
     scans = finished.info["scans"]
-    of = {patient: {scan["split"] for scan in scans if scan["patient"] == patient} for patient in {scan["patient"] for scan in scans}}
+    of = {patient: {scan["split"] for scan in scans if scan["patient"] == patient}
+          for patient in {scan["patient"] for scan in scans}}
     assert len(scans) == 4 and len(of) == 3 and all(len(splits) == 1 for splits in of.values())
     assert set.union(*of.values()) == {"train", "validation", "test"}
 
@@ -1020,14 +1044,15 @@ def test_num_table_1__of_a_run_counts_its_cubes(finished):
 
 
 def test_command__volumes_are_the_scans_at_1_mm(finished):
-    """A stored volume is its scan's clipped HU at 1 mm where the record says, by interpolation of its own: half a unit."""
+    """A stored volume is its scan's clipped HU at 1 mm where the record says, interpolated here: half a unit."""
     source = preprocessing.find_scans(finished.folder / "scans")[0]
     record, scan = finished.info["scans"][0], preprocessing.read_source(source)
     volume = np.load(finished.folder / "R/prepared" / record["volume"])
     assert volume.dtype == np.int16 and volume.min() >= -1000 and volume.max() <= 400
     voxels = np.random.default_rng(0).integers(0, volume.shape, (5000, 3))
     index = index_in(scan, np.array(record["origin"]) + voxels[:, ::-1])[:, ::-1]
-    exact = ndimage.map_coordinates(np.clip(scan.hu, -1000, 400).astype(float), index.T, order=1, mode="grid-constant", cval=-1000)
+    exact = ndimage.map_coordinates(np.clip(scan.hu, -1000, 400).astype(float), index.T, order=1, mode="grid-constant",
+                                    cval=-1000)
     assert np.abs(volume[tuple(voxels.T)] - exact).max() < 0.51
 
 
@@ -1070,7 +1095,8 @@ def test_command__other_annotations_do_not_pass_for_the_old(finished, again):
     path = again / "mended.csv"
     path.write_text("".join((finished.folder / "scans/annotations.csv").read_text().splitlines(keepends=True)[:-1]))
     done = prepare(again, "--scans", finished.folder / "scans", "--annotations", path, "--run", "R", *WORDS)
-    found = sum(len(scan["positives"]) for scan in json.loads((again / "R/prepared/dataset.json").read_bytes())["scans"])
+    found = sum(len(scan["positives"])
+                for scan in json.loads((again / "R/prepared/dataset.json").read_bytes())["scans"])
     assert one_line(done, "annotations") or found == sum(map(len, annotations(finished.folder).values())) - 1
 
 
@@ -1108,7 +1134,8 @@ def test_real_scans__nodules_are_where_they_were(tmp_path):
     assert sorted(source.seriesuid.split(".")[-1] for source in sources) == sorted(DENSE)
     for source in sources:
         nodules, scan = annotated[source.seriesuid], preprocessing.read_source(source)
-        record = preprocessing.prepare_scan(source, nodules, tmp_path, {"cube": 48, "negatives": 50, "seed": 0, "max_slice_mm": 2.5})
+        record = preprocessing.prepare_scan(source, nodules, tmp_path,
+                                            {"cube": 48, "negatives": 50, "seed": 0, "max_slice_mm": 2.5})
         assert len(record["positives"]) == len(nodules) and 2 < record["litres"] < 8 and len(record["negatives"]) == 50
         volume = np.load(tmp_path / record["volume"])
         for nodule, dense in zip(nodules, DENSE[source.seriesuid.split(".")[-1]]):

@@ -29,7 +29,8 @@ OBLIQUE = np.array([[0.6, -0.768, 0.224], [0.8, 0.576, -0.168], [0, 0.28, 0.96]]
 TILT = np.array([[1, 0, 0], [0, 1, 0.28], [0, 0, 0.96]])
 SAGITTAL = np.array([[0, 0, 1], [1, 0, 0], [0, 1, 0]])
 CORONAL = np.array([[1, 0, 0], [0, 0, 1], [0, -1, 0]])
-RIGHT_HANDED = {"identity": np.eye(3), "turned": np.diag([-1, -1, 1]), "feet first": np.diag([1, -1, -1]), "sagittal": SAGITTAL,
+RIGHT_HANDED = {"identity": np.eye(3), "turned": np.diag([-1, -1, 1]), "feet first": np.diag([1, -1, -1]),
+                "sagittal": SAGITTAL,
                 "coronal": CORONAL, "oblique": OBLIQUE}
 
 
@@ -40,7 +41,7 @@ def made(direction=np.eye(3), uid="1.2.3", shape=SHAPE, spacing=SPACING, patient
 
 
 def refused(read, *words):
-    """The Refusal of `read()` is one line, in the form that the user sees, no warning beside it, and holds the words."""
+    """The Refusal of `read()` is one line, in the form that the user sees, no warning beside it; it holds the words."""
     with pytest.raises(Refusal) as caught, warnings.catch_warnings():
         warnings.simplefilter("error")
         read()
@@ -84,10 +85,12 @@ def test_read_scan__every_element_type(tmp_path, kind, order, compressed):
     path = metaimage(tmp_path, zlib.compress(data) if compressed else data, ElementType=kind, CompressedData=compressed,
                      BinaryDataByteOrderMSB=order == ">")
     hu = read_scan(path).hu
-    assert np.array_equal(hu, values) and hu.dtype == (np.float32 if TYPES[kind][0] == "f" else np.int16) and hu.dtype.isnative
+    assert np.array_equal(hu, values)
+    assert hu.dtype == (np.float32 if TYPES[kind][0] == "f" else np.int16) and hu.dtype.isnative
 
 
-@pytest.mark.parametrize("kind, value, hu", [("MET_USHORT", 40000, 32767), ("MET_INT", -70000, -32768), ("MET_UINT", 4294967295, 32767)])
+@pytest.mark.parametrize("kind, value, hu",
+                         [("MET_USHORT", 40000, 32767), ("MET_INT", -70000, -32768), ("MET_UINT", 4294967295, 32767)])
 def test_read_scan__values_past_int16_are_clipped(tmp_path, kind, value, hu):
     """What does not fit into int16 becomes its end, and does not wrap around to the other."""
     path = metaimage(tmp_path, np.full(SHAPE, value).astype("<" + TYPES[kind]).tobytes(), ElementType=kind)
@@ -97,9 +100,10 @@ def test_read_scan__values_past_int16_are_clipped(tmp_path, kind, value, hu):
 @pytest.mark.parametrize("end", ["\n", "\r\n"], ids=["LF", "CRLF"])
 @pytest.mark.parametrize("compressed", [False, True])
 def test_read_scan__local_data_in_one_mha(tmp_path, compressed, end):
-    """LOCAL data begin behind the line that says so, with either line end, though they look like line ends themselves."""
+    """LOCAL data begin behind the line that says so, with either line end, though they look like line ends."""
     data = np.full(SHAPE, 0x0a0d, "<i2").tobytes()
-    path = metaimage(tmp_path, zlib.compress(data) if compressed else data, end, "a.mha", CompressedData=compressed, ElementDataFile="LOCAL")
+    path = metaimage(tmp_path, zlib.compress(data) if compressed else data, end, "a.mha", CompressedData=compressed,
+                     ElementDataFile="LOCAL")
     assert (read_scan(path).hu == 0x0a0d).all()
 
 
@@ -123,9 +127,10 @@ def test_read_scan__axes_are_x_fastest(tmp_path):
 
 @pytest.mark.parametrize("key, value, field, expected", [
     *((key, "1 2 3", "origin", [1, 2, 3]) for key in ("Offset", "Position", "Origin")),
-    *((key, "0 1 0 0 0 1 1 0 0", "direction", [[0, 0, 1], [1, 0, 0], [0, 1, 0]]) for key in ("TransformMatrix", "Rotation", "Orientation"))])
+    *((key, "0 1 0 0 0 1 1 0 0", "direction", [[0, 0, 1], [1, 0, 0], [0, 1, 0]])
+      for key in ("TransformMatrix", "Rotation", "Orientation"))])
 def test_read_scan__synonyms(tmp_path, key, value, field, expected):
-    """MetaIO's other names for a key mean the same; the matrix lists the x, y and z axes in turn, direction's columns."""
+    """MetaIO's other names for a key mean the same; the matrix lists the x, y, z axes in turn, direction's columns."""
     assert getattr(read_scan(metaimage(tmp_path, DATA, **{key: value})), field).tolist() == expected
 
 
@@ -137,7 +142,8 @@ def test_read_scan__without_place_lies_at_the_origin(tmp_path):
 
 def test_read_scan__element_size_alone_is_the_spacing(tmp_path):
     """Where there is no ElementSpacing, ElementSize is taken for it, as MetaIO does."""
-    assert read_scan(metaimage(tmp_path, DATA, ElementSpacing=None, ElementSize="0.5 0.6 2")).spacing.tolist() == [0.5, 0.6, 2]
+    assert read_scan(metaimage(tmp_path, DATA, ElementSpacing=None,
+                               ElementSize="0.5 0.6 2")).spacing.tolist() == [0.5, 0.6, 2]
 
 
 def test_read_scan__element_size_is_no_spacing_beside_one(tmp_path):
@@ -149,7 +155,8 @@ def test_read_scan__element_size_is_no_spacing_beside_one(tmp_path):
 
 def test_read_scan__element_byte_order_msb(tmp_path):
     """ElementByteOrderMSB is another name of BinaryDataByteOrderMSB."""
-    assert np.array_equal(read_scan(metaimage(tmp_path, VALUES.astype(">i2").tobytes(), ElementByteOrderMSB="True")).hu, VALUES)
+    assert np.array_equal(read_scan(metaimage(tmp_path, VALUES.astype(">i2").tobytes(), ElementByteOrderMSB="True")).hu,
+                          VALUES)
 
 
 @pytest.mark.parametrize("yes", ["true", "T", "1"])
@@ -280,14 +287,16 @@ def test_rule_2_1_1_resample__skew_metaimage_axes_are_honoured(tmp_path):
     assert np.allclose(preprocessing.affine(scan) @ [3, 2, 1], [3, 2.56, 1.92])
 
 
-@pytest.mark.parametrize("text", [b"", b"ObjectType = Image\n", bytes(range(256)) * 600], ids=["empty", "cut short", "bytes"])
+@pytest.mark.parametrize("text", [b"", b"ObjectType = Image\n", bytes(range(256)) * 600],
+                         ids=["empty", "cut short", "bytes"])
 def test_read_scan__what_is_no_header_is_refused(tmp_path, text):
     """A file without ElementDataFile is no MetaImage."""
     (tmp_path / "a.mhd").write_bytes(text)
     refused(lambda: read_scan(tmp_path / "a.mhd"), "a.mhd", "ElementDataFile")
 
 
-@pytest.mark.parametrize("cut", [lambda data: data[:60], lambda data: data[:-60], lambda data: data[:50] + b"xxxx" + data[54:]],
+@pytest.mark.parametrize("cut", [lambda data: data[:60], lambda data: data[:-60],
+                                 lambda data: data[:50] + b"xxxx" + data[54:]],
                          ids=["little of it", "most of it", "spoilt"])
 def test_read_scan__spoilt_compressed_data_are_refused(tmp_path, cut):
     """Compressed data cut short or spoilt do not pass for whole."""
@@ -329,7 +338,8 @@ def forms(request, tmp_path_factory):
     """A coarse chest as four kinds of file, read: form → Scan; and the phantom itself."""
     folder = tmp_path_factory.mktemp("forms")
     chest = phantom.make_phantom(3, scale=5, direction=RIGHT_HANDED[request.param])
-    ways = {"mhd": {}, "zraw": {"compressed": True}, "mha": {"local": True}, "zlib mha": {"local": True, "compressed": True}}
+    ways = {"mhd": {}, "zraw": {"compressed": True}, "mha": {"local": True},
+            "zlib mha": {"local": True, "compressed": True}}
     scans = {form: read_scan(phantom.write_metaimage(folder / form, chest, **way)) for form, way in ways.items()}
     return chest, scans | {"DICOM": read_scan(phantom.write_dicom(folder, chest))}
 
@@ -356,14 +366,15 @@ def test_rule_2_dicom_geometry__every_form_gives_the_same_volume(forms):
 def test_rule_2_dicom_geometry__left_handed_axes_give_the_same_volume(tmp_path):
     """A mirrored MetaImage and the DICOM series of the same voxels, whose slices have no order, are one volume."""
     mirrored = made(np.diag([1.0, 1, -1]))
-    one, other = read_scan(phantom.write_metaimage(tmp_path, mirrored)), read_scan(phantom.write_dicom(tmp_path, mirrored))
+    one = read_scan(phantom.write_metaimage(tmp_path, mirrored))
+    other = read_scan(phantom.write_dicom(tmp_path, mirrored))
     assert np.array_equal(resample(one).hu, resample(other).hu)
 
 
 # DICOM
 
 def series(folder, scan, names=None, numbers=None, header=None, rescale=None, keep=None):
-    """A series written slice by slice; names, InstanceNumbers and (slope, intercept) of each as asked; returns the folder.
+    """A series written slice by slice; names, InstanceNumbers and (slope, intercept) of each as asked; its folder.
 
     rescale: the pixels stored are then hu + 1024 as they are, so that HU are slope · (hu + 1024) + intercept.
     """
@@ -376,7 +387,8 @@ def series(folder, scan, names=None, numbers=None, header=None, rescale=None, ke
         for name, value in (header or {}).items():
             setattr(tags, name, value)
         place = np.array(scan.origin) + z * scan.spacing[2] * k
-        phantom.write_image(folder / (names[k] if names else f"{k:03d}.dcm"), tags, scan.hu[k], place, [*x, *y], scan.spacing[1::-1],
+        phantom.write_image(folder / (names[k] if names else f"{k:03d}.dcm"), tags, scan.hu[k], place, [*x, *y],
+                            scan.spacing[1::-1],
                             numbers[k] if numbers else k + 1)
     return folder
 
@@ -393,7 +405,10 @@ SHEARED = np.array([[0, 0, 0.96], [1, 0, 0], [0, 1, -0.28]])    # sagittal under
 
 @pytest.mark.parametrize("direction", [OBLIQUE, TILT, SHEARED], ids=["oblique", "tilt", "sheared sagittal"])
 def test_rule_2_dicom_geometry__voxels_lie_where_their_tags_say(tmp_path, direction):
-    """Each file's pixel (row j, column i) lies at IPP + i · row cosines · Δcolumn + j · column cosines · Δrow (PS3.3 C.7.6.2.1.1)."""
+    """Each file's pixel (row j, column i) lies at IPP + i · row cosines · Δcolumn + j · column cosines · Δrow.
+
+    DICOM PS3.3 C.7.6.2.1.1.
+    """
     folder = series(tmp_path / "s", made(direction), names=["c", "a", "d", "b"], numbers=[2, 4, 1, 3])
     scan, seen = read_scan(folder), set()
     j, i = np.indices(SHAPE[1:])
@@ -431,7 +446,7 @@ def test_rule_2_dicom_geometry__gantry_tilt_is_in_the_direction(tmp_path):
 
 @pytest.mark.parametrize("axis", range(3), ids="xyz")
 def test_rule_2_1_1_resample__coordinates_survive_a_gantry_tilt_in_dicom(tmp_path, axis):
-    """A tilted series whose HU are its own coordinates, in 1/20 mm, holds them at 1 mm: half a unit from each rounding."""
+    """A tilted series whose HU are its own coordinates, in 1/20 mm, holds them at 1 mm: half a unit a rounding."""
     scan = made(TILT, shape=(6, 12, 14), spacing=(0.9, 1.1, 2.3))._replace(origin=(-4, 3, -7))
     index = np.indices(scan.hu.shape)[::-1].reshape(3, -1)
     places = np.array(scan.origin)[:, None] + scan.direction * scan.spacing @ index
@@ -455,14 +470,16 @@ def test_rule_2_dicom_geometry__a_localizer_is_left_out(tmp_path):
 def test_rule_2_dicom_geometry__a_missing_slice_is_refused_by_its_place(tmp_path, gap):
     """Where slices are missing the last before the gap is named, and the gap's size."""
     folder = series(tmp_path / "s", made(shape=(9, 5, 7)), keep=[k for k in range(9) if not 4 <= k < 4 + gap])
-    refused(lambda: read_scan(folder), folder, f"{-205.9 + 3 * 1.3:.1f}] mm", f"[0.0, 0.0, {(1 + gap) * 1.3:.1f}] on, not [0.0, 0.0, 1.3]", "missing")
+    refused(lambda: read_scan(folder), folder, f"{-205.9 + 3 * 1.3:.1f}] mm",
+            f"[0.0, 0.0, {(1 + gap) * 1.3:.1f}] on, not [0.0, 0.0, 1.3]", "missing")
 
 
 def test_rule_2_dicom_geometry__a_doubled_slice_is_refused_by_its_place(tmp_path):
     """Two files at one place are one too many, though they be copies."""
     folder = series(tmp_path / "s", made(shape=(9, 5, 7)))
     shutil.copy(folder / "003.dcm", folder / "copy.dcm")
-    refused(lambda: read_scan(folder), folder, f"{-205.9 + 3 * 1.3:.1f}] mm", "[0.0, 0.0, 0.0] on, not [0.0, 0.0, 1.3]", "keep one of each")
+    refused(lambda: read_scan(folder), folder, f"{-205.9 + 3 * 1.3:.1f}] mm", "[0.0, 0.0, 0.0] on, not [0.0, 0.0, 1.3]",
+            "keep one of each")
 
 
 def test_rule_2_dicom_geometry__two_equal_stacks_are_refused(tmp_path):
@@ -475,7 +492,8 @@ def test_rule_2_dicom_geometry__two_equal_stacks_are_refused(tmp_path):
 def test_rule_2_dicom_geometry__a_missing_slice_under_a_tilt_is_refused(tmp_path):
     """The place before the gap and the step across it are named, along the tilted series' own line."""
     folder = series(tmp_path / "s", made(TILT, shape=(9, 5, 7)), keep=[0, 1, 2, 3, 5, 6, 7, 8])
-    refused(lambda: read_scan(folder), folder, f"{-205.9 + 3 * 1.3 * 0.96:.3f}] mm", f"{round(2 * 1.3 * 0.96, 3)}] on, not", "missing")
+    refused(lambda: read_scan(folder), folder, f"{-205.9 + 3 * 1.3 * 0.96:.3f}] mm",
+            f"{round(2 * 1.3 * 0.96, 3)}] on, not", "missing")
 
 
 def test_rule_2_dicom_geometry__a_series_copied_whole_is_refused(tmp_path):
@@ -488,8 +506,8 @@ def test_rule_2_dicom_geometry__a_series_copied_whole_is_refused(tmp_path):
 
 @pytest.mark.parametrize("steps", [[0.81, 1.38, 0.81] * 3, [1.0] * 5 + [1.6, 0.4], [0.005] * 6])
 def test_rule_2_dicom_geometry__uneven_steps_are_refused(tmp_path, steps):
-    """A step of half as much again as the usual, or less than half of it, is no even series, though no slice is far from
-    its place in one; nor are slices that lie all but upon each other."""
+    """A step of half as much again as the usual, or less than half of it, is no even series, though no slice lies far
+    from its place in one; nor are slices that lie all but upon each other."""
     folder = series(tmp_path / "s", made(shape=(len(steps) + 1, 5, 7)))
     for path, z in zip(sorted(folder.iterdir()), np.cumsum([-200, *steps])):
         change(path, ImagePositionPatient=["0", "0", f"{z:.3f}"])
@@ -517,7 +535,8 @@ def test_rule_2_rescale__each_slices_own(tmp_path):
     scan = made()
     stored = scan.hu.astype(int) + 1024
     hu = read_scan(series(tmp_path / "s", scan, rescale=rescale)).hu
-    assert hu.dtype == np.int16 and np.array_equal(hu, [slope * image + intercept for image, (slope, intercept) in zip(stored, rescale)])
+    assert hu.dtype == np.int16
+    assert np.array_equal(hu, [slope * image + intercept for image, (slope, intercept) in zip(stored, rescale)])
 
 
 @pytest.mark.parametrize("rescale", [(0.5, -1024), (1, -1024.25)])
@@ -526,7 +545,8 @@ def test_rule_2_rescale__fractions_give_float32(tmp_path, rescale):
     scan = made()
     hu = read_scan(series(tmp_path / "s", scan, rescale=[(1, -1024)] * 3 + [rescale])).hu
     assert hu.dtype == np.float32
-    assert np.array_equal(hu[:3], scan.hu[:3]) and np.array_equal(hu[3], rescale[0] * (scan.hu[3] + 1024.0) + rescale[1])
+    assert np.array_equal(hu[:3], scan.hu[:3])
+    assert np.array_equal(hu[3], rescale[0] * (scan.hu[3] + 1024.0) + rescale[1])
 
 
 @pytest.mark.parametrize("rescale, hu", [((2000, 0), 32767), ((1, -100000), -32768)])
@@ -570,7 +590,8 @@ def test_rule_2_rescale__compressed_pixels(tmp_path):
 
 
 ODD = {     # tags of every slice that make it no plane of CT numbers
-    "colours": dict(SamplesPerPixel=3, PhotometricInterpretation="RGB", PlanarConfiguration=0, BitsAllocated=8, BitsStored=8, HighBit=7,
+    "colours": dict(SamplesPerPixel=3, PhotometricInterpretation="RGB", PlanarConfiguration=0, BitsAllocated=8,
+                    BitsStored=8, HighBit=7,
                     PixelData=bytes(106)),
     "frames": dict(NumberOfFrames=2, PixelData=bytes(140)),
     "three pixel spacings": dict(PixelSpacing=["0.7", "0.8", "0.9"]),
@@ -580,7 +601,7 @@ ODD = {     # tags of every slice that make it no plane of CT numbers
 @pytest.mark.filterwarnings("ignore")
 @pytest.mark.parametrize("name", ODD)
 def test_read_scan__slices_that_are_no_planes_are_refused(tmp_path, name):
-    """A series of colour images or of images with frames has no one HU a voxel: refused here, and no traceback later."""
+    """A series of colour images or of images with frames has no one HU a voxel: refused here, no traceback later."""
     folder = series(tmp_path / "s", made())
     for path in folder.iterdir():
         tags = pydicom.dcmread(path)
@@ -807,7 +828,8 @@ def test_find_scans__a_hostile_series_uid_does_not_escape(tmp_path, uid):
 def test_prepare_one__a_scan_of_one_long_line_is_left_out(tmp_path):
     """2 × 2 × 200,000 voxels in 1.6 MB: no lungs, and no memory that grows with the square of the line."""
     path = tmp_path / "7.7.mhd"
-    path.write_text("NDims = 3\nDimSize = 2 2 200000\nElementSpacing = 2 2 2.5\nElementType = MET_SHORT\nElementDataFile = 7.7.raw\n")
+    path.write_text("NDims = 3\nDimSize = 2 2 200000\nElementSpacing = 2 2 2.5\nElementType = MET_SHORT\n"
+                    "ElementDataFile = 7.7.raw\n")
     (tmp_path / "7.7.raw").write_bytes(bytes(1_600_000))
     parameters = {"cube": 12, "negatives": 3, "max_slice_mm": 9, "seed": 0}
     source, = find_scans(tmp_path)
@@ -859,7 +881,8 @@ def test_find_scans__an_xml_beside_the_slices_is_passed_over(tmp_path):
     """LIDC-IDRI's marks lie beside the slices and name the series: they are no slice."""
     folder = phantom.write_dicom(tmp_path, made())
     source, = find_scans(tmp_path)
-    assert len(list(folder.iterdir())) == 5 and len(source.files) == 4 and all(path.suffix == ".dcm" for path in source.files)
+    assert len(list(folder.iterdir())) == 5 and len(source.files) == 4
+    assert all(path.suffix == ".dcm" for path in source.files)
 
 
 def test_find_scans__suffixes_in_capitals(tmp_path):
@@ -908,10 +931,12 @@ def test_find_scans__the_same_series_twice_is_refused(tmp_path, other):
         phantom.write_dicom(tmp_path / "d", made())
     else:
         phantom.write_metaimage(tmp_path if other == "mha" else tmp_path / "d", made(), local=other == "mha")
-    refused(lambda: find_scans(tmp_path), "1.2.3.mhd", {"mha": "1.2.3.mha", "folder": "d/1.2.3.mhd", "DICOM": ".dcm"}[other])
+    refused(lambda: find_scans(tmp_path), "1.2.3.mhd",
+            {"mha": "1.2.3.mha", "folder": "d/1.2.3.mhd", "DICOM": ".dcm"}[other])
 
 
-@pytest.mark.parametrize("make", [lambda path: None, lambda path: path.mkdir(), lambda path: (path.mkdir(), (path / "a.txt").write_text("x"))],
+@pytest.mark.parametrize("make", [lambda path: None, lambda path: path.mkdir(),
+                                  lambda path: (path.mkdir(), (path / "a.txt").write_text("x"))],
                          ids=["no folder", "empty", "no scan in it"])
 @pytest.mark.parametrize("read", [find_scans, read_scan])
 def test_find_scans__no_scan_is_refused(tmp_path, read, make):
@@ -934,7 +959,8 @@ def table(folder, text, encoding="utf-8"):
 
 @pytest.mark.parametrize("text, encoding", [
     (f"{HEAD}\n{ROWS}", "utf-8"), (f"{HEAD}\n{ROWS}", "utf-8-sig"), (f"{HEAD}\n{ROWS}".replace("\n", "\r\n"), "utf-8"),
-    (f"{HEAD}\n{ROWS}".rstrip(), "utf-8"), (f"{HEAD}\n\n{ROWS}\n\n", "utf-8")], ids=["plain", "BOM", "CRLF", "no last line end", "empty lines"])
+    (f"{HEAD}\n{ROWS}".rstrip(), "utf-8"), (f"{HEAD}\n\n{ROWS}\n\n", "utf-8")],
+    ids=["plain", "BOM", "CRLF", "no last line end", "empty lines"])
 def test_read_annotations__in_any_of_its_forms(tmp_path, text, encoding):
     """LUNA16's table gives each series its nodules in their order, (x, y, z) and diameter in mm."""
     assert read_annotations(table(tmp_path, text, encoding)) == NODULES
@@ -950,7 +976,8 @@ def test_read_annotations__none_is_no_error(tmp_path):
     assert read_annotations(table(tmp_path, f"{HEAD}\n")) == {}
 
 
-@pytest.mark.parametrize("row", ["1.2.3,1,2,3,nan", "1.2.3,1,inf,3,4", "1.2.3,1,2,3,0", "1.2.3,1,2,3,-4", "1.2.3,1,2,3", "1.2.3", "1.2.3,1,2,3,4,5",
+@pytest.mark.parametrize("row", ["1.2.3,1,2,3,nan", "1.2.3,1,inf,3,4", "1.2.3,1,2,3,0", "1.2.3,1,2,3,-4", "1.2.3,1,2,3",
+                                 "1.2.3", "1.2.3,1,2,3,4,5",
                                  "1.2.3,one,2,3,4", "1.2.3,1,2,,4"])
 def test_read_annotations__a_bad_row_is_refused_by_its_line(tmp_path, row):
     """NaN, ∞, no diameter, text, too few or too many columns: the file and the line are named."""
@@ -958,14 +985,16 @@ def test_read_annotations__a_bad_row_is_refused_by_its_line(tmp_path, row):
     refused(lambda: read_annotations(path), path, "line 5")
 
 
-@pytest.mark.parametrize("text", ["", ROWS, "seriesuid,coordZ,coordY,coordX,diameter_mm\n", HEAD.replace(",", ";") + "\n", "seriesuid,x,y,z,d\n"],
+@pytest.mark.parametrize("text", ["", ROWS, "seriesuid,coordZ,coordY,coordX,diameter_mm\n",
+                                  HEAD.replace(",", ";") + "\n", "seriesuid,x,y,z,d\n"],
                          ids=["empty", "none", "other order", "semicolons", "other names"])
 def test_read_annotations__another_header_is_refused(tmp_path, text):
     """Columns in another order, or none named, would move every nodule."""
     refused(lambda: read_annotations(table(tmp_path, text)), "annotations.csv", HEAD)
 
 
-@pytest.mark.parametrize("data", [bytes(range(256)), f"{HEAD}\n".encode() + b"\xff\xfe,1,2,3,4\n", f"{HEAD}\n{ROWS}".encode("utf-16")],
+@pytest.mark.parametrize("data", [bytes(range(256)), f"{HEAD}\n".encode() + b"\xff\xfe,1,2,3,4\n",
+                                  f"{HEAD}\n{ROWS}".encode("utf-16")],
                          ids=["bytes", "latin", "UTF-16"])
 def test_read_annotations__what_is_no_text_is_refused(tmp_path, data):
     """A file that is not UTF-8 is one line, no traceback."""

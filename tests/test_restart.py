@@ -150,11 +150,12 @@ def test_claim__an_overwrite_that_was_stopped_does_not_keep_the_old(scans, again
 
 def test_scans__what_is_no_folder_is_one_line(run, tmp_path):
     """A folder's name mistyped is said to be none."""
-    assert in_one_line(run(preprocessing, "--scans", tmp_path / "typo", "--run", tmp_path / "R"), "typo", "no folder", "--scans")
+    assert in_one_line(run(preprocessing, "--scans", tmp_path / "typo", "--run", tmp_path / "R"), "typo", "no folder",
+                       "--scans")
 
 
 def test_train_gan__does_not_begin_on_half_of_the_scans(run, again):
-    """Where preparing the user's scans was not finished, training says so; it puts no synthetic scans in their place."""
+    """Where preparing the user's scans was not finished, training says so and makes no synthetic scans instead."""
     (again / "prepared" / "dataset.json").unlink()
     before = sorted(path.name for path in again.rglob("*"))
     assert in_one_line(run(train_gan, "--run", again), "not all prepared", "python preprocessing.py")
@@ -289,7 +290,7 @@ def test_hostile_uid__never_becomes_a_path_outside_the_run(hostile):
     there = [path for path in hostile.folder.parent.rglob("*") if path.is_file()]
     made = [path for path in there if hostile.folder / "scans" not in path.parents]
     assert {path.parent for path in made} == {hostile.folder / "R" / "prepared"}
-    assert len(made) == 4 * 3 + len(HOSTILE) + 4        # three of each scan, a record of each refused one; the folder's own four
+    assert len(made) == 4 * 3 + len(HOSTILE) + 4    # three of each scan, a record of each refused; the folder's own
     assert all(re.fullmatch(r"[\w.\-]+", path.name, re.ASCII) for path in made)
 
 

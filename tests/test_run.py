@@ -36,7 +36,8 @@ ARMS = ("real", "mixed", "fake")
 SCRIPTS = ("preprocessing.py", "train_gan.py", "train_classifier.py", "evaluate.py")
 WORDS = ("--preset demo --cube 12 --negatives 30 --epochs 3 --width 1 --batch-size 8 --attempts 3 --score-quantile 0.0 "
          "--class-probability 0.0 --workers 1 --max-slice-mm 10").split()
-STAY = ["prepared/dataset.json", "gan/checkpoint.pt", "gan/log.jsonl", "evaluation/results.json", "evaluation/scores.csv",
+STAY = ["prepared/dataset.json", "gan/checkpoint.pt", "gan/log.jsonl", "evaluation/results.json",
+        "evaluation/scores.csv",
         *(f"classifiers/{arm}/{name}" for arm in ARMS for name in ("checkpoint.pt", "log.jsonl"))]
 ONE_PROCESS = """
 import importlib, sys
@@ -146,14 +147,16 @@ def test_results__metrics_recompute_from_their_confusion(tiny):
             tp, fp, fn, tn = (table[column]["confusion"][key] for key in ("tp", "fp", "fn", "tn"))
             ratios = ((tp, tp + fn), (tn, tn + fp), (tp, tp + fp), (2 * tp, 2 * tp + fp + fn))
             expected = [part / whole if whole else None for part, whole in ratios]
-            assert [table[column]["metrics"][key] for key in ("sensitivity", "specificity", "precision", "f1")] == expected
+            assert [table[column]["metrics"][key]
+                    for key in ("sensitivity", "specificity", "precision", "f1")] == expected
 
 
 def test_results__scores_recompute_the_confusion(tiny):
     """The matrices of results.json are those counted from scores.csv, with flips and as nodules."""
     tables = json.loads((tiny.run / "evaluation" / "results.json").read_bytes())["tables"]
     for table in tables.values():
-        for column, lines in (("flips", read_scores(tiny.run)), ("nodules", [r for r in read_scores(tiny.run) if r["flip"] == "0"])):
+        for column, lines in (("flips", read_scores(tiny.run)),
+                              ("nodules", [r for r in read_scores(tiny.run) if r["flip"] == "0"])):
             labels, found = [int(line["label"]) for line in lines], [float(line[table["arm"]]) > 0.5 for line in lines]
             assert confusion_matrix(labels, found) == Confusion(**table[column]["confusion"])
 
@@ -162,21 +165,26 @@ def test_results__the_test_set_is_table_1s_and_no_training_patients(tiny):
     """scores.csv holds Table 1's test counts, of series of the test split alone; no patient is in two splits."""
     dataset = json.loads((tiny.run / "prepared" / "dataset.json").read_bytes())
     labels, row = [line["label"] for line in read_scores(tiny.run)], dataset["table_1"]["test"]
-    assert (labels.count("1"), labels.count("0")) == (row["positive"], row["negative"]) and row["positive"] == 8 * row["nodules"]
+    assert (labels.count("1"), labels.count("0")) == (row["positive"], row["negative"])
+    assert row["positive"] == 8 * row["nodules"]
     splits = {line["seriesuid"]: line["split"] for line in dataset["scans"]}
     assert {splits[line["seriesuid"]] for line in read_scores(tiny.run)} == {"test"}
-    assert len({(scan["patient"], scan["split"]) for scan in dataset["scans"]}) == len({scan["patient"] for scan in dataset["scans"]})
+    pairs = {(scan["patient"], scan["split"]) for scan in dataset["scans"]}
+    assert len(pairs) == len({scan["patient"] for scan in dataset["scans"]})
 
 
 def test_results__nodules_are_those_of_the_annotations(tiny):
     """Each positive centre is within half a voxel of an annotated nodule, in mm, axis by axis; and all are there."""
     with open(tiny.folder / "scans" / "annotations.csv", newline="") as file:
-        annotated = [(row["seriesuid"], *(float(row[f"coord{axis}"]) for axis in "XYZ")) for row in csv.DictReader(file)]
+        annotated = [(row["seriesuid"], *(float(row[f"coord{axis}"]) for axis in "XYZ"))
+                     for row in csv.DictReader(file)]
     scans = json.loads((tiny.run / "prepared" / "dataset.json").read_bytes())["scans"]
-    found = [(scan["seriesuid"], *(np.array(scan["origin"]) + voxel[::-1])) for scan in scans for voxel in scan["positives"]]
+    found = [(scan["seriesuid"], *(np.array(scan["origin"]) + voxel[::-1])) for scan in scans
+             for voxel in scan["positives"]]
     assert Counter(uid for uid, *_ in found) == Counter(uid for uid, *_ in annotated) and found
     for uid, *centre in found:
-        assert any(uid == other and np.abs(np.subtract(centre, place)).max() <= 0.5 + 1e-9 for other, *place in annotated)
+        assert any(uid == other and np.abs(np.subtract(centre, place)).max() <= 0.5 + 1e-9
+                   for other, *place in annotated)
 
 
 @pytest.mark.parametrize("folder", ["gan", *(f"classifiers/{arm}" for arm in ARMS)])
@@ -253,7 +261,8 @@ def own_words(stage):
 
 @pytest.mark.parametrize("stage, gone, first", [
     ("train_classifier", "prepared", "preprocessing.py"), ("train_classifier", "gan", "train_gan.py"),
-    ("evaluate", "prepared", "preprocessing.py"), ("evaluate", "gan", "train_"), ("evaluate", "classifiers", "train_classifier.py")])
+    ("evaluate", "prepared", "preprocessing.py"), ("evaluate", "gan", "train_"),
+    ("evaluate", "classifiers", "train_classifier.py")])
 def test_without_its_input__a_stage_says_what_to_run(copy, run, stage, gone, first):
     """A stage run too early, or without its input, names the missing file and the command that makes it."""
     shutil.rmtree(copy / gone)
@@ -289,7 +298,7 @@ def test_stale__a_gan_trained_on_other_scans_is_refused(copy, run):
 
 
 def test_stale__cubes_of_other_scans_are_refused_and_left_alone(copy, run):
-    """Where the data were prepared again with another cube, the classifiers' stage says so before it draws or trains."""
+    """Where the data were prepared again with another cube, the classifiers' stage says so before it draws."""
     path = copy / "prepared" / "dataset.json"
     dataset = json.loads(path.read_bytes())
     dataset["parameters"]["cube"] = 24
@@ -301,7 +310,8 @@ def test_stale__cubes_of_other_scans_are_refused_and_left_alone(copy, run):
 
 
 @pytest.mark.parametrize("log, row", [
-    ("gan", '{"epoch": 1}'), ("gan", '{"epoch": 1, "critic": 5}'), ("classifiers/real", '{"epoch": 1, "train_loss": 1}'),
+    ("gan", '{"epoch": 1}'), ("gan", '{"epoch": 1, "critic": 5}'),
+    ("classifiers/real", '{"epoch": 1, "train_loss": 1}'),
     ("gan", json.dumps({"epoch": 1, "generator": {"auxiliary": 1}, "critic": dict.fromkeys(
         ("wasserstein", "auxiliary", "penalty", "real_accuracy", "fake_accuracy"), float("inf"))}))])
 def test_damaged__a_log_of_other_rows_is_one_line(copy, run, log, row):
@@ -371,12 +381,15 @@ def test_report__needs_nothing_else(tiny):
     page = Page(text)
     assert set(re.findall(r"https?://[^\"' <]*", text)) <= {"http://www.w3.org/2000/svg"}
     assert {"img", "svg", "table"} <= {tag for tag, _ in page.elements} and set(page.open) <= {"html", "body"}
-    assert not {tag for tag, _ in page.elements} & {"script", "link", "iframe", "a", "object"} and "@import" not in text and "url(" not in text
+    assert not {tag for tag, _ in page.elements} & {"script", "link", "iframe", "a", "object"}
+    assert "@import" not in text and "url(" not in text
     for _, attributes in page.elements:
-        assert attributes.get("src", "data:").startswith("data:") and not {"href", "xlink:href", "onload"} & set(attributes)
+        assert attributes.get("src", "data:").startswith("data:")
+        assert not {"href", "xlink:href", "onload"} & set(attributes)
 
 
-@pytest.mark.parametrize("word", [*(f"Table {n}." for n in range(1, 6)), *(f"Figure {n}." for n in (2, 3, 7, 8, *range(9, 15)))])
+@pytest.mark.parametrize("word", [*(f"Table {n}." for n in range(1, 6)),
+                                  *(f"Figure {n}." for n in (2, 3, 7, 8, *range(9, 15)))])
 def test_report__has_every_table_and_figure_once(tiny, word):
     """Tables 1–5 and figures 2, 3, 7, 8 and 9–14 are on the page, each once, under their captions."""
     assert Page((tiny.run / "report.html").read_text()).text.count(word) == 1
@@ -396,7 +409,8 @@ def test_report__shows_the_results_own_numbers(tiny):
     cells = [[html.unescape(cell) for cell in re.findall("<td>(.*?)</td>", row)] for row in rows]
     for table in tables.values():
         for key in ("tp", "fp", "fn", "tn"):
-            assert [key.upper(), *(f"{table[column]['confusion'][key]:,}" for column in ("flips", "nodules", "thesis"))] in cells
+            assert [key.upper(),
+                    *(f"{table[column]['confusion'][key]:,}" for column in ("flips", "nodules", "thesis"))] in cells
         for key in ("sensitivity", "specificity", "precision", "f1"):
             values = [table[column]["metrics"][key] for column in ("flips", "nodules", "thesis")]
             assert [key, *("–" if value is None else f"{value:.3f}" for value in values)] in cells

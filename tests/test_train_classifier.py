@@ -44,7 +44,8 @@ def cubes_of(dataset, kind, split):
     """The cubes (n, c, c, c) in [-1, 1] of the scan of a split, cut and scaled by hand; all lie inside."""
     scan, = (scan for scan in dataset.info["scans"] if scan["split"] == split)
     hu, half = np.load(dataset.folder / scan["volume"]).astype(float), dataset.cube // 2
-    return np.array([hu[z - half:z + half, y - half:y + half, x - half:x + half] for z, y, x in scan[kind]]) / 700 + 3 / 7
+    return np.array([hu[z - half:z + half, y - half:y + half, x - half:x + half]
+                     for z, y, x in scan[kind]]) / 700 + 3 / 7
 
 
 def eight(cubes):
@@ -154,7 +155,8 @@ def critic(x):
 def run_generate(label, wanted, threshold, *words):
     """generate() with `tell` and `critic`: its result, and the latents that it drew, batch by batch."""
     seen = []
-    result = train_classifier.generate(lambda z: seen.append(z) or tell(z), critic, label, wanted, threshold, options(*words), CPU)
+    result = train_classifier.generate(lambda z: seen.append(z) or tell(z), critic, label, wanted, threshold,
+                                       options(*words), CPU)
     return *result, seen
 
 
@@ -225,7 +227,8 @@ def test_rule_4_3_generate_score_select__the_spare_are_the_best_of_the_rejected(
 def test_score_reals__positives_with_flips_negatives_as_they_are(tmp_path):
     """The reals' scores are over each positive's eight flips, and over each negative once."""
     dataset = small_run(tmp_path)
-    for label, cubes in ((1, eight(cubes_of(dataset, "positives", "train"))), (0, cubes_of(dataset, "negatives", "train"))):
+    for label, cubes in ((1, eight(cubes_of(dataset, "positives", "train"))),
+                         (0, cubes_of(dataset, "negatives", "train"))):
         scores = train_classifier.score_reals(critic, dataset, label, CPU)
         assert np.allclose(np.sort(scores), np.sort(cubes[:, 0, 0, 0]), atol=1e-6) and len(scores) == len(cubes)
 
@@ -250,7 +253,8 @@ def test_generate_classes__the_score_threshold_is_the_median_real(tmp_path, monk
     dataset, classes = run_generate_classes(tmp_path, monkeypatch)
     positives, negatives = eight(cubes_of(dataset, "positives", "train")), cubes_of(dataset, "negatives", "train")
     middle = np.sort(positives[:, 0, 0, 0])[11:13].mean(), np.sort(negatives[:, 0, 0, 0])[2]
-    assert np.allclose([classes["positive"]["score_threshold"], classes["negative"]["score_threshold"]], middle, atol=1e-6)
+    assert np.allclose([classes["positive"]["score_threshold"], classes["negative"]["score_threshold"]], middle,
+                       atol=1e-6)
 
 
 @pytest.mark.parametrize("quantile, pick", [("0", np.min), ("1", np.max)])
@@ -272,7 +276,8 @@ def test_generate_classes__as_many_as_the_reals_with_flips_of_both_classes(tmp_p
 @pytest.mark.parametrize("probability, delivers", [("0", True), ("1", False)])
 def test_generate_classes__says_so_where_the_gan_does_not_deliver(tmp_path, monkeypatch, capsys, probability, delivers):
     """Where fewer are accepted than wanted, and only there, the output says so and names the options."""
-    _, classes = run_generate_classes(tmp_path, monkeypatch, "--score-quantile", "0", "--class-probability", probability)
+    _, classes = run_generate_classes(tmp_path, monkeypatch, "--score-quantile", "0", "--class-probability",
+                                      probability)
     assert (classes["positive"]["accepted"] == 24) == delivers
     assert ("lower --score-quantile" not in capsys.readouterr().out) == delivers
 
@@ -284,7 +289,8 @@ def test_generate_classes__a_second_time_they_are_read_back(tmp_path, monkeypatc
     assert train_classifier.generate_classes(tmp_path, dataset, options(), CPU) == classes
 
 
-@pytest.mark.parametrize("word, value", [("--seed", "1"), ("--score-quantile", "0.4"), ("--class-probability", "0.8"), ("--attempts", "5")])
+@pytest.mark.parametrize("word, value", [("--seed", "1"), ("--score-quantile", "0.4"), ("--class-probability", "0.8"),
+                                         ("--attempts", "5")])
 def test_generate_classes__other_options_are_refused(tmp_path, monkeypatch, word, value):
     """Cubes generated with other options are not passed off as those asked for; the message names the option."""
     dataset, _ = run_generate_classes(tmp_path, monkeypatch)
@@ -304,7 +310,8 @@ def test_load_gan__gives_the_saved_networks(tmp_path):
     """Generator and critic compute what the saved ones did, and take no gradient."""
     generator, saved, z, dataset = Generator(6, 1), Critic(6, 1), torch.randn(3, 128), small_run(tmp_path)
     lungaug.write(tmp_path / "gan" / "checkpoint.pt", {
-        "settings": {"cube": 6, "width": 1, "prepared": lungaug.fingerprint(dataset.info["scans"])}, "generator": generator.state_dict(), "critic": saved.state_dict()})
+        "settings": {"cube": 6, "width": 1, "prepared": lungaug.fingerprint(dataset.info["scans"])},
+        "generator": generator.state_dict(), "critic": saved.state_dict()})
     found = train_classifier.load_gan(tmp_path, dataset, CPU)
     assert torch.equal(found[0](z), generator(z)) and torch.equal(found[1](generator(z))[0], saved(generator(z))[0])
     assert not any(weight.requires_grad for network in found for weight in network.parameters())
@@ -384,20 +391,23 @@ def test_rule_4_4_decay__falls_at_epoch_30(epoch, rate):
 def test_rule_4_4_decay__reaches_the_optimizer(tmp_path, epochs, rate):
     """After --decay-epoch epochs at the early rate the optimizer steps with the late one."""
     small_run(tmp_path)
-    state = train(tmp_path, "real", "--epochs", str(epochs), "--decay-epoch", "2", "--learning-rate", "5e-3", "--late-learning-rate", "7e-4")
+    state = train(tmp_path, "real", "--epochs", str(epochs), "--decay-epoch", "2", "--learning-rate", "5e-3",
+                  "--late-learning-rate", "7e-4")
     assert state["optimizer"]["param_groups"][0]["lr"] == rate
 
 
 def test_rule_4_4_balanced__each_positive_once_an_epoch():
     """An epoch passes over every positive exactly once, in an order of its own."""
     rng = lungaug.stream(0)
-    one, two = (np.concatenate([part for part, _ in train_classifier.balanced_batches(70, 9, 64, rng)]) for _ in range(2))
+    one, two = (np.concatenate([part for part, _ in train_classifier.balanced_batches(70, 9, 64, rng)])
+                for _ in range(2))
     assert sorted(one) == sorted(two) == list(range(70)) and one.tolist() != two.tolist()
 
 
 def test_rule_4_4_balanced__half_and_half_and_the_last_batch_is_kept():
     """Batches of 64 hold 32 + 32; the last, short one is kept, and balanced too."""
-    sizes = [(len(some), len(others)) for some, others in train_classifier.balanced_batches(70, 9, 64, lungaug.stream(0))]
+    sizes = [(len(some), len(others))
+             for some, others in train_classifier.balanced_batches(70, 9, 64, lungaug.stream(0))]
     assert sizes == [(32, 32), (32, 32), (6, 6)]
 
 
@@ -439,7 +449,8 @@ def test_eq_5_2_f1__the_classifiers_own_is_that_of_the_tables():
     for _ in range(200):
         labels, predictions = rng.integers(0, 2, (2, rng.integers(1, 8)))
         reported = evaluate.f1(evaluate.confusion_matrix(labels, predictions))
-        assert train_classifier.f1_score(labels, predictions) == pytest.approx(0 if np.isnan(reported) else reported, abs=1e-15)
+        found = train_classifier.f1_score(labels, predictions)
+        assert found == pytest.approx(0 if np.isnan(reported) else reported, abs=1e-15)
 
 
 class Bright(torch.nn.Module):
@@ -457,7 +468,8 @@ def test_validate__f1_and_loss_by_hand(tmp_path):
     f1, loss = train_classifier.validate(Bright(), dataset, CPU)
     tp, fp = (positive > 0).sum(), (negative > 0).sum()
     assert 0 < fp and f1 == pytest.approx(2 * tp / (len(positive) + tp + fp), abs=1e-12)
-    assert loss == pytest.approx((np.log1p(np.exp(-4 * positive)).mean() + np.log1p(np.exp(4 * negative)).mean()) / 2, rel=1e-5)
+    assert loss == pytest.approx((np.log1p(np.exp(-4 * positive)).mean() + np.log1p(np.exp(4 * negative)).mean()) / 2,
+                                 rel=1e-5)
 
 
 def test_validate__without_positives_it_is_the_negatives_loss(tmp_path):
@@ -476,7 +488,7 @@ def test_validate__without_positives_it_is_the_negatives_loss(tmp_path):
     ([(0.0, 3.0), (0.0, 2.0), (0.0, 4.0)], 2),      # no positive found in any epoch
 ])
 def test_rule_5_2_best_kept__highest_f1_then_lowest_loss_then_first(tmp_path, monkeypatch, results, best):
-    """The epoch of the best validation F1 is kept, ties by the lower loss, full ties by the earlier; with its weights."""
+    """The epoch of the best validation F1 is kept, ties by the lower loss, then the earlier; with its weights."""
     small_run(tmp_path)
     weights = []
 
@@ -511,11 +523,12 @@ def same(one, other):
 
 @pytest.mark.parametrize("function, call", [("write", 3), ("write", 4), ("append_log", 3)])
 def test_train_arm__stopped_and_resumed_it_ends_with_the_same_bytes(tmp_path, monkeypatch, function, call):
-    """A training stopped before, or between, log and checkpoint goes on to the checkpoint and log of one that was not."""
+    """A training stopped before, or between, log and checkpoint ends with the files of one that was not."""
     for name in ("whole", "stopped"):
         small_run(tmp_path / name)
         write_generated(tmp_path / name)
-    whole, calls, original = train(tmp_path / "whole", "mixed", "--epochs", "4", "--decay-epoch", "2"), [], getattr(lungaug, function)
+    whole = train(tmp_path / "whole", "mixed", "--epochs", "4", "--decay-epoch", "2")
+    calls, original = [], getattr(lungaug, function)
 
     def stop(*arguments):
         calls.append(1)
@@ -549,7 +562,8 @@ def test_train_arm__the_arms_start_from_the_same_weights(tmp_path, monkeypatch):
     """The arms differ in their data alone: before the first step all have the same weights."""
     small_run(tmp_path), write_generated(tmp_path)
     starts = []
-    monkeypatch.setattr(torch.optim, "Adam", lambda parameters, *_: starts.append([p.clone() for p in parameters]) or 1 / 0)
+    monkeypatch.setattr(torch.optim, "Adam", lambda parameters, *_: starts.append([p.clone() for p in parameters])
+                        or 1 / 0)
     for arm in train_classifier.ARMS:
         with pytest.raises(ZeroDivisionError):
             train(tmp_path, arm)
@@ -585,13 +599,14 @@ def test_train_arm__other_prepared_data_than_the_checkpoints_are_refused(tmp_pat
 
 
 def test_train_arm__an_arm_left_out_leaves_no_older_classifier(tmp_path):
-    """Where a GAN trained again delivers nothing, the arm that is left out is not evaluated from an older checkpoint."""
+    """Where a GAN trained again delivers nothing, the arm left out is not evaluated from an older checkpoint."""
     small_run(tmp_path), write_generated(tmp_path)
     train(tmp_path, "mixed", "--epochs", "1")
     shutil.rmtree(tmp_path / "classifiers" / "generated")
     preprocessing.open_array.cache_clear()
     write_generated(tmp_path, positives=0)
-    train_classifier.train_arm("mixed", tmp_path, preprocessing.open_dataset(tmp_path), options("--overwrite"), None, CPU)
+    train_classifier.train_arm("mixed", tmp_path, preprocessing.open_dataset(tmp_path), options("--overwrite"), None,
+                               CPU)
     assert not (tmp_path / "classifiers" / "mixed" / "checkpoint.pt").exists()
 
 
@@ -599,7 +614,8 @@ def test_draw_samples__a_row_a_kind_and_black_where_there_are_too_few(tmp_path, 
     """Rows of middle slices: real positives, generated ones, real negatives, generated ones; nothing made up."""
     dataset, sheets = small_run(tmp_path), []
     made = write_generated(tmp_path, positives=3, negatives=20)
-    monkeypatch.setattr(lungaug, "tile", lambda images, columns: sheets.append((np.asarray(images), columns)) or np.zeros((1, 1), np.uint8))
+    monkeypatch.setattr(lungaug, "tile", lambda images, columns: sheets.append((np.asarray(images), columns))
+                        or np.zeros((1, 1), np.uint8))
     train_classifier.draw_samples(tmp_path / "classifiers", dataset)
     (images, columns), = sheets
     rows = images.reshape(4, 16, 6, 6)
@@ -617,7 +633,8 @@ def test_figure_8__no_chart_of_an_arm_that_was_left_out(tmp_path):
     write_generated(tmp_path, positives=0)
     preprocessing.open_array.cache_clear()
     for arm in ("real", "mixed"):
-        train_classifier.train_arm(arm, tmp_path, preprocessing.open_dataset(tmp_path), options("--overwrite", "--epochs", "1"), None, CPU)
+        train_classifier.train_arm(arm, tmp_path, preprocessing.open_dataset(tmp_path),
+                                   options("--overwrite", "--epochs", "1"), None, CPU)
     evaluate.draw_curves(tmp_path, tmp_path)
     figure = (tmp_path / "figure_8.svg").read_text()
     assert "real data" in figure and "mixed data" not in figure

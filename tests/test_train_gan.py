@@ -20,7 +20,8 @@ import train_gan
 from lungaug import PRESETS, Refusal
 from losses import critic_loss, generator_loss
 from models import Critic, Generator
-from train_gan import Trainer, auxiliary_scale, critic_iteration, draw_batch, draw_epsilon, draw_labels, draw_latent, generator_iteration
+from train_gan import (Trainer, auxiliary_scale, critic_iteration, draw_batch, draw_epsilon, draw_labels, draw_latent,
+                       generator_iteration)
 
 CPU = torch.device("cpu")
 
@@ -93,7 +94,8 @@ def test_rule_4_1_balanced_batch__half_and_half(dataset):
 def test_rule_4_1_balanced_batch__labels_tell_positives_from_negatives(dataset):
     """Label 1 goes with the positives' volume, label 0 with the negatives'."""
     cubes, labels = draw_batch(dataset, 40, np.random.default_rng(0))
-    known = [np.sort(preprocessing.read_cubes(dataset, part["train"]).reshape(2, -1)) for part in (dataset.negatives, dataset.positives)]
+    known = [np.sort(preprocessing.read_cubes(dataset, part["train"]).reshape(2, -1))
+             for part in (dataset.negatives, dataset.positives)]
     assert all((np.sort(cube.ravel()) == known[label]).all(1).any() for cube, label in zip(cubes, labels))
 
 
@@ -178,7 +180,8 @@ def test_num_4_1_epochs__are_trained(tmp_path, monkeypatch):
     monkeypatch.setattr(train_gan, "train_epoch", fake_epoch)
     trainer = small_trainer(epochs=7)
     train_gan.train(trainer, None, tmp_path)
-    assert [row["epoch"] for row in lungaug.read_log(tmp_path / "log.jsonl")] == [1, 2, 3, 4, 5, 6, 7] and trainer.epoch == 7
+    assert [row["epoch"] for row in lungaug.read_log(tmp_path / "log.jsonl")] == [1, 2, 3, 4, 5, 6, 7]
+    assert trainer.epoch == 7
 
 
 def fake_epoch(trainer, dataset, loss=0.0):
@@ -365,7 +368,8 @@ def test_rule_4_1_critic_step__micro_batches_make_the_same_gradients(size):
     whole, parts = small_trainer(double=True), small_trainer(double=True, micro_batch=size)
     terms = [critic_iteration(trainer, *batch(dtype=torch.float64), 2) for trainer in (whole, parts)]
     assert torch.allclose(gradients(parts.critic), gradients(whole.critic), rtol=1e-10, atol=1e-10)
-    assert terms[1] == pytest.approx(terms[0], rel=1e-12) and torch.equal(whole.noise.get_state(), parts.noise.get_state())
+    assert terms[1] == pytest.approx(terms[0], rel=1e-12)
+    assert torch.equal(whole.noise.get_state(), parts.noise.get_state())
 
 
 # The generator's iteration
@@ -417,7 +421,8 @@ def test_rule_4_1_generator_step__micro_batches_make_the_same_gradients(size):
     whole, parts = small_trainer(double=True), small_trainer(double=True, micro_batch=size)
     terms = [generator_iteration(trainer, 5, 2) for trainer in (whole, parts)]
     assert torch.allclose(gradients(parts.generator), gradients(whole.generator), rtol=1e-10, atol=1e-12)
-    assert terms[1] == pytest.approx(terms[0], rel=1e-12) and torch.equal(whole.noise.get_state(), parts.noise.get_state())
+    assert terms[1] == pytest.approx(terms[0], rel=1e-12)
+    assert torch.equal(whole.noise.get_state(), parts.noise.get_state())
 
 
 # Five to one
@@ -451,7 +456,8 @@ def test_rule_4_1_five_to_one__order(tmp_path, monkeypatch):
 def test_rule_4_1_five_to_one__steps_of_the_optimizers(tmp_path, monkeypatch):
     """After an epoch Adam has counted five steps of each weight of the critic and one of the generator's."""
     trainer, _, _ = recorded_epoch(tmp_path, monkeypatch)
-    counted = [{state["step"].item() for state in step.state.values()} for step in (trainer.critic_step, trainer.generator_step)]
+    counted = [{state["step"].item() for state in step.state.values()}
+               for step in (trainer.critic_step, trainer.generator_step)]
     assert counted == [{5}, {1}] and trainer.epoch == 1
 
 
@@ -519,7 +525,8 @@ def test_rule_4_1_fixed_z__from_the_start_to_the_end(tmp_path, monkeypatch):
 def test_trainer__seed_decides_the_weights():
     """Same seed, same weights and z, whatever torch's global randomness was; another seed, others."""
     one, again, other = (torch.manual_seed(i) and small_trainer(seed=seed) for i, seed in enumerate((3, 3, 4)))
-    for part in (lambda t: weights(t.generator), lambda t: weights(t.critic), lambda t: t.fixed_latent, lambda t: t.noise.get_state()):
+    for part in (lambda t: weights(t.generator), lambda t: weights(t.critic), lambda t: t.fixed_latent,
+                 lambda t: t.noise.get_state()):
         assert torch.equal(part(one), part(again)) and not torch.equal(part(one), part(other))
 
 
@@ -581,7 +588,8 @@ def test_train__other_settings_do_not_resume(tmp_path):
 def test_train__loss_that_is_no_number_stops(tmp_path, monkeypatch, loss):
     """In epoch 3 of 4: Refusal that says so; the checkpoint of epoch 2 and a log of two rows are left."""
     monkeypatch.setattr(train_gan, "train_epoch", lambda t, _: fake_epoch(t, _, loss if t.epoch == 2 else 0.0))
-    with pytest.raises(Refusal, match="no number in epoch 3 — start again with a lower --learning-rate and --overwrite"):
+    with pytest.raises(Refusal,
+                       match="no number in epoch 3 — start again with a lower --learning-rate and --overwrite"):
         train_gan.train(small_trainer(), None, tmp_path)
     assert lungaug.load_checkpoint(tmp_path / "checkpoint.pt", "")["epoch"] == 2
     assert [row["epoch"] for row in lungaug.read_log(tmp_path / "log.jsonl")] == [1, 2]

@@ -38,7 +38,8 @@ WRONG = {
         "ε = 1: the penalty sees reals alone", "eq_1_3_5_interpolate", "losses.py",
         (("return epsilon * real + (1 - epsilon) * fake", "return real + 0 * epsilon * fake"),)),
     "norm_over_channels": Wrong(
-        "the norm over the channel axis alone, each voxel's slope driven to 1", "eq_1_3_5_gradient_penalty", "losses.py",
+        "the norm over the channel axis alone, each voxel's slope driven to 1", "eq_1_3_5_gradient_penalty",
+        "losses.py",
         (("vector_norm(gradient.flatten(1), dim=1)", "vector_norm(gradient, dim=1)"),)),
     "norm_of_the_batch": Wrong(
         "the norm of the batch's gradient, not of each sample's", "eq_1_3_5_gradient_penalty", "losses.py",
@@ -66,10 +67,13 @@ WRONG = {
         (("    fake = fake.detach()\n", ""),)),
     "auxiliary_on_reals_only": Wrong(
         "the auxiliary loss on reals alone", "rule_3_3_1_concatenation", "losses.py",
-        (("auxiliary = auxiliary_cross_entropy(logits, labels)\n    total", "auxiliary = auxiliary_cross_entropy(logits[:n], real_labels)\n    total"),)),
+        (("auxiliary = auxiliary_cross_entropy(logits, labels)\n    total",
+          "auxiliary = auxiliary_cross_entropy(logits[:n], real_labels)\n    total"),)),
     "own_prediction_as_truth": Wrong(
-        "the generator's cross-entropy against the critic's own prediction, as 1.3.4 has it", "eq_3_3_2_generator_loss", "losses.py",
-        (("score.mean(), auxiliary_cross_entropy(logits, labels)", "score.mean(), auxiliary_cross_entropy(logits, logits.argmax(1))"),)),
+        "the generator's cross-entropy against the critic's own prediction, as 1.3.4 has it", "eq_3_3_2_generator_loss",
+        "losses.py",
+        (("score.mean(), auxiliary_cross_entropy(logits, labels)",
+          "score.mean(), auxiliary_cross_entropy(logits, logits.argmax(1))"),)),
     "softmax_twice": Wrong(
         "a softmax before a cross-entropy that takes logits", "eq_3_3_1_auxiliary", "losses.py",
         (("torch.log_softmax(logits, dim=1)", "torch.log_softmax(logits.softmax(1), dim=1)"),)),
@@ -93,17 +97,22 @@ WRONG = {
     "one_to_five": Wrong(
         "one critic step to five of the generator", "rule_4_1_five_to_one", "train_gan.py",
         (("    for _ in range(a.critic_iterations):\n", "    for _ in range(1):\n"),
-         ("    generator = generator_iteration(", "    for _ in range(4):\n        generator_iteration(trainer, a.batch_size, scale)\n    generator = generator_iteration("))),
+         ("    generator = generator_iteration(",
+          "    for _ in range(4):\n        generator_iteration(trainer, a.batch_size, scale)\n"
+          "    generator = generator_iteration("))),
     "short_batches_skipped": Wrong(
         "some of the five critic steps skipped", "rule_4_1_five_to_one", "train_gan.py",
         (("    for _ in range(a.critic_iterations):\n", "    for _ in range(a.critic_iterations - 1):\n"),)),
     "reals_used_five_times": Wrong(
         "the same reals at each of the five critic steps", "rule_4_1_five_to_one", "train_gan.py",
-        (("    for _ in range(a.critic_iterations):\n        batch = draw_batch(dataset, a.batch_size, trainer.draws)\n",
-          "    batch = draw_batch(dataset, a.batch_size, trainer.draws)\n    for _ in range(a.critic_iterations):\n"),)),
+        (("    for _ in range(a.critic_iterations):\n"
+          "        batch = draw_batch(dataset, a.batch_size, trainer.draws)\n",
+          "    batch = draw_batch(dataset, a.batch_size, trainer.draws)\n"
+          "    for _ in range(a.critic_iterations):\n"),)),
     "critics_last_z": Wrong(
         "the generator given the critic's last z", "rule_4_1_five_to_one", "train_gan.py",
-        (("    generator = generator_iteration(", "    trainer.noise.set_state(before)\n    generator = generator_iteration("),
+        (("    generator = generator_iteration(",
+          "    trainer.noise.set_state(before)\n    generator = generator_iteration("),
          ("        rounds.append(", "        before = trainer.noise.get_state()\n        rounds.append("))),
     # 2: the data
     "direction_ignored": Wrong(
@@ -120,14 +129,16 @@ WRONG = {
         (("np.where(back, np.array(hu.shape[::-1]) - 1, 0)", "np.where(back, np.array(hu.shape[::-1]), 0)"),)),
     "rounded_zoom": Wrong(
         "a zoom by a rounded factor, which moves nodules", "rule_2_1_1_resample", "preprocessing.py",
-        (("    scan = reorient(scan)\n    origin, shape", "    scan = reorient(scan)\n    size = np.array(scan.hu.shape[::-1])\n"
+        (("    scan = reorient(scan)\n    origin, shape",
+          "    scan = reorient(scan)\n    size = np.array(scan.hu.shape[::-1])\n"
           "    scan = scan._replace(spacing=np.round(size * scan.spacing) / size)\n    origin, shape"),)),
     "slices_sorted_by_z": Wrong(
         "slices sorted by z alone", "rule_2_dicom_geometry", "preprocessing.py",
         (("key=lambda one: one[0] @ normal)", "key=lambda one: one[0][2])"),)),
     "thickness_for_spacing": Wrong(
         "SliceThickness taken for the spacing", "rule_2_dicom_geometry", "preprocessing.py",
-        (("between = round(float(np.linalg.norm(step)), 6)", "between = float(pydicom.dcmread(paths[0]).SliceThickness)"),)),
+        (("between = round(float(np.linalg.norm(step)), 6)",
+          "between = float(pydicom.dcmread(paths[0]).SliceThickness)"),)),
     "localizer_left_in": Wrong(
         "a localizer under the series' own UID left in", "rule_2_dicom_geometry", "preprocessing.py",
         (("groups[tuple(np.hstack(plane).round(3))]", "groups[tuple(range(10))]"),)),
@@ -141,10 +152,13 @@ WRONG = {
         "millimetres (x, y, z) taken for an index (z, y, x)", "rule_2_1_4_centre", "preprocessing.py",
         (("(np.asarray(centre, float) - origin)[..., ::-1]", "(np.asarray(centre, float) - origin)"),)),
     "crop_shifted": Wrong(
-        "a crop at the border shifted in place of padded: the nodule off its centre", "rule_2_1_4_padding", "preprocessing.py",
-        (("    start = np.asarray(voxel) - side // 2\n", "    start = np.clip(np.asarray(voxel) - side // 2, 0, np.maximum(np.array(hu.shape) - side, 0))\n"),)),
+        "a crop at the border shifted in place of padded: the nodule off its centre", "rule_2_1_4_padding",
+        "preprocessing.py",
+        (("    start = np.asarray(voxel) - side // 2\n",
+          "    start = np.clip(np.asarray(voxel) - side // 2, 0, np.maximum(np.array(hu.shape) - side, 0))\n"),)),
     "split_by_scan": Wrong(
-        "scans split in place of patients: two scans of one patient in training and in test", "rule_2_1_5_split", "preprocessing.py",
+        "scans split in place of patients: two scans of one patient in training and in test", "rule_2_1_5_split",
+        "preprocessing.py",
         (('split_patients([record["patient"] for', 'split_patients([record["seriesuid"] for'),
          ('splits[record["patient"]]', 'splits[record["seriesuid"]]'))),
 }
