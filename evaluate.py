@@ -148,7 +148,7 @@ def load_networks(run, dataset, device):
                 print(f"{path}: stopped at epoch {state['epoch']} of {state['epochs']}.")
         network.eval().to(device)
         networks[arm] = (lambda x, critic=network: critic(x)[1]) if arm == "critic" else network
-    lungaug.same_settings(made_with, used, {"gan_crc32": gan_crc})
+    lungaug.same_settings(made_with, used, {"gan_crc32": gan_crc}, do)
     return networks
 
 
@@ -206,7 +206,7 @@ TABLE_HEAD = ("", "positives with flips", "positives as nodules", "thesis")
 
 def table_cells(table):
     """One of Tables 2–5 as rows of text; – where the arm was not trained."""
-    return [(key if part == "metrics" else key.upper(),
+    return [(key.replace("f1", "F1") if part == "metrics" else key.upper(),
              *(lungaug.shown(table[column][part][key] if column in table else None)
                for column in ("flips", "nodules", "thesis")))
             for part in ("confusion", "metrics") for key in table["thesis"][part]]
@@ -367,7 +367,8 @@ def draw_novelty(folder, run, dataset, count=6):
     same distance is taken for as many real test positives: a copy of training data would be far nearer than they are.
     """
     generated = run / "classifiers" / "generated"
-    accepted, rejected = (preprocessing.open_array(generated / f"positive{kind}.npy") for kind in ("", "_rejected"))
+    accepted, rejected = (preprocessing.open_array(generated / f"positive{kind}.npy", dataset.cube)
+                          for kind in ("", "_rejected"))
     chosen = accepted[np.linspace(0, len(accepted) - 1, min(count, len(accepted))).astype(int)]
     queries = preprocessing.normalize(np.concatenate([chosen, rejected])[:count])
     test = dataset.positives["test"][:count]

@@ -45,7 +45,7 @@ PRESETS = (
     Preset("train_gan", "batch-size", 64, 8, "cubes", "4.1.1 [num_4_1_batch_size]; 8 give more steps a minute"),
     Preset("train_gan", "learning-rate", 1e-4, 1e-3, "", "4.1.1 [num_4_1_learning_rate]; 1e-3 learns in minutes"),
     Preset("train_gan", "penalty-scale", 10.0, 10.0, "λ", "4.1.1 [num_4_1_lambda]"),
-    Preset("train_gan", "auxiliary-scale", 1.0, 3.0, "α", "4.1.1, first; so few epochs learn no classes under 1"),
+    Preset("train_gan", "auxiliary-scale", 1.0, 3.0, "α", "4.1.1, first; under 1, so few epochs learn no classes"),
     Preset("train_gan", "late-auxiliary-scale", 10.0, 10.0, "α", "4.1.1, at the end"),
     Preset("train_gan", "critic-iterations", 5, 5, "an epoch", "4.1.1, then one of the generator"),
     Preset("train_gan", "epochs", 20000, 600, "of 5 + 1 iterations", "4.1.1 [num_4_1_epochs]; 600 take six minutes"),
@@ -74,7 +74,7 @@ def part(text):
     """A share like 2/8, as it is typed, for argparse."""
     one, of = map(int, text.split("/"))
     if not 1 <= one <= of:
-        raise argparse.ArgumentTypeError(f"{text} is not like 2/8")
+        raise argparse.ArgumentTypeError(f"{text} is no share like 2/8, from 1/{of} to {of}/{of}")
     return text
 
 
@@ -113,7 +113,8 @@ def parse(description, *stages, words=None):
 
     run is runs/demo then, or runs/<name of the folder> of --scans.
     """
-    parser = argparse.ArgumentParser(description=description, allow_abbrev=False)
+    parser = argparse.ArgumentParser(description=description, usage="python %(prog)s [options]; --help lists them",
+                                     allow_abbrev=False, formatter_class=argparse.RawDescriptionHelpFormatter)
     rows = [row for stage in stages for row in rows_of(stage)]
     for name, settings in {name: settings for name, _, settings in rows}.items():
         helps = dict.fromkeys(row[2]["help"] for row in rows if row[0] == name)     # of every stage that knows it
@@ -159,14 +160,15 @@ def check(holds, where, found, do):
 def refusing(path, do):
     """Turn whatever a missing or damaged file makes the code within raise into a Refusal that names the file.
 
-    What parsers raise on damaged input has no bounds. The disk's errors, with an errno, pass: `command` tells of them.
+    What parsers raise on damaged input has no bounds. The disk's errors, with an errno, and want of memory pass:
+    `command` tells of them.
     """
     try:
         yield
     except FileNotFoundError:
         raise Refusal(path, "is not there", do) from None
     except Exception as error:
-        if isinstance(error, Refusal) or getattr(error, "errno", None):
+        if isinstance(error, (Refusal, MemoryError)) or getattr(error, "errno", None):
             raise
         raise Refusal(path, f"does not read ({type(error).__name__}: {error})", do) from error
 
@@ -214,7 +216,7 @@ def pick_device(name):
         name = "cuda" if torch.cuda.is_available() else "cpu"
     try:
         torch.zeros(1, device=name).cpu()
-    except (RuntimeError, AssertionError, NotImplementedError) as error:
+    except (RuntimeError, AssertionError, ImportError) as error:
         raise Refusal(f"--device {name}", str(error).splitlines()[0], "give --device cpu, or one there is") from None
     return torch.device(name)
 
@@ -287,21 +289,21 @@ def alone(folder, work):
 def load_checkpoint(path, do, **asked):
     """A checkpoint's state (tensors, numbers, text, lists and dicts: no code is run). Raises Refusal.
 
-    asked: what its settings must be. do: what to tell the user where the file is missing.
+    asked: what its settings must be. do: what to tell the user where the file is missing, or made with others.
     """
     data = read(path, do)
     with refusing(path, "start again with --overwrite"):
         check(zipfile.ZipFile(io.BytesIO(data)).testzip() is None, path, "is damaged", "start again with --overwrite")
         state = torch.load(io.BytesIO(data), map_location="cpu", weights_only=True)
-        same_settings(path, state.get("settings"), asked)
+        same_settings(path, state.get("settings"), asked, do)
     return state
 
 
-def same_settings(path, found, asked):
-    """Raise Refusal, naming what differs, unless a checkpoint's settings are those asked for."""
+def same_settings(path, found, asked, do=""):
+    """Raise Refusal, naming what differs and what to do, unless a file's settings are those asked for."""
     found = found if isinstance(found, dict) else {}
     wrong = [f"{key} {found.get(key)}, not {value}" for key, value in asked.items() if found.get(key) != value]
-    check(not wrong, path, f"made with {'; '.join(wrong)}", "give the same options, another --run, or --overwrite")
+    check(not wrong, path, f"made with {'; '.join(wrong)}", do or "give the same options, another --run, or --overwrite")
 
 
 def append_log(path, row):
@@ -314,7 +316,7 @@ def append_log(path, row):
 def read_log(path):
     """The log's rows; a last line cut short by a kill is passed over. An empty list where there is none."""
     rows = []
-    with suppress(FileNotFoundError, ValueError, TypeError, LookupError, OverflowError):
+    with suppress(Refusal), refusing(path, ""):
         for line in Path(path).read_bytes().splitlines():
             row = json.loads(line)
             rows.append(row | {"epoch": int(row["epoch"])})
@@ -323,19 +325,21 @@ def read_log(path):
 
 def rewind_log(path, epoch):
     """Keep the rows up to `epoch`, the checkpoint's, so that a resumed run's log is the uninterrupted run's."""
-    rows = [row for row in read_log(path) if row["epoch"] <= epoch]
-    check([row["epoch"] for row in rows] == list(range(1, epoch + 1)), path, f"not the rows 1 to {epoch}",
-          "start again with --overwrite")
+    rows, do = read_log(path), "start again with --overwrite"
+    with refusing(path, do):
+        rows = [row for row in rows if row["epoch"] <= epoch]
+        check([row["epoch"] for row in rows] == [*range(1, len(rows) + 1)] and len(rows) == epoch, path,
+              f"not the rows 1 to {epoch}", do)
     write(path, "".join(json.dumps(row) + "\n" for row in rows))
 
 
-def record_stage(folder, arguments, page, seconds=None):
-    """Leave a stage's page, options and time (default: since the start) in <folder>/options.json, for the report.
+def record_stage(folder, arguments, page):
+    """Leave a stage's page, options and time since its start in <folder>/options.json, for the report.
 
     page: in order, headings (text), figures (caption, file in the folder), tables (caption, head, rows), lines (text,).
     """
     options = vars(arguments) | {"python": sys.version.split()[0], "torch": torch.__version__, "numpy": np.__version__}
-    command, took = ["python", Path(sys.argv[0]).name, *sys.argv[1:]], seconds or time.monotonic() - STARTED
+    command, took = ["python", Path(sys.argv[0]).name, *sys.argv[1:]], time.monotonic() - STARTED
     told = f"{shlex.join(command)}: {duration(took)}: {', '.join(f'{key} {value}' for key, value in options.items())}"
     write(folder / "options.json", {"page": [*page, "This run", [printable(told, 2000)]], "options": options})
 
@@ -448,20 +452,25 @@ td:first-child,th:first-child{text-align:left}img,svg{max-width:100%;height:auto
 </style><body><h1>Generative adversarial data augmentation for lung nodule detection</h1>"""
 
 
+def escaped(text):
+    """Text for the page, for a file may have named itself anything."""
+    return html.escape(printable(text, 2000))
+
+
 def table_html(caption, head, rows):
-    """A table; every cell is escaped, for a file may have named itself anything."""
-    lines = ["".join(f"<{tag}>{html.escape(printable(cell))}</{tag}>" for cell in row)
+    """A table; every cell is escaped."""
+    lines = ["".join(f"<{tag}>{escaped(cell)}</{tag}>" for cell in row)
              for tag, row in [("th", head), *(("td", row) for row in rows)]]
-    return f"<p>{html.escape(caption)}</p><table>{''.join(f'<tr>{line}</tr>' for line in lines)}</table>"
+    return f"<p>{escaped(caption)}</p><table>{''.join(f'<tr>{line}</tr>' for line in lines)}</table>"
 
 
 def figure_html(path, caption):
     """A picture, inline, with its caption; a line that says so where no stage made it."""
     if not path.exists():
-        return f"<p>{html.escape(caption)} (Not made in this run.)</p>"
+        return f"<p>{escaped(caption)} (Not made in this run.)</p>"
     picture = path.read_text() if path.suffix == ".svg" else \
         f'<img src="data:image/png;base64,{base64.b64encode(path.read_bytes()).decode()}">'
-    return f"<figure>{picture}<figcaption>{html.escape(caption)}</figcaption></figure>"
+    return f"<figure>{picture}<figcaption>{escaped(caption)}</figcaption></figure>"
 
 
 def report(run):
@@ -475,8 +484,8 @@ def report(run):
                 elif len(item) == 2:
                     parts.append(figure_html(path.with_name(Path(item[1]).name), item[0]))
                 else:
-                    parts.append(table_html(*item) if len(item) == 3 else f"<p>{html.escape(*item)}</p>")
-    body = [f"<h2>{html.escape(heading)}</h2>{''.join(parts)}" for heading, parts in sorted(sections.items())]
+                    parts.append(table_html(*item) if len(item) == 3 else f"<p>{escaped(*item)}</p>")
+    body = [f"<h2>{escaped(heading)}</h2>{''.join(parts)}" for heading, parts in sorted(sections.items())]
     write(run / "report.html", f"{HEAD}{''.join(body)}</body></html>\n")
     return run / "report.html"
 
@@ -487,7 +496,8 @@ def main():
     if sys.argv[1:2] == ["report"]:
         print(report(parse("Draw report.html again.", "evaluate", words=sys.argv[2:]).run))
         return
-    arguments = parse(__doc__.split("\n\n")[0], *STAGES)
+    arguments = parse("\n\n".join(__doc__.split("\n\n")[:2]), *STAGES)
+    pick_device(arguments.device or "auto")     # before hours of preparing scans
     for name in STAGES:
         stage(f"{name}.py", *typed(arguments, name))
     print(f"\n{report(arguments.run)}: everything on one page, after {duration(time.monotonic() - STARTED)}.")

@@ -202,14 +202,14 @@ def main():
     parser.add_argument("--cube", type=int, default=48, choices=CUBES, help="the cube's side (default 48)")
     parser.add_argument("--width", type=int, default=16, help="channels at full size (default 16)")
     a = parser.parse_args()
-    if a.width < 1:
-        parser.error("--width is 1 at least")
+    if not 1 <= a.width <= 256:
+        parser.error("--width is from 1 to 256")
     cube = torch.zeros(1, 1, *[a.cube] * 3)
     generator, critic, classifier = Generator(a.cube, a.width), Critic(a.cube, a.width), Classifier(a.cube)
     for figure, network, x in ((4, generator, torch.zeros(1, LATENT)), (4, critic, cube), (6, classifier, cube)):
         rows = layer_table(network, x)
-        print(f"\nFigure {figure}. {type(network).__name__}, cube {a.cube}, width {a.width}: "
-              f"{sum(row[-1] for row in rows):,} parameters")
+        size = f"cube {a.cube}" + f", width {a.width}" * (network is not classifier)
+        print(f"\nFigure {figure}. {type(network).__name__}, {size}: {sum(row[-1] for row in rows):,} parameters")
         print(f"{'name':<16}{'output':<16}{'parameters':>11}  layer")
         for name, layer, shape, parameters in rows:
             print(f"{name:<16}{shape:<16}{parameters:>11,}  {layer}")

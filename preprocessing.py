@@ -66,11 +66,11 @@ def find_scans(folder):
     """
     sources, series = [], defaultdict(list)
     for path in sorted(Path(root) / name for root, _, names in os.walk(folder) for name in names):
-        if path.suffix.lower() in (".mhd", ".mha"):
+        if path.suffix.lower() in (".mhd", ".mha") and not path.is_fifo():      # a pipe would be waited for
             sources.append(Source(path.stem, path.stem, (path,)))
         elif path.is_file():
             tags = read_tags(path, ["SeriesInstanceUID", "PatientID", "Modality"])
-            if tags.get("SeriesInstanceUID") and tags.get("Modality", "CT") == "CT":   # no radiograph, report, contours
+            if tags.get("SeriesInstanceUID") and (tags.get("Modality") or "CT") == "CT":    # no radiograph, no report
                 series[str(tags["SeriesInstanceUID"])].append((path, str(tags.get("PatientID") or "")))
     for uid, files in series.items():
         sources.append(Source(uid, files[0][1] or uid, tuple(path for path, _ in files)))
@@ -94,9 +94,8 @@ def read_source(source):
     where = source.files[0]
     with lungaug.refusing(where, "replace the file"):
         scan = (read_metaimage if where.suffix.lower() in (".mhd", ".mha") else read_dicom)(source)
-    check(scan.hu.ndim == 3 and min(scan.hu.shape) > 1, where, f"{scan.hu.shape} voxels",
-          "three axes of two voxels at least, and one HU a voxel, are wanted")
-    check((scan.spacing > 0).all() and (scan.spacing < 100).all(), where, f"spacing {scan.spacing}",
+    check(min(scan.hu.shape) > 1, where, f"{scan.hu.shape} voxels", "three axes of two voxels at least are wanted")
+    check((scan.spacing > 1e-3).all() and (scan.spacing < 100).all(), where, f"spacing {scan.spacing}",
           "every spacing must be above 0, in mm")
     lengths, span = np.linalg.norm(scan.direction, axis=0), abs(np.linalg.det(scan.direction))
     check(np.allclose(lengths, 1, atol=1e-3) and span > 0.5, where, f"direction {scan.direction.T.ravel()}",
@@ -108,7 +107,7 @@ def to_hu(values, where):
     """Values as int16 HU, or float32 where they have fractions."""
     if values.dtype == np.int16:
         return values
-    check((np.abs(values) < 1e12).all(), where, "voxels that are no numbers", "replace the file")
+    check(np.isfinite(values).all(), where, "voxels that are no numbers", "replace the file")
     values = np.clip(values, -32768, 32767)
     whole = values.astype(np.int16)
     return whole if (whole == values).all() else values.astype(np.float32)
@@ -122,7 +121,7 @@ DEFAULTS = {"NDims": "3", "Offset": "0 0 0", "TransformMatrix": "1 0 0 0 1 0 0 0
             "BinaryData": "True", "BinaryDataByteOrderMSB": "False", "CompressedData": "False",
             "ElementNumberOfChannels": "1"}
 COUNTS = {"DimSize": 3, "ElementSpacing": 3, "Offset": 3, "TransformMatrix": 9}     # numbers in a key's value
-MOST_VOXELS = 2 ** 29       # twice a whole body at 512 × 512
+MOST_VOXELS, MOST_SIDE = 2 ** 29, 4096      # twice a whole body at 512 × 512
 
 
 def metaimage_header(path):
@@ -150,12 +149,12 @@ def read_metaimage(source):
         check(keys.get(key) in known, path, f"{key} = {keys.get(key)}", f"{', '.join(known)} is read here")
     numbers = {key: np.array(keys.get(key, "").split(), float) for key in COUNTS}
     for key, count in COUNTS.items():
-        check(len(numbers[key]) == count and np.isfinite(numbers[key]).all(), path, f"{key} = {keys.get(key)}",
-              f"{count} numbers are wanted")
+        check(len(numbers[key]) == count and (abs(numbers[key]) < 1e6).all(), path, f"{key} = {keys.get(key)}",
+              f"{count} numbers below a million are wanted")
     size = numbers["DimSize"][::-1]
     whole = (size % 1 == 0).all() and size.min() >= 1
-    check(whole and size.max() <= MOST_VOXELS and size.prod() <= MOST_VOXELS, path, f"DimSize = {keys['DimSize']}",
-          f"three whole numbers above 0, and {MOST_VOXELS:,} voxels at most, are wanted")
+    check(whole and size.max() <= MOST_SIDE and size.prod() <= MOST_VOXELS, path, f"DimSize = {keys['DimSize']}",
+          f"three whole numbers from 1 to {MOST_SIDE:,}, and {MOST_VOXELS:,} voxels at most, are wanted")
     name = keys["ElementDataFile"]
     check(Path(name).name == name, path, f"ElementDataFile = {name}", "LOCAL or a file beside the header is read here")
     data, start = (path, start) if name.upper() == "LOCAL" else (path.with_name(name), int(keys["HeaderSize"]))
@@ -177,7 +176,8 @@ def read_voxels(path, start, wanted, compressed):
         file.seek(start)
         unpack = zlib.decompressobj(wbits=47)       # zlib's own header or gzip's
         found = unpack.decompress(file.read(), wanted + 1) if compressed else file.read(min(wanted, size) + 1)
-    check(len(found) == wanted, path, f"{len(found):,} bytes of voxels, or more",
+    count = f"{len(found):,}" if len(found) < wanted else f"more than {wanted:,}"
+    check(len(found) == wanted, path, f"{count} bytes of voxels",
           f"DimSize and ElementType make {wanted:,}: mend the header or replace the data")
     return found
 
@@ -204,7 +204,8 @@ def read_dicom(source):
     where, groups = source.files[0].parent, defaultdict(list)
     for path in source.files:
         tags = read_tags(path, GEOMETRY)
-        numbers = {name: np.array(tags.get(name), float).ravel() for name in GEOMETRY}
+        with lungaug.refusing(path, "replace the file, or take it out"):
+            numbers = {name: np.array(tags.get(name), float).ravel() for name in GEOMETRY}
         wrong = [name for name, part in numbers.items() if part.size != GEOMETRY[name] or not (abs(part) < 1e6).all()]
         check(not wrong, path, f"no {', no '.join(wrong)}", "replace the file, or take it out")
         place, *plane = numbers.values()
@@ -236,6 +237,7 @@ def slice_hu(path):
     """HU = slope · stored + intercept, each slice's own   [rule_2_rescale]; (y, x), int16 where all are whole"""
     with lungaug.refusing(path, "replace the file, or install what pydicom asks for"):
         tags = pydicom.dcmread(path)
+        check(tags.pixel_array.ndim == 2, path, f"{tags.pixel_array.shape} pixels", "one HU a pixel is wanted")
         return to_hu(float(tags.RescaleSlope) * tags.pixel_array + float(tags.RescaleIntercept), path)
 
 
@@ -245,15 +247,15 @@ COLUMNS = ["seriesuid", "coordX", "coordY", "coordZ", "diameter_mm"]
 def read_annotations(path):
     """LUNA16's annotations.csv: series UID → its nodules (x, y, z, diameter), mm, LPS, each once. Raises Refusal."""
     nodules = defaultdict(dict)
-    with lungaug.refusing(path, "LUNA16's text is wanted"), open(path, newline="", encoding="utf-8-sig") as file:
+    with lungaug.refusing(path, "LUNA16's annotations.csv is wanted"), open(path, newline="", encoding="utf-8-sig") as file:
         rows = csv.reader(file)
         check(next(rows, None) == COLUMNS, path, "another first line", f"{','.join(COLUMNS)} is wanted")
         for row in filter(None, rows):
             line = f"{path}, line {rows.line_num}"
             with lungaug.refusing(line, "numbers are wanted"):
                 uid, *numbers = row[0].strip(), *map(float, row[1:])
-            check(uid and len(numbers) == 4 and np.isfinite(numbers).all() and numbers[3] > 0, line, ",".join(row),
-                  "a series UID, three finite coordinates and a diameter above 0 are wanted")
+            known = uid and len(numbers) == 4 and (np.abs(numbers) < 1e6).all() and numbers[3] > 0
+            check(known, line, ",".join(row), "a series UID, three coordinates and a diameter above 0, in mm, are wanted")
             nodules[uid][tuple(numbers)] = None
     return {uid: list(found) for uid, found in nodules.items()}
 
@@ -438,11 +440,16 @@ def draw_negatives(lungs, nodules, side, count, rng):
     lungs: (m, 3), the mask's voxels of 2 mm; nodules: (centre (3,), radius); all in voxels (z, y, x) of the 1 mm grid.
     Returns int (n, 3), n ≤ count: fewer where nearly every cube in these lungs meets a nodule.
     """
-    drawn = lungs[rng.integers(len(lungs), size=100 * count)] + rng.uniform(-1, 1, (100 * count, 3))
-    drawn = np.rint(drawn).astype(int)
-    for centre, radius in nodules:
-        drawn = drawn[~meets_sphere(drawn, side, centre, radius)]
-    return drawn[:count]
+    found = np.empty((0, 3), int)
+    for _ in range(100):
+        drawn = lungs[rng.integers(len(lungs), size=count)] + rng.uniform(-1, 1, (count, 3))
+        drawn = np.rint(drawn).astype(int)
+        for centre, radius in nodules:
+            drawn = drawn[~meets_sphere(drawn, side, centre, radius)]
+        found = np.concatenate([found, drawn])[:count]
+        if len(found) == count:
+            break
+    return found
 
 
 # 2.1.5 Train / validation / test split
@@ -456,7 +463,8 @@ def split_patients(patients, seed):
     By patient, so that no cube of a training patient is in validation or test. Raises Refusal below three patients.
     """
     patients = sorted(set(patients))
-    check(len(patients) >= 3, "the scans", f"{len(patients)} patients", "training, validation and test want one each")
+    check(len(patients) >= 3, "the scans", f"patients that can be used: {len(patients)}",
+          "training, validation and test want one each: give more scans")
     validation, test = (max(1, round(SPLITS[split] * len(patients))) for split in ("validation", "test"))
     order = [patients[i] for i in lungaug.stream(seed, "split").permutation(len(patients))]
     return dict(zip(order, ["test"] * test + ["validation"] * validation + ["train"] * len(patients)))
@@ -606,7 +614,7 @@ def open_dataset(run):
     with lungaug.refusing(path, do):
         cube, names = info["parameters"]["cube"], [scan["volume"] for scan in info["scans"]]
         plain = all(Path(name).name == name for name in names)
-        known = info["preset"] in ("demo", "thesis") and cube in CUBES and plain
+        known = info["preset"] in ("demo", "thesis") and str(cube) in map(str, CUBES) and plain     # 12.0 is no 12
         check(known, path, "a preset, cube or file name of no use", do)
         kinds = [{split: rows(kind, split) for split in SPLITS} for kind in ("positives", "negatives")]
         return Dataset(path.parent, info, cube, *kinds, lungaug.fingerprint(info["scans"]))
@@ -621,11 +629,12 @@ def labelled(dataset, split):
 
 
 @functools.lru_cache(maxsize=256)
-def open_array(path):
-    """An array on disk, mapped rather than read: only the cubes that are cut come into memory. Raises Refusal."""
+def open_array(path, cube=None):
+    """A volume (z, y, x), or n cubes (n, cube, cube, cube), on disk: mapped, not read. Raises Refusal."""
     with lungaug.refusing(path, "run the stage that made it again"):
         array = np.load(path, mmap_mode="r")
-        check(array.dtype == np.int16 and array.ndim > 2, path, f"{array.dtype}, {array.shape}", "int16 HU are wanted")
+        known = array.dtype == np.int16 and (array.shape[1:] == (cube,) * 3 if cube else array.ndim == 3)
+        check(known, path, f"{array.dtype}, {array.shape}", "run the stage that made it again")
         return array
 
 
@@ -667,7 +676,7 @@ def page(dataset):
              ("", "positive", "nodules", "negative", "thesis: positive", "negative"), counts),
             *([("Scans left out.", ("series", "why"), left_out)] if left_out else []),
             (f"Scan {most['seriesuid']}: axial, coronal and sagittal plane through its largest nodule. "
-             "Red: the lung mask. Green: around the nodules in a plane, or 2 mm beside it.",
+             "Red: the lung mask. Green: 2 mm around the nodules that a plane meets. The patient's left is on the right.",
              most["volume"].replace(".npy", ".png"))]
 
 
@@ -719,7 +728,12 @@ def main():
     check(arguments.cube in CUBES, "--cube", arguments.cube, f"one of {', '.join(map(str, CUBES))} is wanted")
     scans, folder = arguments.scans or run / "scans", run / "prepared"
     check(synthetic or scans.is_dir(), scans, "is no folder", "give the folder that holds the scans with --scans")
+    begun, do = folder / "parameters.json", "run python preprocessing.py with the --scans it had, or give another --run"
+    with lungaug.refusing(begun, do):
+        known = not begun.exists() or lungaug.read(begun, do)["scans"] == "synthetic"
+        check(known or not synthetic, begun, "your scans, not synthetic ones", do)
     if synthetic and not (scans / "annotations.csv").exists():
+        run.mkdir(parents=True, exist_ok=True)
         lungaug.stage("tests/phantom.py", "--run", run, "--seed", arguments.seed, "--workers", arguments.workers)
     table = arguments.annotations or find_annotations(scans)
     annotations, sources = read_annotations(table), find_scans(scans)

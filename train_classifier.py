@@ -105,9 +105,10 @@ def generate_classes(run, dataset, arguments, device):
     gan = lungaug.read(run / "gan" / "checkpoint.pt", f"run python train_gan.py --run {run} first")
     asked |= {"prepared": dataset.fingerprint, "gan_crc32": zlib.crc32(gan)}
     if path.exists():
-        with lungaug.refusing(path, "start again with --overwrite"):
-            found = lungaug.read(path, "start again with --overwrite")
-            lungaug.same_settings(path, found["settings"], asked)
+        do = f"give the same options, or python train_classifier.py --run {run} --overwrite: it keeps the GAN"
+        with lungaug.refusing(path, do):
+            found = lungaug.read(path, do)
+            lungaug.same_settings(path, found["settings"], asked, do)
             if all((folder / name).exists() and zlib.crc32(lungaug.read(folder / name, "")) == crc
                    for name, crc in found["files"].items()):
                 return found["classes"]
@@ -140,7 +141,7 @@ def draw_samples(folder, dataset, count=16):
     for name, rows in (("positive", dataset.positives["train"]), ("negative", dataset.negatives["train"])):
         real = preprocessing.read_cubes(dataset, rows[np.linspace(0, len(rows) - 1, count).astype(int)])[:, 0]
         files = (folder / "generated" / f"{name}{kind}.npy" for kind in ("", "_rejected"))
-        made = np.concatenate([preprocessing.open_array(file)[:count] for file in files])
+        made = np.concatenate([preprocessing.open_array(file, dataset.cube)[:count] for file in files])
         made = preprocessing.normalize(made[:count])
         made = np.concatenate([made, -np.ones((count - len(made), *made.shape[1:]), np.float32)])
         middles += [real[:, dataset.cube // 2], made[:, dataset.cube // 2]]
@@ -173,7 +174,7 @@ def arm_pools(arm, run, dataset):
     none, no_cubes = no_flips(positives[0][:0]), np.zeros((0, *[dataset.cube] * 3), np.int16)
 
     def generated(name):
-        return preprocessing.open_array(run / "classifiers" / "generated" / f"{name}.npy")
+        return preprocessing.open_array(run / "classifiers" / "generated" / f"{name}.npy", dataset.cube)
 
     if arm == "real":
         return Pool(dataset, *positives, no_cubes), Pool(dataset, *negatives, no_cubes)
@@ -233,7 +234,7 @@ def train_arm(arm, run, dataset, arguments, delivered, device):
     a, folder, path = arguments, run / "classifiers" / arm, run / "classifiers" / arm / "checkpoint.pt"
     positives, negatives = arm_pools(arm, run, dataset)
     if arm != "real" and not len(positives.generated) or not len(negatives):
-        print(f"{arm}: no generated samples to train on; left out.")
+        print(f"{arm}: no generated {'negatives' if len(positives.generated) else 'positives'} to train on; left out.")
         for old in (path, folder / "log.jsonl"):    # an older GAN's classifier is not this one's
             old.unlink(missing_ok=True)
         return
@@ -245,7 +246,7 @@ def train_arm(arm, run, dataset, arguments, delivered, device):
     if path.exists():
         state = lungaug.load_checkpoint(path, "", **asked)
         with lungaug.refusing(path, "start again with --overwrite"):
-            epoch, best = state["epoch"], state["best"]
+            epoch, best = state["epoch"], best | state["best"]      # our own keys: pickle tells copies of a word apart
             classifier.load_state_dict(state["classifier"])
             optimizer.load_state_dict(state["optimizer"])
             draws.bit_generator.state = state["draws"]
@@ -268,7 +269,8 @@ def train_arm(arm, run, dataset, arguments, delivered, device):
         check(np.isfinite(loss), path, f"a loss that is no number in epoch {epoch}",
               "start again with a lower --learning-rate and --overwrite")
         if (f1, -loss) > (best["f1"], -best["loss"]):
-            best = {"f1": f1, "loss": loss, "epoch": epoch, "classifier": copy.deepcopy(classifier.state_dict())}
+            weights = copy.deepcopy(dict(classifier.state_dict()))
+            best = {"f1": f1, "loss": loss, "epoch": epoch, "classifier": weights}
         lungaug.append_log(folder / "log.jsonl", {"epoch": epoch, "train_loss": float(np.mean(losses)),
                                                   "validation_loss": loss, "validation_f1": f1})
         lungaug.write(path, {
@@ -299,7 +301,8 @@ def main():
     lungaug.record_stage(run / "classifiers", arguments, [
         "4.3 Generative augmentation",
         ("Samples wanted, and those that passed the selection.", head, rows),
-        ("Middle axial slices, a row each: real, generated positives; real, generated negatives.", "samples.png")])
+        ("Middle axial slices, a row each: real, generated positives; real, generated negatives. Rejected ones follow "
+         "where fewer were accepted.", "samples.png")])
 
 
 if __name__ == "__main__":

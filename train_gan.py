@@ -66,7 +66,7 @@ class Trainer:
     """All that training changes: two networks, their optimizers, the randomness. A checkpoint is its `state`."""
 
     def __init__(self, arguments, cube, device):
-        self.arguments, self.device, self.epoch, self.seconds, self.moments = arguments, device, 0, 0.0, []
+        self.arguments, self.device, self.epoch, self.moments = arguments, device, 0, []
         torch.manual_seed(int(lungaug.stream(arguments.seed, "gan weights").integers(2 ** 62)))
         layout = dict(device=device, memory_format=torch.channels_last_3d)
         self.generator = Generator(cube, arguments.width).to(**layout)
@@ -83,12 +83,11 @@ class Trainer:
 
     def state(self):
         return {"settings": settings(self.arguments), "epochs": self.arguments.epochs, "epoch": self.epoch,
-                "seconds": self.seconds, "moments": self.moments, "noise": self.noise.get_state(),
-                "draws": self.draws.bit_generator.state,
+                "moments": self.moments, "noise": self.noise.get_state(), "draws": self.draws.bit_generator.state,
                 **{name: part.state_dict() for name, part in self.parts().items()}}
 
     def restore(self, state):
-        self.epoch, self.seconds, self.moments = state["epoch"], state["seconds"], state["moments"]
+        self.epoch, self.moments = state["epoch"], state["moments"]
         self.noise.set_state(state["noise"])
         self.draws.bit_generator.state = state["draws"]
         for name, part in self.parts().items():
@@ -224,7 +223,7 @@ def train(trainer, dataset, folder):
     """Draw, criticise five times, generate, log, save; a checkpoint every --checkpoint-minutes and at the end."""
     a = trainer.arguments
     begun, started = trainer.epoch, time.monotonic()
-    step, start, saved = lungaug.progress("epochs", a.epochs), started - trainer.seconds, started
+    step, saved = lungaug.progress("epochs", a.epochs), started
     moments = {round(a.epochs * i / MOMENTS) for i in range(MOMENTS + 1)}
     if trainer.epoch == 0:
         sample_fixed(trainer)
@@ -236,7 +235,6 @@ def train(trainer, dataset, folder):
         if trainer.epoch in moments:
             sample_fixed(trainer)
             draw_progression(folder, trainer)
-        trainer.seconds = time.monotonic() - start
         step(trainer.epoch, STATUS.format(**row["critic"]))
         if trainer.epoch == begun + PROBE:
             warn_of_hours((time.monotonic() - started) / PROBE * (a.epochs - trainer.epoch))
@@ -249,11 +247,7 @@ def main():
     arguments = lungaug.parse(__doc__.split("\n")[0], "train_gan")
     run = arguments.run
     if not (run / "prepared" / "dataset.json").exists():
-        begun, do = run / "prepared" / "parameters.json", "run python preprocessing.py with its options again"
-        with lungaug.refusing(begun, do):
-            mine = begun.exists() and lungaug.read(begun, do)["scans"] != "synthetic"
-        check(not mine, begun, "scans that are not all prepared", do)
-        print(f"Nothing prepared in {run}: synthetic scans first.")
+        print(f"Nothing prepared in {run}: synthetic scans first.", flush=True)
         lungaug.stage("preprocessing.py", "--run", run, "--seed", arguments.seed or 0)
     dataset = preprocessing.open_dataset(run)
     lungaug.settle(arguments, "train_gan", dataset.info["preset"])
@@ -266,15 +260,16 @@ def main():
               f"epochs {trainer.epoch} to {arguments.epochs}.", flush=True)
         train(trainer, dataset, folder)
         draw_progression(folder, trainer)
-    estimates = [row["critic"]["wasserstein"] for row in lungaug.read_log(folder / "log.jsonl")]
-    count = min(20, len(estimates))
-    means = np.convolve(estimates, np.full(count, 1 / count), "valid")
+    with lungaug.refusing(folder / "log.jsonl", "start again with --overwrite"):
+        estimates = [row["critic"]["wasserstein"] for row in lungaug.read_log(folder / "log.jsonl")]
+        count = min(20, len(estimates))
+        means = np.convolve(estimates, np.full(count, 1 / count), "valid")
     print(f"Wasserstein estimate, mean of {count} epochs: peak {max(means):.2f}, now {means[-1]:.2f}. "
           f"Picture: {folder / 'progression.png'}; python evaluate.py --run {run} draws the curves, figure 7.")
     lungaug.record_stage(folder, arguments, [
         "4.1 Wasserstein GAN: samples through the training",
         ("The same z from the start of the training (top) to its end: four negatives, then four positives, each the "
-         "middle axial slice.", "progression.png")], trainer.seconds)
+         "middle axial slice.", "progression.png")])
 
 
 if __name__ == "__main__":

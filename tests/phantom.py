@@ -443,9 +443,9 @@ def draw_trees(hu, grid, rng, person, cage, lung, scale):
 
 def misfit(site, r, depth, clear):
     """How badly (mm) places suit a nodule of radius r: depth under the pleura, way to a vessel."""
-    if site == 'isolated':
+    if site == "isolated":
         return np.maximum(r + 4 - depth, 0) + np.maximum(r + 3 - clear, 0)
-    if site == 'vessel':
+    if site == "vessel":
         return np.maximum(r + 3 - depth, 0) + np.abs(clear - 0.7 * r)
     return 2 * np.abs(depth - np.clip(0.6 * r, 1.6, 8)) + np.maximum(r + 1 - clear, 0)
 
@@ -458,15 +458,15 @@ def choose_nodules(rng, count, grid, lung, vessels):
     wires = np.concatenate([w * t.nodes + (1 - w) * t.nodes[t.parents] for t in vessels for w in (1, 0.5)])
     square = (places ** 2).sum(1)[:, None] + (wires ** 2).sum(1) - 2 * places @ wires.T
     clear, nodules = np.sqrt(np.maximum(square.min(1), 0)), []
-    for site in rng.choice(['isolated', 'vessel', 'pleura'], count, p=[0.45, 0.25, 0.3]).tolist():
+    for site in rng.choice(["isolated", "vessel", "pleura"], count, p=[0.45, 0.25, 0.3]).tolist():
         diameter = round(float(np.clip(rng.lognormal(np.log(6.4), 0.5), 3.25, 32)), 6)
         cost = misfit(site, diameter / 2, depth, clear) + rng.uniform(0, 1, len(places))
         for other in nodules:  # spikes reach 1.7 radii
             near = 0.85 * (diameter + other.diameter) + 4
             cost[np.linalg.norm(places - other.centre, axis=1) < near] = np.inf
         centre = places[np.argmin(cost)] + grid.step @ rng.uniform(-0.3, 0.3, 3)  # in the same voxel
-        texture = 'ground-glass' if diameter > 5 and rng.random() < 0.3 else 'solid'
-        shape = str(rng.choice(['round', 'lobulated', 'spiculated'], p=[0.4, 0.3, 0.3]))
+        texture = "ground-glass" if diameter > 5 and rng.random() < 0.3 else "solid"
+        shape = str(rng.choice(["round", "lobulated", "spiculated"], p=[0.4, 0.3, 0.3]))
         nodules.append(Nodule(tuple(np.round(centre, 6).tolist()), diameter, shape, texture, site))
     return nodules
 
@@ -476,9 +476,9 @@ def nodule_distance(rng, position, nodule):
     r, centre = nodule.diameter / 2, np.array(nodule.centre)
     directions = rng.normal(0, 1, (12, 3))
     directions /= np.linalg.norm(directions, axis=1, keepdims=True)
-    if nodule.shape == 'round':
+    if nodule.shape == "round":
         return capsule(position, centre, centre, r, r)
-    if nodule.shape == 'lobulated':
+    if nodule.shape == "lobulated":
         parts = [(centre, 0.84 * r)] + [(centre + 0.55 * r * d, 0.45 * r) for d in directions[:6]]
         return np.minimum.reduce([capsule(position, c, c, s, s) for c, s in parts])
     ends = [centre + d * r * reach for d, reach in zip(directions, rng.uniform(1.2, 1.7, 12))]
@@ -493,7 +493,7 @@ def draw_nodules(hu, grid, rng, nodules, lung):
         r, centre = nodule.diameter / 2, np.array(nodule.centre)
         where, position = grid.box(centre - 1.7 * r, centre + 1.7 * r)
         distance = nodule_distance(rng, position, nodule)
-        value = rng.uniform(0, 80) if nodule.texture == 'solid' else rng.uniform(-650, -450)
+        value = rng.uniform(0, 80) if nodule.texture == "solid" else rng.uniform(-650, -450)
         inside = np.maximum(distance, lung[where] - 1)  # up to the pleura, not into the ribs
         paint(hu, where, inside, np.maximum(hu[where], np.float32(value)))
         labels[where][(distance < 0) & (lung[where] < 0)] = i + 1
@@ -606,7 +606,7 @@ def make_phantom(index, seed=0, nodules=None, scale=1.0, direction=None):
     count = int(rng.choice([3, 4, 5, 6, 7, 8], p=[0.2, 0.25, 0.2, 0.15, 0.1, 0.1]))
     found = choose_nodules(rng, count if nodules is None else nodules, grid, lung, vessels)
     labels = draw_nodules(hu, grid, rng, found, lung)
-    return Phantom(make_uid(seed, index, 'series'), f'PHANTOM-{seed}-{who:04d}', expose(hu, rng),
+    return Phantom(make_uid(seed, index, "series"), f"PHANTOM-{seed}-{who:04d}", expose(hu, rng),
                    tuple(spacing.tolist()), tuple(grid.origin.tolist()), direction, found, lung < 0, labels)
 
 
@@ -621,18 +621,18 @@ def write_metaimage(folder, phantom, compressed=False, local=False):
     """Writes <seriesuid>.mhd and .raw (compressed: .zraw; local: one .mha); returns its path."""
     folder, uid = Path(folder), phantom.seriesuid
     folder.mkdir(parents=True, exist_ok=True)
-    data = phantom.hu.astype('<i2').tobytes()
+    data = phantom.hu.astype("<i2").tobytes()
     data = zlib.compress(data, 1) if compressed else data
     # ITK writes the direction's columns one after the other: first the x index axis' cosines.
-    ends = ''.join(pair[int(v < 0)] for pair, v in zip(('RL', 'AP', 'IS'), np.diag(phantom.direction)))
+    ends = "".join(pair[int(v < 0)] for pair, v in zip(("RL", "AP", "IS"), np.diag(phantom.direction)))
     file = f"{uid}.{'zraw' if compressed else 'raw'}"
-    header = {'ObjectType': 'Image', 'NDims': 3, 'BinaryData': True, 'BinaryDataByteOrderMSB': False,
-              'CompressedData': compressed, **({'CompressedDataSize': len(data)} if compressed else {}),
-              'TransformMatrix': numbers(phantom.direction.T.ravel()), 'Offset': numbers(phantom.origin),
-              'CenterOfRotation': '0 0 0', 'AnatomicalOrientation': ends,
-              'ElementSpacing': numbers(phantom.spacing), 'DimSize': numbers(phantom.hu.shape[::-1]),
-              'ElementType': 'MET_SHORT', 'ElementDataFile': 'LOCAL' if local else file}
-    text = ''.join(f'{key} = {value}\n' for key, value in header.items()).encode()
+    header = {"ObjectType": "Image", "NDims": 3, "BinaryData": True, "BinaryDataByteOrderMSB": False,
+              "CompressedData": compressed, **({"CompressedDataSize": len(data)} if compressed else {}),
+              "TransformMatrix": numbers(phantom.direction.T.ravel()), "Offset": numbers(phantom.origin),
+              "CenterOfRotation": "0 0 0", "AnatomicalOrientation": ends,
+              "ElementSpacing": numbers(phantom.spacing), "DimSize": numbers(phantom.hu.shape[::-1]),
+              "ElementType": "MET_SHORT", "ElementDataFile": "LOCAL" if local else file}
+    text = "".join(f"{key} = {value}\n" for key, value in header.items()).encode()
     path = folder / f"{uid}.{'mha' if local else 'mhd'}"
     path.write_bytes(text + data if local else text)
     if not local:
@@ -642,12 +642,12 @@ def write_metaimage(folder, phantom, compressed=False, local=False):
 
 def numbers(values):
     """Numbers with a space between, as many digits as they have."""
-    return ' '.join(str(v).removesuffix('.0') for v in np.asarray(values).tolist())
+    return " ".join(str(v).removesuffix(".0") for v in np.asarray(values).tolist())
 
 
 def decimals(values):
     """DICOM decimal strings, at most 16 characters each."""
-    return [f'{v:.10g}' for v in values]
+    return [f"{v:.10g}" for v in values]
 
 
 def dicom_header(phantom):
@@ -655,36 +655,36 @@ def dicom_header(phantom):
     ds = pydicom.Dataset()
     ds.file_meta = pydicom.dataset.FileMetaDataset()
     ds.file_meta.TransferSyntaxUID = pydicom.uid.ExplicitVRLittleEndian
-    ds.file_meta.ImplementationClassUID = make_uid('phantom')
-    ds.file_meta.ImplementationVersionName = 'PHANTOM'
+    ds.file_meta.ImplementationClassUID = make_uid("phantom")
+    ds.file_meta.ImplementationVersionName = "PHANTOM"
     ds.file_meta.MediaStorageSOPClassUID = ds.SOPClassUID = pydicom.uid.CTImageStorage
-    ds.Modality, ds.Manufacturer, ds.PatientPosition = 'CT', 'Phantom', 'HFS'
+    ds.Modality, ds.Manufacturer, ds.PatientPosition = "CT", "Phantom", "HFS"
     ds.PatientID = ds.PatientName = phantom.patient
-    ds.StudyDate, ds.StudyTime = '20000101', '000000'
-    for empty in ('PatientBirthDate', 'PatientSex', 'ReferringPhysicianName', 'AccessionNumber',
-                  'StudyID', 'PositionReferenceIndicator'):
-        setattr(ds, empty, '')
-    ds.SeriesNumber, ds.AcquisitionNumber, ds.KVP = 1, 1, '120'
+    ds.StudyDate, ds.StudyTime = "20000101", "000000"
+    for empty in ("PatientBirthDate", "PatientSex", "ReferringPhysicianName", "AccessionNumber",
+                  "StudyID", "PositionReferenceIndicator"):
+        setattr(ds, empty, "")
+    ds.SeriesNumber, ds.AcquisitionNumber, ds.KVP = 1, 1, "120"
     ds.SeriesInstanceUID = phantom.seriesuid
-    ds.StudyInstanceUID = make_uid(phantom.seriesuid, 'study')
-    ds.FrameOfReferenceUID = make_uid(phantom.seriesuid, 'frame')
-    ds.SamplesPerPixel, ds.PhotometricInterpretation = 1, 'MONOCHROME2'
+    ds.StudyInstanceUID = make_uid(phantom.seriesuid, "study")
+    ds.FrameOfReferenceUID = make_uid(phantom.seriesuid, "frame")
+    ds.SamplesPerPixel, ds.PhotometricInterpretation = 1, "MONOCHROME2"
     padded = phantom.hu.min() < -1024  # then pixels are signed, else twelve bits hold them
     ds.PixelRepresentation, ds.BitsAllocated, ds.BitsStored = int(padded), 16, 16 if padded else 12
     ds.HighBit = ds.BitsStored - 1
-    ds.RescaleSlope, ds.RescaleIntercept, ds.RescaleType = '1', '-1024', 'HU'
+    ds.RescaleSlope, ds.RescaleIntercept, ds.RescaleType = "1", "-1024", "HU"
     return ds
 
 
-def write_image(path, ds, hu, position, axes, spacing, number, kind='AXIAL'):
+def write_image(path, ds, hu, position, axes, spacing, number, kind="AXIAL"):
     """One DICOM image: hu (rows, columns), axes = direction cosines of a row, then of a column."""
-    ds.ImageType = ['ORIGINAL', 'PRIMARY', kind]
+    ds.ImageType = ["ORIGINAL", "PRIMARY", kind]
     ds.file_meta.MediaStorageSOPInstanceUID = ds.SOPInstanceUID = make_uid(ds.SeriesInstanceUID, number)
     ds.InstanceNumber = number
     ds.ImagePositionPatient, ds.ImageOrientationPatient = decimals(position), decimals(axes)
     ds.PixelSpacing = decimals(spacing)
     ds.Rows, ds.Columns = hu.shape
-    ds.PixelData = (hu + np.int16(1024)).astype('<i2').tobytes()
+    ds.PixelData = (hu + np.int16(1024)).astype("<i2").tobytes()
     pydicom.dcmwrite(path, ds, enforce_file_format=True)
 
 
@@ -699,20 +699,20 @@ def write_dicom(folder, phantom, localizer=False, thickness=1.0):
     ds, count = dicom_header(phantom), len(phantom.hu)
     x, y, z = phantom.direction.T
     ds.SliceThickness = decimals([phantom.spacing[2] * thickness])[0]
-    rng = np.random.default_rng(int(phantom.seriesuid.rpartition('.')[2]))
+    rng = np.random.default_rng(int(phantom.seriesuid.rpartition(".")[2]))
     files, instances = rng.permutation(count), rng.permutation(count)
     for k in range(count):
         position = np.array(phantom.origin) + z * phantom.spacing[2] * k
-        write_image(folder / f'{files[k] + 1:03d}.dcm', ds, phantom.hu[k], position, [*x, *y],
+        write_image(folder / f"{files[k] + 1:03d}.dcm", ds, phantom.hu[k], position, [*x, *y],
                     phantom.spacing[1::-1], int(instances[k]) + 1)
     if localizer:
         scout = np.clip(phantom.hu, -1024, None).mean(1).astype(np.int16)[::-1, ::2]
         top = np.array(phantom.origin) + z * phantom.spacing[2] * (count - 1)
-        write_image(folder / f'{count + 1:03d}.dcm', ds, scout, top, [*x, *-z],
-                    (phantom.spacing[2], 2 * phantom.spacing[0]), count + 1, 'LOCALIZER')
-    marks = f'<SeriesInstanceUid>{phantom.seriesuid}</SeriesInstanceUid>'
-    (folder / '069.xml').write_text('<?xml version="1.0" encoding="UTF-8"?>\n<LidcReadMessage>'
-                                    f'<ResponseHeader>{marks}</ResponseHeader></LidcReadMessage>\n')
+        write_image(folder / f"{count + 1:03d}.dcm", ds, scout, top, [*x, *-z],
+                    (phantom.spacing[2], 2 * phantom.spacing[0]), count + 1, "LOCALIZER")
+    marks = f"<SeriesInstanceUid>{phantom.seriesuid}</SeriesInstanceUid>"
+    (folder / "069.xml").write_text('<?xml version="1.0" encoding="UTF-8"?>\n<LidcReadMessage>'
+                                    f"<ResponseHeader>{marks}</ResponseHeader></LidcReadMessage>\n")
     return folder
 
 
@@ -727,10 +727,10 @@ def write_truth(path, phantom):
 def read_truth(path):
     """(lungs, nodule_labels), (z, y, x) in the scan file's order, bool and uint8."""
     with np.load(path) as truth:
-        shape = tuple(truth['shape'])
-        lungs = np.unpackbits(truth['lungs'], count=int(np.prod(shape))).reshape(shape).astype(bool)
+        shape = tuple(truth["shape"])
+        lungs = np.unpackbits(truth["lungs"], count=int(np.prod(shape))).reshape(shape).astype(bool)
         labels = np.zeros(shape, np.uint8)
-        labels.flat[truth['voxels']] = truth['labels']
+        labels.flat[truth["voxels"]] = truth["labels"]
     return lungs, labels
 
 
@@ -738,12 +738,12 @@ def write_scan(folder, index, seed, options):
     """Makes scan `index` and writes it with its truth; returns its annotation rows and seconds."""
     start, turn = time.perf_counter(), index // 2 % 3
     phantom = make_phantom(index, seed, **options)
-    subset = Path(folder) / f'subset{index % 10}'
+    subset = Path(folder) / f"subset{index % 10}"
     if index % 2:
         write_dicom(subset, phantom, localizer=turn == 0, thickness=(1.0, 2.0, 1.25)[turn])
     else:
         write_metaimage(subset, phantom, compressed=turn == 1, local=turn == 2)
-    write_truth(Path(folder) / 'truth' / f'{phantom.seriesuid}.npz', phantom)
+    write_truth(Path(folder) / "truth" / f"{phantom.seriesuid}.npz", phantom)
     rows = [(phantom.seriesuid, *n.centre, n.diameter) for n in phantom.nodules]
     return rows, time.perf_counter() - start
 
@@ -756,28 +756,28 @@ def write_scans(folder, count, seed=0, workers=1, report=None, **options):
     """
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
-    (folder / 'annotations.csv').unlink(missing_ok=True)
+    (folder / "annotations.csv").unlink(missing_ok=True)
     rows, jobs = [], [(folder, index, seed, options) for index in range(count)]
     with contextlib.ExitStack() as stack:
         results = (write_scan(*job) for job in jobs)
         if workers > 1:  # spawn: a fork of a process with threads may hang
             pool = stack.enter_context(concurrent.futures.ProcessPoolExecutor(
-                workers, multiprocessing.get_context('spawn')))
+                workers, multiprocessing.get_context("spawn")))
             results = pool.map(write_scan, *zip(*jobs))
         for done, (found, seconds) in enumerate(results, 1):
             rows += found
             if report:
                 report(done, seconds)
-    write_annotations(folder / 'annotations.csv', rows)
+    write_annotations(folder / "annotations.csv", rows)
     return folder
 
 
 def write_annotations(path, rows):
     """LUNA16's annotations.csv, whole or not at all."""
-    beside = path.with_suffix('.part')
-    with open(beside, 'w', newline='') as file:
-        writer = csv.writer(file, lineterminator='\n')
-        writer.writerow(['seriesuid', 'coordX', 'coordY', 'coordZ', 'diameter_mm'])
+    beside = path.with_suffix(".part")
+    with open(beside, "w", newline="") as file:
+        writer = csv.writer(file, lineterminator="\n")
+        writer.writerow(["seriesuid", "coordX", "coordY", "coordZ", "diameter_mm"])
         writer.writerows(rows)
         file.flush()
         os.fsync(file.fileno())
@@ -785,17 +785,17 @@ def write_annotations(path, rows):
 
 
 def main():
-    parser = argparse.ArgumentParser(description='Write synthetic chest CT scans to RUN/scans.')
-    parser.add_argument('--run', default='runs/demo', help='folder of the run')
-    parser.add_argument('--scans-count', type=int, default=30, help='how many scans')
-    parser.add_argument('--seed', type=int, default=0)
-    parser.add_argument('--workers', type=int, default=2, help='processes; about 600 MB each')
+    parser = argparse.ArgumentParser(description="Write synthetic chest CT scans to RUN/scans.")
+    parser.add_argument("--run", default="runs/demo", help="folder of the run")
+    parser.add_argument("--scans-count", type=int, default=30, help="how many scans")
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--workers", type=int, default=2, help="processes; about 600 MB each")
     args = parser.parse_args()
     total = args.scans_count
-    folder = write_scans(Path(args.run) / 'scans', total, args.seed, args.workers,
-                         lambda done, seconds: print(f'scan {done}/{total}, {seconds:.1f} s', flush=True))
-    print(f'wrote {folder}')
+    folder = write_scans(Path(args.run) / "scans", total, args.seed, args.workers,
+                         lambda done, seconds: print(f"scan {done}/{total}, {seconds:.1f} s", flush=True))
+    print(f"wrote {folder}")
 
 
-if __name__ == '__main__':
+if __name__ == "__main__":
     main()

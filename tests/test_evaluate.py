@@ -372,7 +372,7 @@ def test_table_cells__each_number_stands_beside_its_name(tmp_path):
     assert evaluate.table_cells(table) == [
         ("TP", "12", "2", "1,583"), ("FP", "1", "1", "2,776"), ("FN", "4", "0", "50"), ("TN", "2", "2", "113,451"),
         ("sensitivity", "0.750", "1.000", "0.969"), ("specificity", "0.667", "0.667", "0.976"),
-        ("precision", "0.923", "0.667", "0.363"), ("f1", "0.828", "0.800", "0.528")]
+        ("precision", "0.923", "0.667", "0.363"), ("F1", "0.828", "0.800", "0.528")]
 
 
 def test_labelled__the_test_set_positives_with_eight_flips_first(tmp_path):

@@ -273,7 +273,7 @@ def test_stage__a_failing_stage_stops_the_run_with_its_status(monkeypatch, capsy
     assert stopped.value.code == 7 and "$ python fails.py 'a b' 7\n" in capsys.readouterr().out
 
 
-@pytest.mark.parametrize("name", ["nonsense", "cuda:99", "meta:x"])
+@pytest.mark.parametrize("name", ["nonsense", "cuda:99", "meta:x", "hpu", "privateuseone"])
 def test_pick_device__what_is_not_there_is_one_line(name):
     """A device that this machine or torch has not is refused by name."""
     with pytest.raises(Refusal, match=name):
@@ -534,8 +534,28 @@ def test_rewind_log__rows_that_are_missing_are_refused(tmp_path, epochs):
 def test_rewind_log__from_the_start_leaves_an_empty_log(tmp_path):
     """Start again from nothing: no row stays."""
     lungaug.append_log(tmp_path / "log.jsonl", {"epoch": 1})
-    lungaug.rewind_log(tmp_path / "log.jsonl", -1)
+    lungaug.rewind_log(tmp_path / "log.jsonl", 0)
     assert (tmp_path / "log.jsonl").read_text() == ""
+
+
+@pytest.mark.parametrize("epoch", [10 ** 15, None, "x", [], 1.5])
+def test_rewind_log__to_an_epoch_of_no_use_is_refused(tmp_path, epoch):
+    """A checkpoint may say any epoch: one line, and no list as long as it says."""
+    lungaug.append_log(tmp_path / "log.jsonl", {"epoch": 1})
+    with pytest.raises(Refusal, match="log.jsonl.*--overwrite"):
+        lungaug.rewind_log(tmp_path / "log.jsonl", epoch)
+
+
+def test_log__a_line_nested_too_deep_is_passed_over(tmp_path):
+    """100,000 brackets are no row, whatever Python's parser makes of them; what stood before them is read."""
+    (tmp_path / "log.jsonl").write_text('{"epoch": 1}\n' + "[" * 100_000)
+    assert lungaug.read_log(tmp_path / "log.jsonl") == [{"epoch": 1}]
+
+
+def test_refusing__want_of_memory_is_not_the_files_fault():
+    """A MemoryError passes, so that nobody replaces a sound file."""
+    with pytest.raises(MemoryError), lungaug.refusing("a.mhd", "replace the file"):
+        raise MemoryError
 
 
 def test_read__another_files_bytes(tmp_path):
@@ -677,6 +697,14 @@ def test_table_html__cells_are_escaped():
     page = lungaug.table_html("<b>", ("<i>",), [("<script>\n\x1b",), (1.5,)])
     assert page == ("<p>&lt;b&gt;</p><table><tr><th>&lt;i&gt;</th></tr>"
                     "<tr><td>&lt;script&gt;\\n\\x1b</td></tr><tr><td>1.5</td></tr></table>")
+
+
+def test_escaped__what_no_encoding_holds_can_be_written(tmp_path):
+    """A heading, a caption or a line from a file may hold half a character: it is written as its code."""
+    words = ["\ud800<", ["\ud800<", "x.png"], ["\ud800<"], ["\ud800<", ["a"], [["b"]]]]
+    for name in ("prepared", "gan", "classifiers", "evaluation"):
+        lungaug.write(tmp_path / name / "options.json", {"page": words})
+    assert lungaug.report(tmp_path).read_text().count("\\ud800&lt;") == 1 + 3 * 4
 
 
 def test_figure_html__inline_or_said_to_be_missing(tmp_path):

@@ -15,6 +15,7 @@ import os
 import shutil
 import subprocess
 import sys
+import tracemalloc
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -167,7 +168,7 @@ def test_rule_2_1_1_axes__past_an_end_the_last_voxel_stays():
 
 
 def test_rule_2_1_1_axes__a_long_axis_takes_two_weights_a_point():
-    """A hostile file may be a single line of 2²⁷ voxels: full weights of 200,000 × 250,000 would take 373 GiB."""
+    """Linear in the axis: a full matrix of 200,000 × 250,000 weights would take 373 GiB."""
     assert preprocessing.line_weights(200_000, 0, 0.8, 250_000).nnz <= 500_000
 
 
@@ -609,6 +610,15 @@ def test_rule_2_1_4_negatives__no_draw_meets_a_nodule():
     assert min(nearest) >= 0 and max(nearest) < 1       # and none is kept farther away than it must
 
 
+def test_rule_2_1_4_negatives__memory_is_that_of_what_is_wanted():
+    """100,000 centres are 2.4 MB: no more than a handful of arrays of that size are held at a time."""
+    tracemalloc.start()
+    found = preprocessing.draw_negatives(LUNGS, [], 6, 100_000, np.random.default_rng(0))
+    peak = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    assert found.nbytes == 2_400_000 and peak < 10 * found.nbytes
+
+
 def test_rule_2_1_4_negatives__uniform_over_the_lungs():
     """Every octant of unequal lungs has its share of 10,000 draws, within five standard deviations."""
     lungs = LUNGS[(LUNGS[:, 0] < 50) | (LUNGS[:, 1] < 60)]      # not a box: the octants' shares differ
@@ -668,7 +678,7 @@ def test_rule_2_1_5_split__one_each_of_few(count):
 
 def test_rule_2_1_5_split__two_patients_are_refused():
     """Of two patients there are no three splits, however many scans they have."""
-    with pytest.raises(Refusal, match="2 patients"):
+    with pytest.raises(Refusal, match="patients that can be used: 2 — training, validation and test"):
         preprocessing.split_patients(["a", "b", "a", "b"], 0)
 
 

@@ -206,6 +206,8 @@ BAD = {     # keys, and the words that the Refusal must hold
     "negative spacing": (dict(ElementSpacing="0.7 0.8 -1.3"), ["a.mhd", "spacing"]),
     "spacing in metres": (dict(ElementSpacing="700 800 1300"), ["a.mhd", "spacing"]),
     "spacing NaN": (dict(ElementSpacing="0.7 0.8 nan"), ["a.mhd", "ElementSpacing"]),
+    "spacing of next to nothing": (dict(ElementSpacing="1e-320 1 1"), ["a.mhd", "spacing"]),
+    "place out of this world": (dict(Offset="1e17 1e17 1e17"), ["a.mhd", "Offset"]),
     "an offset of two": (dict(Offset="1 2"), ["a.mhd", "Offset = 1 2"]),
     "an infinite offset": (dict(Offset="1 2 inf"), ["a.mhd", "Offset = 1 2 inf"]),
     "a flat direction": (dict(TransformMatrix="1 0 0 0 1 0 0 1 0"), ["a.mhd", "direction"]),
@@ -240,10 +242,11 @@ def test_read_scan__voxels_that_are_no_numbers_are_refused(tmp_path, value):
 
 
 @pytest.mark.filterwarnings("ignore:overflow")
-def test_read_scan__doubles_past_float32_are_refused(tmp_path):
-    """1e300, finite as a double, is ∞ as float32: no HU either."""
-    with pytest.raises(Refusal, match="a.raw"):
-        read_scan(metaimage(tmp_path, np.full(SHAPE, 1e300).tobytes(), ElementType="MET_DOUBLE"))
+@pytest.mark.parametrize("value, hu", [(1e300, 32767), (-np.finfo(np.float32).max, -32768)])
+def test_read_scan__doubles_past_int16_are_clipped(tmp_path, value, hu):
+    """The lowest float, by which some writers mark what lies outside the scan, is far below air, and so is it here."""
+    scan = read_scan(metaimage(tmp_path, np.full(SHAPE, value, float).tobytes(), ElementType="MET_DOUBLE"))
+    assert scan.hu.dtype == np.int16 and (scan.hu == hu).all()
 
 
 @pytest.mark.parametrize("count", [2, 4])
@@ -612,6 +615,25 @@ def test_read_scan__slices_that_are_no_planes_are_refused(tmp_path, name):
         read_scan(folder)
 
 
+def test_read_scan__one_slice_of_frames_is_refused_by_its_name(tmp_path):
+    """One file with two frames among single slices is named itself, not the first of the series."""
+    folder = series(tmp_path / "s", made())
+    change(folder / "002.dcm", NumberOfFrames=2, PixelData=bytes(140))
+    refused(lambda: read_scan(folder), "002.dcm", "(2, 5, 7)")
+
+
+def test_read_scan__a_place_that_is_no_number_is_refused_by_its_name(tmp_path):
+    """Spoilt text where a number should stand: the file is named that holds it."""
+    path = series(tmp_path / "s", made()) / "002.dcm"
+    data = path.read_bytes()
+    assert data.count(b"0.8\\0.7") == 1
+    path.write_bytes(data.replace(b"0.8\\0.7", b"0.8\\0,7"))
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        with pytest.raises(Refusal, match="002.dcm"):
+            read_scan(path.parent)
+
+
 def test_read_scan__a_slice_cut_short_is_refused_by_its_name(tmp_path):
     """A file whose pixels are cut short is named itself, not the first of the series."""
     folder = series(tmp_path / "s", made())
@@ -795,6 +817,28 @@ def test_rule_2_dicom_geometry__a_slice_without_its_place_is_refused_by_its_name
     refused(lambda: read_scan(folder), f"{k:03d}.dcm", name)
 
 
+@pytest.mark.skipif(not hasattr(os, "mkfifo"), reason="this system has no named pipes")
+def test_find_scans__a_pipe_is_not_waited_for(tmp_path):
+    """A named pipe is no file, whatever its name ends in: reading it would wait for a writer for good."""
+    series(tmp_path / "s", made())
+    for name in ("pipe.mhd", "pipe.dcm"):
+        os.mkfifo(tmp_path / name)
+    assert [source.seriesuid for source in find_scans(tmp_path)] == ["1.2.3"]
+
+
+def test_find_scans__a_dangling_link_is_told_of(tmp_path):
+    """A link whose file was not fetched, as data managers leave them, is a scan that fails, not none."""
+    (tmp_path / "1.2.4.mhd").symlink_to("not there")
+    source, = find_scans(tmp_path)
+    refused(lambda: preprocessing.read_source(source), "1.2.4.mhd", "is not there")
+
+
+def test_find_scans__an_empty_modality_is_none(tmp_path):
+    """A Modality without a value says nothing against CT."""
+    series(tmp_path / "ct", made(), header={"Modality": ""})
+    assert [source.seriesuid for source in find_scans(tmp_path)] == ["1.2.3"]
+
+
 def test_find_scans__radiographs_are_passed_over(tmp_path):
     """LIDC-IDRI has chest radiographs beside its CT: a series of another modality is no scan that failed."""
     series(tmp_path / "ct", made())
@@ -825,15 +869,13 @@ def test_find_scans__a_hostile_series_uid_does_not_escape(tmp_path, uid):
     assert {path.parent for path in tmp_path.rglob("*") if path.is_file()} == {folder, tmp_path / "out"}
 
 
-def test_prepare_one__a_scan_of_one_long_line_is_left_out(tmp_path):
-    """2 × 2 × 200,000 voxels in 1.6 MB: no lungs, and no memory that grows with the square of the line."""
-    path = tmp_path / "7.7.mhd"
-    path.write_text("NDims = 3\nDimSize = 2 2 200000\nElementSpacing = 2 2 2.5\nElementType = MET_SHORT\n"
-                    "ElementDataFile = 7.7.raw\n")
-    (tmp_path / "7.7.raw").write_bytes(bytes(1_600_000))
+@pytest.mark.parametrize("side, reason", [(4096, "0.0 litres"), (4097, "DimSize = 2 2 4097")])
+def test_prepare_one__a_scan_of_one_long_line_is_left_out(tmp_path, side, reason):
+    """A side of 4,096 voxels is tried, and holds no lungs; a longer one, which might take hours, is refused unread."""
+    metaimage(tmp_path, bytes(8 * side), DimSize=f"2 2 {side}", ElementSpacing="2 2 2.5")
     parameters = {"cube": 12, "negatives": 3, "max_slice_mm": 9, "seed": 0}
     source, = find_scans(tmp_path)
-    assert "0.0 litres" in str(preprocessing.prepare_one(source, [], tmp_path / "out", parameters))
+    assert reason in str(preprocessing.prepare_one(source, [], tmp_path / "out", parameters))
 
 
 def test_prepare_one__a_scan_too_large_for_the_memory_is_left_out(tmp_path, monkeypatch):
@@ -976,7 +1018,7 @@ def test_read_annotations__none_is_no_error(tmp_path):
     assert read_annotations(table(tmp_path, f"{HEAD}\n")) == {}
 
 
-@pytest.mark.parametrize("row", ["1.2.3,1,2,3,nan", "1.2.3,1,inf,3,4", "1.2.3,1,2,3,0", "1.2.3,1,2,3,-4", "1.2.3,1,2,3",
+@pytest.mark.parametrize("row", ["1.2.3,1,2,3,nan", "1.2.3,1,inf,3,4", "1.2.3,1,2,3,1e300", "1.2.3,1,2,3,0", "1.2.3,1,2,3,-4", "1.2.3,1,2,3",
                                  "1.2.3", "1.2.3,1,2,3,4,5",
                                  "1.2.3,one,2,3,4", "1.2.3,1,2,,4"])
 def test_read_annotations__a_bad_row_is_refused_by_its_line(tmp_path, row):

@@ -154,12 +154,18 @@ def test_scans__what_is_no_folder_is_one_line(run, tmp_path):
                        "--scans")
 
 
-def test_train_gan__does_not_begin_on_half_of_the_scans(run, again):
-    """Where preparing the user's scans was not finished, training says so and makes no synthetic scans instead."""
-    (again / "prepared" / "dataset.json").unlink()
+@pytest.mark.parametrize("words", [[], ["--overwrite"]])
+def test_preprocessing__without_scans_takes_no_synthetic_ones_for_the_users(run, again, words):
+    """Where --scans was forgotten nothing is made and nothing lost; train_gan.py, which calls it, stops there too."""
     before = sorted(path.name for path in again.rglob("*"))
-    assert in_one_line(run(train_gan, "--run", again), "not all prepared", "python preprocessing.py")
+    assert in_one_line(run(preprocessing, "--run", again, *words), "parameters.json", "your scans", "--scans")
     assert before == sorted(path.name for path in again.rglob("*"))
+
+
+def test_preprocessing__a_run_that_is_a_file_is_one_line(run, tmp_path):
+    """Before a synthetic scan is made."""
+    (tmp_path / "a.txt").write_text("x")
+    assert in_one_line(run(preprocessing, "--run", tmp_path / "a.txt"), "a.txt", "File exists")
 
 
 def test_train_gan__goes_on_with_half_of_the_synthetic_scans(run, tmp_path, monkeypatch):

@@ -541,8 +541,10 @@ def test_train_arm__stopped_and_resumed_it_ends_with_the_same_bytes(tmp_path, mo
         train(tmp_path / "stopped", "mixed", "--epochs", "4", "--decay-epoch", "2")
     monkeypatch.setattr(lungaug, function, original)
     assert same(train(tmp_path / "stopped", "mixed", "--epochs", "4", "--decay-epoch", "2"), whole)
-    logs = [(tmp_path / name / "classifiers" / "mixed" / "log.jsonl").read_bytes() for name in ("whole", "stopped")]
-    assert logs[0] == logs[1] and [json.loads(line)["epoch"] for line in logs[0].splitlines()] == [1, 2, 3, 4]
+    folders = [tmp_path / name / "classifiers" / "mixed" for name in ("whole", "stopped")]
+    logs, states = ([(folder / name).read_bytes() for folder in folders] for name in ("log.jsonl", "checkpoint.pt"))
+    assert logs[0] == logs[1] and states[0] == states[1]
+    assert [json.loads(line)["epoch"] for line in logs[0].splitlines()] == [1, 2, 3, 4]
 
 
 def test_train_arm__the_log_holds_the_mean_loss_of_the_epochs_batches(tmp_path, monkeypatch):
