@@ -160,16 +160,16 @@ def check(holds, where, found, do):
 def refusing(path, do):
     """Turn whatever a missing or damaged file makes the code within raise into a Refusal that names the file.
 
-    What parsers raise on damaged input has no bounds. The disk's errors, with an errno, and want of memory pass:
-    `command` tells of them.
+    What parsers raise on damaged input has no bounds. The disk's errors, with an errno, pass: `command` tells of them.
     """
     try:
         yield
     except FileNotFoundError:
         raise Refusal(path, "is not there", do) from None
     except Exception as error:
-        if isinstance(error, (Refusal, MemoryError)) or getattr(error, "errno", None):
+        if isinstance(error, Refusal) or getattr(error, "errno", None):
             raise
+        do = "give fewer --workers, or replace the file" if isinstance(error, MemoryError) else do
         raise Refusal(path, f"does not read ({type(error).__name__}: {error})", do) from error
 
 
