@@ -148,7 +148,8 @@ def load_networks(run, dataset, device):
                 print(f"{path}: stopped at epoch {state['epoch']} of {state['epochs']}.")
         network.eval().to(device)
         networks[arm] = (lambda x, critic=network: critic(x)[1]) if arm == "critic" else network
-    lungaug.same_settings(made_with, used, {"gan_crc32": gan_crc}, do)
+    lungaug.same_settings(made_with, used, {"gan_crc32": gan_crc},
+                          f"python train_classifier.py --run {run} --overwrite makes it again and keeps the GAN")
     return networks
 
 

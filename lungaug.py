@@ -74,7 +74,7 @@ def part(text):
     """A share like 2/8, as it is typed, for argparse."""
     one, of = map(int, text.split("/"))
     if not 1 <= one <= of:
-        raise argparse.ArgumentTypeError(f"{text} is no share like 2/8, from 1/{of} to {of}/{of}")
+        raise argparse.ArgumentTypeError(f"{text} is no share, like 1/8, 2/8, to 8/8")
     return text
 
 
@@ -169,7 +169,7 @@ def refusing(path, do):
     except Exception as error:
         if isinstance(error, Refusal) or getattr(error, "errno", None):
             raise
-        do = "give fewer --workers, or replace the file" if isinstance(error, MemoryError) else do
+        do = f"free memory, or {do}" if isinstance(error, MemoryError) else do
         raise Refusal(path, f"does not read ({type(error).__name__}: {error})", do) from error
 
 
@@ -289,13 +289,13 @@ def alone(folder, work):
 def load_checkpoint(path, do, **asked):
     """A checkpoint's state (tensors, numbers, text, lists and dicts: no code is run). Raises Refusal.
 
-    asked: what its settings must be. do: what to tell the user where the file is missing, or made with others.
+    asked: what its settings must be. do: what to tell the user where the file is missing.
     """
     data = read(path, do)
     with refusing(path, "start again with --overwrite"):
         check(zipfile.ZipFile(io.BytesIO(data)).testzip() is None, path, "is damaged", "start again with --overwrite")
         state = torch.load(io.BytesIO(data), map_location="cpu", weights_only=True)
-        same_settings(path, state.get("settings"), asked, do)
+        same_settings(path, state.get("settings"), asked)
     return state
 
 
@@ -303,7 +303,8 @@ def same_settings(path, found, asked, do=""):
     """Raise Refusal, naming what differs and what to do, unless a file's settings are those asked for."""
     found = found if isinstance(found, dict) else {}
     wrong = [f"{key} {found.get(key)}, not {value}" for key, value in asked.items() if found.get(key) != value]
-    check(not wrong, path, f"made with {'; '.join(wrong)}", do or "give the same options, another --run, or --overwrite")
+    check(not wrong, path, f"made with {'; '.join(wrong)}",
+          do or "give the same options or another --run, or make it again with --overwrite")
 
 
 def append_log(path, row):
@@ -497,7 +498,6 @@ def main():
         print(report(parse("Draw report.html again.", "evaluate", words=sys.argv[2:]).run))
         return
     arguments = parse("\n\n".join(__doc__.split("\n\n")[:2]), *STAGES)
-    pick_device(arguments.device or "auto")     # before hours of preparing scans
     for name in STAGES:
         stage(f"{name}.py", *typed(arguments, name))
     print(f"\n{report(arguments.run)}: everything on one page, after {duration(time.monotonic() - STARTED)}.")

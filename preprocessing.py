@@ -96,7 +96,7 @@ def read_source(source):
         scan = (read_metaimage if where.suffix.lower() in (".mhd", ".mha") else read_dicom)(source)
     check(min(scan.hu.shape) > 1, where, f"{scan.hu.shape} voxels", "three axes of two voxels at least are wanted")
     check((scan.spacing > 1e-3).all() and (scan.spacing < 100).all(), where, f"spacing {scan.spacing}",
-          "every spacing must be above 0, in mm")
+          "from 0.001 to 100 mm are read here")
     lengths, span = np.linalg.norm(scan.direction, axis=0), abs(np.linalg.det(scan.direction))
     check(np.allclose(lengths, 1, atol=1e-3) and span > 0.5, where, f"direction {scan.direction.T.ravel()}",
           "three axes of length 1 that span the space are wanted")
@@ -247,7 +247,7 @@ COLUMNS = ["seriesuid", "coordX", "coordY", "coordZ", "diameter_mm"]
 def read_annotations(path):
     """LUNA16's annotations.csv: series UID → its nodules (x, y, z, diameter), mm, LPS, each once. Raises Refusal."""
     nodules = defaultdict(dict)
-    with lungaug.refusing(path, "LUNA16's annotations.csv is wanted"), open(path, newline="", encoding="utf-8-sig") as file:
+    with lungaug.refusing(path, "give LUNA16's annotations.csv"), open(path, newline="", encoding="utf-8-sig") as file:
         rows = csv.reader(file)
         check(next(rows, None) == COLUMNS, path, "another first line", f"{','.join(COLUMNS)} is wanted")
         for row in filter(None, rows):
@@ -255,7 +255,7 @@ def read_annotations(path):
             with lungaug.refusing(line, "numbers are wanted"):
                 uid, *numbers = row[0].strip(), *map(float, row[1:])
             known = uid and len(numbers) == 4 and (np.abs(numbers) < 1e6).all() and numbers[3] > 0
-            check(known, line, ",".join(row), "a series UID, three coordinates and a diameter above 0, in mm, are wanted")
+            check(known, line, ",".join(row), "a series UID, coordinates and a diameter above 0, in mm, are wanted")
             nodules[uid][tuple(numbers)] = None
     return {uid: list(found) for uid, found in nodules.items()}
 
@@ -307,7 +307,7 @@ def resample(scan, origin=None, shape=None):
 
 
 def line_weights(size, start, step, count):
-    """W[k, i] = max(0, 1 − |x_k − i|), x_k = start + step·k; past an end the last voxel has it all; (count, size), sparse"""
+    """W[k, i] = max(0, 1 − |x_k − i|), x_k = start + step·k; past an end the last voxel has all; (count, size), sparse"""
     x = (start + step * np.arange(count))[:, None]
     near = np.floor(x).astype(int) + [0, 1]
     entries = (1 - np.abs(x - near)).ravel(), np.clip(near, 0, size - 1).ravel(), 2 * np.arange(count + 1)
@@ -614,7 +614,7 @@ def open_dataset(run):
     with lungaug.refusing(path, do):
         cube, names = info["parameters"]["cube"], [scan["volume"] for scan in info["scans"]]
         plain = all(Path(name).name == name for name in names)
-        known = info["preset"] in ("demo", "thesis") and str(cube) in map(str, CUBES) and plain     # 12.0 is no 12
+        known = info["preset"] in ("demo", "thesis") and type(cube) is int and cube in CUBES and plain
         check(known, path, "a preset, cube or file name of no use", do)
         kinds = [{split: rows(kind, split) for split in SPLITS} for kind in ("positives", "negatives")]
         return Dataset(path.parent, info, cube, *kinds, lungaug.fingerprint(info["scans"]))
@@ -676,7 +676,7 @@ def page(dataset):
              ("", "positive", "nodules", "negative", "thesis: positive", "negative"), counts),
             *([("Scans left out.", ("series", "why"), left_out)] if left_out else []),
             (f"Scan {most['seriesuid']}: axial, coronal and sagittal plane through its largest nodule. "
-             "Red: the lung mask. Green: 2 mm around the nodules that a plane meets. The patient's left is on the right.",
+             "Red: the lungs. Green: 2 mm around the nodules that a plane meets. The patient's left is at the right.",
              most["volume"].replace(".npy", ".png"))]
 
 
@@ -725,13 +725,14 @@ def main():
     run, synthetic = arguments.run, arguments.scans is None
     lungaug.settle(arguments, "preprocessing", "demo" if synthetic else "thesis")
     print(f"Preset {arguments.preset}: {'synthetic scans' if synthetic else 'your scans'}.", flush=True)
+    lungaug.pick_device(arguments.device)       # the next stages': better told now than in hours
     check(arguments.cube in CUBES, "--cube", arguments.cube, f"one of {', '.join(map(str, CUBES))} is wanted")
     scans, folder = arguments.scans or run / "scans", run / "prepared"
     check(synthetic or scans.is_dir(), scans, "is no folder", "give the folder that holds the scans with --scans")
     begun, do = folder / "parameters.json", "run python preprocessing.py with the --scans it had, or give another --run"
     with lungaug.refusing(begun, do):
-        known = not begun.exists() or lungaug.read(begun, do)["scans"] == "synthetic"
-        check(known or not synthetic, begun, "your scans, not synthetic ones", do)
+        if synthetic and begun.exists():
+            check(lungaug.read(begun, do)["scans"] == "synthetic", begun, "your scans, not synthetic ones", do)
     if synthetic and not (scans / "annotations.csv").exists():
         run.mkdir(parents=True, exist_ok=True)
         lungaug.stage("tests/phantom.py", "--run", run, "--seed", arguments.seed, "--workers", arguments.workers)

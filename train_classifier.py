@@ -8,7 +8,6 @@ Leaves <run>/classifiers: generated/positive.npy and negative.npy; samples.png; 
 mixed and fake.
 """
 
-import copy
 import zlib
 
 import numpy as np
@@ -269,7 +268,7 @@ def train_arm(arm, run, dataset, arguments, delivered, device):
         check(np.isfinite(loss), path, f"a loss that is no number in epoch {epoch}",
               "start again with a lower --learning-rate and --overwrite")
         if (f1, -loss) > (best["f1"], -best["loss"]):
-            weights = copy.deepcopy(dict(classifier.state_dict()))
+            weights = {name: tensor.cpu().clone() for name, tensor in classifier.state_dict().items()}
             best = {"f1": f1, "loss": loss, "epoch": epoch, "classifier": weights}
         lungaug.append_log(folder / "log.jsonl", {"epoch": epoch, "train_loss": float(np.mean(losses)),
                                                   "validation_loss": loss, "validation_f1": f1})
@@ -290,6 +289,7 @@ def main():
     print(f"Preset {arguments.preset}, cube {dataset.cube}, on {device}.", flush=True)
     with lungaug.alone(run / "classifiers", "training"):
         if arguments.overwrite:
+            load_gan(run, dataset, device)      # or a Refusal, before anything is lost
             lungaug.discard(run / "classifiers", "*/checkpoint.pt", "*/log.jsonl", "*/generated.json", "options.json")
         generated = generate_classes(run, dataset, arguments, device)
         draw_samples(run / "classifiers", dataset)

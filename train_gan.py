@@ -247,7 +247,7 @@ def main():
     arguments = lungaug.parse(__doc__.split("\n")[0], "train_gan")
     run = arguments.run
     if not (run / "prepared" / "dataset.json").exists():
-        print(f"Nothing prepared in {run}: synthetic scans first.", flush=True)
+        print(f"The scans of {run} are not all prepared: this first.", flush=True)
         lungaug.stage("preprocessing.py", "--run", run, "--seed", arguments.seed or 0)
     dataset = preprocessing.open_dataset(run)
     lungaug.settle(arguments, "train_gan", dataset.info["preset"])

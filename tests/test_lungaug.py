@@ -554,7 +554,7 @@ def test_log__a_line_nested_too_deep_is_passed_over(tmp_path):
 
 def test_refusing__want_of_memory_may_not_be_the_files_fault():
     """A damaged length asks for too much memory, and so does a sound large file: both ways out are named."""
-    with pytest.raises(Refusal, match="a.mhd.*fewer --workers, or replace"), lungaug.refusing("a.mhd", "replace it"):
+    with pytest.raises(Refusal, match="a.mhd.*free memory, or replace it"), lungaug.refusing("a.mhd", "replace it"):
         raise MemoryError
 
 

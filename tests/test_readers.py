@@ -1018,7 +1018,8 @@ def test_read_annotations__none_is_no_error(tmp_path):
     assert read_annotations(table(tmp_path, f"{HEAD}\n")) == {}
 
 
-@pytest.mark.parametrize("row", ["1.2.3,1,2,3,nan", "1.2.3,1,inf,3,4", "1.2.3,1,2,3,1e300", "1.2.3,1,2,3,0", "1.2.3,1,2,3,-4", "1.2.3,1,2,3",
+@pytest.mark.parametrize("row", ["1.2.3,1,2,3,nan", "1.2.3,1,inf,3,4", "1.2.3,1,2,3,1e300", "1.2.3,1,2,3,0",
+                                 "1.2.3,1,2,3,-4", "1.2.3,1,2,3",
                                  "1.2.3", "1.2.3,1,2,3,4,5",
                                  "1.2.3,one,2,3,4", "1.2.3,1,2,,4"])
 def test_read_annotations__a_bad_row_is_refused_by_its_line(tmp_path, row):

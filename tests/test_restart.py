@@ -162,6 +162,20 @@ def test_preprocessing__without_scans_takes_no_synthetic_ones_for_the_users(run,
     assert before == sorted(path.name for path in again.rglob("*"))
 
 
+def test_preprocessing__a_damaged_record_of_its_parameters_is_overwritten(run, scans, again):
+    """With the scans and --overwrite, a parameters.json that does not read is no obstacle."""
+    before = prepared(again)
+    (again / "prepared" / "parameters.json").write_text("{")
+    done = run(preprocessing, "--scans", scans, "--run", again, *WORDS, "--overwrite")
+    assert done.status == 0 and prepared(again) == before
+
+
+def test_preprocessing__a_device_that_is_not_there_is_told_of_first(run, tmp_path):
+    """Before hours of preparing, not after."""
+    assert in_one_line(run(preprocessing, "--run", tmp_path / "R", "--device", "nonsense"), "--device nonsense")
+    assert not (tmp_path / "R").exists()
+
+
 def test_preprocessing__a_run_that_is_a_file_is_one_line(run, tmp_path):
     """Before a synthetic scan is made."""
     (tmp_path / "a.txt").write_text("x")

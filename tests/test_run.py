@@ -309,6 +309,17 @@ def test_stale__cubes_of_other_scans_are_refused_and_left_alone(copy, run):
     assert in_one_line(done, "generated.json", "prepared", "--overwrite") and files(copy) == before
 
 
+def test_stale__overwriting_for_a_gan_of_other_scans_loses_nothing(copy, run):
+    """Under --overwrite, too, the classifiers stay where the GAN is of other scans and none could be made again."""
+    path = copy / "prepared" / "dataset.json"
+    dataset = json.loads(path.read_bytes())
+    next(scan for scan in dataset["scans"] if scan["split"] == "train")["negatives"].pop()
+    lungaug.write(path, dataset)
+    before = files(copy)
+    done = run(__import__("train_classifier"), "--run", copy, "--overwrite", *own_words("train_classifier"))
+    assert in_one_line(done, "gan/checkpoint.pt", "prepared", "--overwrite") and files(copy) == before
+
+
 @pytest.mark.parametrize("log, row", [
     ("gan", '{"epoch": 1}'), ("gan", '{"epoch": 1, "critic": 5}'),
     ("classifiers/real", '{"epoch": 1, "train_loss": 1}'),
@@ -329,6 +340,16 @@ def test_damaged__a_finished_trainings_log_of_other_rows_is_one_line(copy, run, 
     path.write_text("".join(row.replace("1", str(n), 1) + "\n" for n in range(1, count + 1)))
     done = run(__import__("train_gan"), "--run", copy, *own_words("train_gan"))
     assert in_one_line(done, "log.jsonl", "--overwrite")
+
+
+@pytest.mark.parametrize("cube", [12.0, "12", True, 13, None])
+def test_damaged__a_cube_that_is_no_side_is_one_line(copy, run, cube):
+    """12.0 and "12" are not 12: what is no whole number of the list is named before a cube is cut."""
+    path = copy / "prepared" / "dataset.json"
+    dataset = json.loads(path.read_bytes())
+    dataset["parameters"]["cube"] = cube
+    lungaug.write(path, dataset)
+    assert in_one_line(run(__import__("evaluate"), "--run", copy), "dataset.json", "run preprocessing.py again")
 
 
 @pytest.mark.parametrize("shape", [(2, 12, 12, 12, 12), (30, 30), (2, 6, 6, 6)])
