@@ -356,7 +356,7 @@ def pair(left, right):
     halves = []
     for cube in (left, right):
         sheet, middle = slices(cube), planes(cube).repeat(3, 0).repeat(3, 1)
-        middle = np.pad(middle, ((0, 3), (0, sheet.shape[1] - middle.shape[1])), constant_values=40)
+        middle = np.pad(middle, ((0, 3), (0, sheet.shape[1] - middle.shape[1])), constant_values=255)
         halves.append(np.concatenate([middle, sheet]))
     return lungaug.tile(halves, 2, gap=8, paper=255)
 

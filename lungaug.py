@@ -341,7 +341,8 @@ def record_stage(folder, arguments, page):
     """
     options = vars(arguments) | {"python": sys.version.split()[0], "torch": torch.__version__, "numpy": np.__version__}
     command, took = ["python", Path(sys.argv[0]).name, *sys.argv[1:]], time.monotonic() - STARTED
-    told = f"{shlex.join(command)}: {duration(took)}: {', '.join(f'{key} {value}' for key, value in options.items())}"
+    given = ", ".join(f"{key} {value}" for key, value in options.items() if value is not None and value is not False)
+    told = f"{shlex.join(command)}: {duration(took)}, with {given}."
     write(folder / "options.json", {"page": [*page, "This run", [printable(told, 2000)]], "options": options})
 
 
