@@ -16,6 +16,8 @@ CLASSES = 2
 LATENT = 128
 CUBES = (6, 12, 24, 48, 96, 192)        # 3·2^k
 
+torch.tanh(torch.zeros(1))      # alone: MKL picks its code at its first call, and for two threads at once may pick two
+
 
 def channels(cube, width):
     """w·min(8, c/s) channels where a level's side is s = 3, 6, …, c   [rule_3_1_channels]
