@@ -107,7 +107,7 @@ def to_hu(values, where):
     """Values as int16 HU, or float32 where they have fractions."""
     if values.dtype == np.int16:
         return values
-    check(np.isfinite(values).all(), where, "voxels that are no numbers", "replace the file")
+    check((np.abs(values) < 1e12).all(), where, "voxels that are no numbers, or above 10¹²", "replace the file")
     values = np.clip(values, -32768, 32767)
     whole = values.astype(np.int16)
     return whole if (whole == values).all() else values.astype(np.float32)

@@ -162,6 +162,14 @@ def test_preprocessing__without_scans_takes_no_synthetic_ones_for_the_users(run,
     assert before == sorted(path.name for path in again.rglob("*"))
 
 
+def test_train_gan__does_not_begin_on_half_of_the_scans(run, again):
+    """Where preparing the user's scans was not finished, training ends with preprocessing's refusal; nothing is made."""
+    (again / "prepared" / "dataset.json").unlink()
+    before = sorted(path.name for path in again.rglob("*"))
+    assert run(train_gan, "--run", again).status == 2
+    assert before == sorted(path.name for path in again.rglob("*"))
+
+
 def test_preprocessing__a_damaged_record_of_its_parameters_is_overwritten(run, scans, again):
     """With the scans and --overwrite, a parameters.json that does not read is no obstacle."""
     before = prepared(again)
