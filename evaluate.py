@@ -1,18 +1,23 @@
-"""Evaluation: section 5, whether generative augmentation helped, and whether the generated nodules are new.
+"""Evaluation: section 5, whether generative augmentation helped, and whether its nodules are new.
 
-    python evaluate.py --run runs/demo       # after train_classifier.py
+    python evaluate.py --run runs/demo            # after train_classifier.py
+    python evaluate.py report --run runs/demo     # draw report.html again
 
-Scores the test set with the three classifiers and with the critic's auxiliary head: Tables 2–5 beside the thesis'.
-Finds the nearest real training sample of generated ones: figures 9–14. Draws the figures of sections 2 and 4, too, and
-first of all: while a training runs, this is how to look at it. Leaves <run>/evaluation: results.json (every number of
-every table), scores.csv (every test cube), figures 2, 3, 7 to 14, nodules.png.
+Scores the test set with the three classifiers and with the critic's auxiliary head: Tables 2–5
+beside the thesis'. Finds the nearest real training sample of generated ones: figures 9–14. Draws
+the figures of sections 2 and 4, too, and first of all: while a training runs, this is how to look
+at it. Leaves <run>/evaluation: results.json (every number of every table), scores.csv (every test
+cube), figures 2, 3, 7 to 14, nodules.png; and <run>/report.html, one page of all of it.
 """
 
+import base64
 import csv
 import html
 import io
+import itertools
 import math
-import zlib
+import sys
+from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
@@ -32,23 +37,33 @@ def nearest_neighbours(queries, references):
     queries (n, …), references (m, …) of the same shape beyond the first axis, m ≥ 1.
     Returns (indices (n,), distances (n,)); of references equally near, the first.
     """
-    distances = cdist(np.reshape(queries, (len(queries), -1)), np.reshape(references, (len(references), -1)))
+    queries = np.reshape(queries, (len(queries), -1))
+    references = np.reshape(references, (len(references), -1))
+    distances = cdist(queries, references)      # (n, m)
+
     indices = distances.argmin(1)
     return indices, distances[np.arange(len(indices)), indices]
 
 
 def nearest_training(queries, dataset, rows, flips, size=128):
-    """nearest_neighbours of queries (n, c, c, c) among the dataset's cubes at `rows`, `flips`, `size` at a time."""
-    best, where = np.full(len(queries), np.inf), np.zeros(len(queries), int)
-    step = lungaug.progress("nearest neighbours", len(rows))
+    """nearest_neighbours of queries (n, c, c, c) among the dataset's cubes at `rows` and `flips`.
+
+    The cubes are read `size` at a time. Returns numbers of rows (n,) and distances (n,).
+    """
+    nearest = np.zeros(len(queries), int)
+    smallest = np.full(len(queries), np.inf)
+    progress = lungaug.Progress("nearest neighbours", len(rows))
     for start in range(0, len(rows), size):
-        part = slice(start, start + size)
-        cubes = preprocessing.read_cubes(dataset, rows[part], flips[part])[:, 0]
+        chunk = slice(start, start + size)
+        cubes = preprocessing.read_cubes(dataset, rows[chunk], flips[chunk])[:, 0]
         indices, distances = nearest_neighbours(queries, cubes)
-        nearer = distances < best
-        best[nearer], where[nearer] = distances[nearer], start + indices[nearer]
-        step(min(start + size, len(rows)))
-    return where, best
+
+        # Keep what is nearer than everything before.
+        nearer = distances < smallest
+        nearest[nearer] = start + indices[nearer]
+        smallest[nearer] = distances[nearer]
+        progress.update(min(start + size, len(rows)))
+    return nearest, smallest
 
 
 # 5.2 Classification metrics
@@ -68,18 +83,23 @@ class Metrics(NamedTuple):
 
 
 def confusion_matrix(labels, predictions):
-    """Counts of (label, prediction): TP (1, 1), FP (0, 1), FN (1, 0), TN (0, 0)   [eq_5_2_confusion]
+    """Counts of (label, prediction): TP 1, 1; FP 0, 1; FN 1, 0; TN 0, 0   [eq_5_2_confusion]
 
     labels, predictions: (n,), 1 = positive.
     """
-    labels, predictions = np.asarray(labels, bool), np.asarray(predictions, bool)
-    return Confusion(*(int(n) for n in ((labels & predictions).sum(), (~labels & predictions).sum(),
-                                        (labels & ~predictions).sum(), (~labels & ~predictions).sum())))
+    labels = np.asarray(labels, bool)
+    predictions = np.asarray(predictions, bool)
+    return Confusion(
+        tp=int((labels & predictions).sum()),
+        fp=int((~labels & predictions).sum()),
+        fn=int((labels & ~predictions).sum()),
+        tn=int((~labels & ~predictions).sum()),
+    )
 
 
-def ratio(part, whole):
-    """part/whole, and nan for 0/0."""
-    return part / whole if whole else math.nan
+def ratio(numerator, denominator):
+    """numerator/denominator, and nan for 0/0."""
+    return numerator / denominator if denominator else math.nan
 
 
 def sensitivity(c):
@@ -98,75 +118,138 @@ def precision(c):
 
 
 def f1(c):
-    """2·TP/(2·TP + FP + FN), the harmonic mean of precision and sensitivity   [eq_5_2_f1]; c: Confusion"""
+    """2·TP/(2·TP + FP + FN), of precision and sensitivity the harmonic mean   [eq_5_2_f1]
+
+    c: Confusion.
+    """
     return ratio(2 * c.tp, 2 * c.tp + c.fp + c.fn)
 
 
 def metrics(confusion):
     """Metrics(sensitivity, specificity, precision, f1) of a Confusion; nan where a ratio is 0/0."""
-    return Metrics(sensitivity(confusion), specificity(confusion), precision(confusion), f1(confusion))
+    return Metrics(
+        sensitivity=sensitivity(confusion),
+        specificity=specificity(confusion),
+        precision=precision(confusion),
+        f1=f1(confusion),
+    )
 
 
 # Tables 2–5: arm, title, and the thesis' matrix
 
 TABLES = {
-    2: ("real", "Conventional augmentation baseline", Confusion(1583, 2776, 50, 113451)),     # [num_table_2]
-    3: ("mixed", "Generative augmentation mixed with real data", Confusion(1377, 750, 256, 115477)),     # [num_table_3]
-    4: ("fake", "Completely fake data", Confusion(919, 8539, 714, 107688)),     # [num_table_4]
-    5: ("critic", "Critic auxiliary classifier, no fine-tuning", Confusion(1215, 815, 418, 115412)),     # [num_table_5]
+    2: ("real", "Conventional augmentation baseline",
+        Confusion(1583, 2776, 50, 113451)),     # [num_table_2]
+    3: ("mixed", "Generative augmentation mixed with real data",
+        Confusion(1377, 750, 256, 115477)),     # [num_table_3]
+    4: ("fake", "Completely fake data",
+        Confusion(919, 8539, 714, 107688)),     # [num_table_4]
+    5: ("critic", "Critic auxiliary classifier, no fine-tuning",
+        Confusion(1215, 815, 418, 115412)),     # [num_table_5]
 }
+ARMS = [arm for arm, _, _ in TABLES.values()]
+
+
+class CriticHead(torch.nn.Module):
+    """A critic's auxiliary head, as a classifier: cube (n, 1, c, c, c) → class logits (n, 2)."""
+
+    def __init__(self, critic):
+        super().__init__()
+        self.critic = critic
+
+    def forward(self, x):
+        _, logits = self.critic(x)
+        return logits
+
+
+def report_unfinished(path, state):
+    """Say so where a training was stopped before its last epoch."""
+    if state["epoch"] < state["epochs"]:
+        print(f"{path}: stopped at epoch {state['epoch']} of {state['epochs']}.")
+
+
+RETRAIN = "train it again with --overwrite"
+
+
+def load_critic(path, dataset, remedy):
+    """The critic's auxiliary head, from the GAN's checkpoint."""
+    state = lungaug.load_checkpoint(path, remedy, prepared=dataset.fingerprint)
+    with lungaug.refuse_on_error(path, RETRAIN):
+        critic = Critic(dataset.cube, state["settings"]["width"])
+        critic.load_state_dict(state["critic"])
+        report_unfinished(path, state)
+    return CriticHead(critic)
+
+
+def load_classifier(path, dataset, classes, remedy):
+    """A classifier at its best epoch.
+
+    classes: the record of the generated cubes with which it must have been trained; None for real.
+    """
+    state = lungaug.load_checkpoint(path, remedy, prepared=dataset.fingerprint, generated=classes)
+    with lungaug.refuse_on_error(path, RETRAIN):
+        classifier = Classifier(dataset.cube)
+        classifier.load_state_dict(state["best"]["classifier"])
+        report_unfinished(path, state)
+    return classifier
 
 
 def load_networks(run, dataset, device):
-    """arm → a function of cubes that gives class logits (n, 2), for each arm that was trained. Raises Refusal.
+    """arm → the network that gives its class logits, for each arm that was trained. Raises Refusal.
 
-    All must come from this dataset and from one GAN: others may have been trained on what is the test set here.
+    All must come from this dataset and from one GAN: others may have been trained on cubes that are
+    in the test set here.
     """
-    networks, gan = {}, run / "gan" / "checkpoint.pt"
-    made_with = run / "classifiers" / "generated" / "generated.json"
-    do = f"run python train_classifier.py --run {run} first"
-    gan_crc = zlib.crc32(lungaug.read(gan, f"run python train_gan.py --run {run} first"))
-    with lungaug.refusing(made_with, do):
-        made = lungaug.read(made_with, do)
-        used, classes = made["settings"], made["classes"]
-    for arm, *_ in TABLES.values():
-        path = gan if arm == "critic" else run / "classifiers" / arm / "checkpoint.pt"
-        if arm in ("mixed", "fake") and not path.exists():
-            continue
-        if arm == "critic":
-            state = lungaug.load_checkpoint(path, do, prepared=dataset.fingerprint)
-        else:
-            delivered = None if arm == "real" else classes
-            state = lungaug.load_checkpoint(path, do, prepared=dataset.fingerprint, delivered=delivered)
-        with lungaug.refusing(path, "train it again with --overwrite"):
-            if arm == "critic":
-                network, weights = Critic(dataset.cube, state["settings"]["width"]), state["critic"]
-            else:
-                network, weights = Classifier(dataset.cube), state["best"]["classifier"]
-            network.load_state_dict(weights)
-            if state["epoch"] < state["epochs"]:
-                print(f"{path}: stopped at epoch {state['epoch']} of {state['epochs']}.")
-        network.eval().to(device)
-        networks[arm] = (lambda x, critic=network: critic(x)[1]) if arm == "critic" else network
-    lungaug.same_settings(made_with, used, {"gan_crc32": gan_crc},
-                          f"python train_classifier.py --run {run} --overwrite makes it again and keeps the GAN")
-    return networks
+    # Read what the GAN generated, and for which GAN.
+    gan = run / "gan" / "checkpoint.pt"
+    gan_crc32 = lungaug.file_crc32(gan, f"run python train_gan.py --run {run} first")
+    generated_json = run / "classifiers" / "generated" / "generated.json"
+    remedy = f"run python train_classifier.py --run {run} first"
+    generated = lungaug.read_json(generated_json, remedy)
+    with lungaug.refuse_on_error(generated_json, remedy):
+        generated_settings = generated["settings"]
+        classes = generated["classes"]
+
+    # Load each arm. The arms mixed and fake are missing where the GAN made too little.
+    networks = {}
+    for arm in ("real", "mixed", "fake"):
+        path = run / "classifiers" / arm / "checkpoint.pt"
+        if arm == "real":
+            networks[arm] = load_classifier(path, dataset, None, remedy)
+        elif path.exists():
+            networks[arm] = load_classifier(path, dataset, classes, remedy)
+    networks["critic"] = load_critic(gan, dataset, remedy)
+
+    remedy = (f"run python train_classifier.py --run {run} --overwrite, which generates again and "
+              "keeps the GAN")
+    lungaug.require_settings(generated_json, generated_settings, {"gan_crc32": gan_crc32}, remedy)
+    return {arm: network.eval().to(device) for arm, network in networks.items()}
 
 
 def score_test(networks, dataset, device):
-    """Positive where ŷ(positive) > ½   [rule_5_2_argmax]: arm → that probability for each test cube (n,)"""
+    """Positive where ŷ(positive) > ½   [rule_5_2_argmax]
+
+    Returns arm → the probability ŷ(positive) of each test cube (n,).
+    """
     rows, flips, _ = preprocessing.labelled(dataset, "test")
 
-    def every(x):
-        return torch.stack([network(x).softmax(1)[:, 1] for network in networks.values()], dim=1)
+    def read_cubes(numbers):
+        return preprocessing.read_cubes(dataset, rows[numbers], flips[numbers])
 
-    scores = lungaug.predict(every, lambda part: preprocessing.read_cubes(dataset, rows[part], flips[part]),
-                             len(rows), device)
+    def probabilities(cubes):
+        of_arms = [network(cubes).softmax(1)[:, 1] for network in networks.values()]
+        return torch.stack(of_arms, dim=1)      # (n, arms)
+
+    # Every arm scores a cube while it is in memory.
+    scores = lungaug.predict(probabilities, read_cubes, len(rows), device)
     return dict(zip(networks, scores.T))
 
 
 def write_scores(path, dataset, scores):
-    """scores.csv: a test cube's series UID, centre (x, y, z) in mm, flip (0–7), label, and each arm's probability."""
+    """Write scores.csv: each test cube's series UID, centre, flip, label, probability of each arm.
+
+    The centre is (x, y, z) in mm; the flip is a number from 0 to 7.
+    """
     rows, flips, labels = preprocessing.labelled(dataset, "test")
     text = io.StringIO()
     table = csv.writer(text, lineterminator="\n")
@@ -174,132 +257,250 @@ def write_scores(path, dataset, scores):
     for i, (scan, *voxel) in enumerate(rows.tolist()):
         info = dataset.info["scans"][scan]
         centre = np.array(info["origin"]) + voxel[::-1]
-        table.writerow([info["seriesuid"], *(f"{v:.2f}" for v in centre), flips[i], labels[i],
-                        *(f"{probability[i]:.9g}" for probability in scores.values())])
+        centre_text = [f"{coordinate:.2f}" for coordinate in centre]
+        score_text = [f"{probability[i]:.9g}" for probability in scores.values()]
+        table.writerow([info["seriesuid"], *centre_text, flips[i], labels[i], *score_text])
     lungaug.write(path, text.getvalue())
 
 
-def both(confusion):
+def as_json(confusion):
     """A Confusion and its Metrics as JSON holds them: nan is null."""
-    numbers = {key: None if math.isnan(value) else value for key, value in metrics(confusion)._asdict().items()}
-    return {"confusion": confusion._asdict(), "metrics": numbers}
+    values = {}
+    for name, value in metrics(confusion)._asdict().items():
+        values[name] = None if math.isnan(value) else value
+    return {"confusion": confusion._asdict(), "metrics": values}
 
 
 def tables(dataset, scores):
-    """Tables 2–5 as results.json holds them, with positives counted with their flips, as nodules, and the thesis'."""
+    """Tables 2–5 as results.json holds them, each beside the thesis'.
+
+    "flips": positives counted with their eight flips, as in the thesis; "nodules": each once.
+    """
     _, flips, labels = preprocessing.labelled(dataset, "test")
-    out = {}
+    unflipped = flips == 0
+    results = {}
     for number, (arm, title, thesis) in TABLES.items():
-        out[number] = {"arm": arm, "title": title, "thesis": both(thesis)}
+        # An arm that was not trained has the thesis' column only.
+        table = {"arm": arm, "title": title, "thesis": as_json(thesis)}
         if arm in scores:
-            for name, chosen in (("flips", slice(None)), ("nodules", flips == 0)):
-                out[number][name] = both(confusion_matrix(labels[chosen], scores[arm][chosen] > 0.5))
-    return out
+            predictions = scores[arm] > 0.5
+            table["flips"] = as_json(confusion_matrix(labels, predictions))
+            table["nodules"] = as_json(confusion_matrix(labels[unflipped], predictions[unflipped]))
+        results[number] = table
+    return results
 
 
 def table_title(number, table):
     """The title of one of Tables 2–5, and why it is empty where the arm was not trained."""
-    return f"Table {number}. {table['title']}{'' if 'flips' in table else ' (not trained: no generated samples)'}"
+    title = f"Table {number}. {table['title']}"
+    if "flips" not in table:
+        title += " (not trained: no generated samples)"
+    return title
 
 
 TABLE_HEAD = ("", "positives with flips", "positives as nodules", "thesis")
+TABLE_COLUMNS = ("flips", "nodules", "thesis")
 
 
 def table_cells(table):
     """One of Tables 2–5 as rows of text; – where the arm was not trained."""
-    return [(key.replace("f1", "F1") if part == "metrics" else key.upper(),
-             *(lungaug.shown(table[column][part][key] if column in table else None)
-               for column in ("flips", "nodules", "thesis")))
-            for part in ("confusion", "metrics") for key in table["thesis"][part]]
+    rows = []
+    for group in ("confusion", "metrics"):
+        for name in table["thesis"][group]:
+            label = name.upper() if len(name) == 2 else name        # TP, FP, FN, TN and F1
+            numbers = [table[column][group][name] if column in table else None
+                       for column in TABLE_COLUMNS]
+            rows.append((label, *map(lungaug.format_number, numbers)))
+    return rows
 
 
 # 4.1.1, 4.4.1 Figures 7 and 8: curves, SVG with strings
 
+COLOURS = ("#1f77b4", "#d62728", "#2ca02c", "#9467bd")
+CHART_WIDTH = 460
+CHART_HEIGHT = 270
+LEFT = 58               # of the plot in the chart, in pixels, from the chart's left
+RIGHT = 446
+TOP = 38
+BOTTOM = 228
+
+
+class Line(NamedTuple):
+    """One line of a chart: its name, its points, and the band around it, if it has one."""
+    name: str
+    x: list             # (n,)
+    y: list             # (n,)
+    band: tuple = None  # low (n,), high (n,)
+
+
 def ticks(low, high):
     """Round numbers within [low, high], half a dozen or so."""
-    step = 10 ** np.floor(np.log10(max(high - low, 1e-12)))
-    step *= next(f for f in (0.1, 0.2, 0.5, 1, 2) if (high - low) / (step * f) <= 8)
-    return [float(value) for value in np.arange(np.ceil(low / step), np.floor(high / step) + 1) * step + 0.0]
+    # The step is 1, 2 or 5 times a power of ten, and leaves at most nine numbers.
+    power = 10 ** np.floor(np.log10(max(high - low, 1e-12)))
+    for factor in (0.1, 0.2, 0.5, 1, 2):
+        step = power * factor
+        if (high - low) / step <= 8:
+            break
+
+    values = np.arange(np.ceil(low / step), np.floor(high / step) + 1) * step
+    # Adding 0 turns −0 into 0.
+    return [float(value) for value in values + 0.0]
 
 
-COLOURS = ("#1f77b4", "#d62728", "#2ca02c", "#9467bd")
-CURVES = 460, 270       # width and height of one chart
+def y_limits(lines):
+    """The lowest and the highest finite value of all lines and bands, never the same."""
+    values = []
+    for line in lines:
+        values.append(np.ravel(line.y))
+        if line.band:
+            values += [np.ravel(line.band[0]), np.ravel(line.band[1])]
+    values = np.concatenate(values)
+    values = values[np.isfinite(values)]
+
+    low = values.min() if len(values) else 0.0
+    high = values.max() if len(values) else 0.0
+    if high - low <= 1e-12:
+        return low - 0.5, high + 0.5
+    return low, high
+
+
+def x_limits(lines):
+    """Where the first line begins and the last one ends."""
+    return min(line.x[0] for line in lines), max(line.x[-1] for line in lines)
+
+
+def chart_text(x, y, words, anchor="middle", more=""):
+    """A piece of text in a chart, as SVG."""
+    words = html.escape(words)
+    return f'<text x="{x:.1f}" y="{y:.1f}" text-anchor="{anchor}" {more}>{words}</text>'
+
+
+class Axes:
+    """The plot of a chart: it turns values into pixels."""
+
+    def __init__(self, x_range, y_range):
+        self.first, self.last = x_range
+        self.low, self.high = y_range
+
+    def x(self, value):
+        """Pixels from the chart's left."""
+        share = (value - self.first) / max(self.last - self.first, 1e-12)
+        return LEFT + share * (RIGHT - LEFT)
+
+    def y(self, value):
+        """Pixels from the chart's top."""
+        share = (value - self.low) / (self.high - self.low)
+        return BOTTOM - share * (BOTTOM - TOP)
+
+    def points(self, xs, ys):
+        """Points as SVG lists them; those whose value is not finite are skipped."""
+        pairs = []
+        for x, y in zip(xs, ys):
+            if np.isfinite(y):
+                pairs.append(f"{self.x(x):.1f},{self.y(y):.1f}")
+        return " ".join(pairs)
+
+    def grid(self):
+        """Horizontal lines with their values, and the values below the plot."""
+        parts = []
+        for value in ticks(self.low, self.high):
+            y = self.y(value)
+            parts.append(f'<path d="M{LEFT} {y:.1f}H{RIGHT}" stroke="#ddd"/>')
+            parts.append(chart_text(LEFT - 5, y + 4, f"{value:g}", "end"))
+        for value in ticks(self.first, self.last):
+            parts.append(chart_text(self.x(value), BOTTOM + 15, f"{value:g}"))
+        return "".join(parts)
+
+    def curve(self, line, colour):
+        """A line and its band."""
+        parts = []
+        if line.band:
+            low, high = line.band
+            around = f"{self.points(line.x, high)} {self.points(line.x[::-1], low[::-1])}"
+            parts.append(f'<polygon fill="{colour}" fill-opacity=".2" points="{around}"/>')
+        points = self.points(line.x, line.y)
+        parts.append(f'<polyline fill="none" stroke="{colour}" stroke-width="1.6" '
+                     f'points="{points}"/>')
+        return "".join(parts)
+
+
+def legend(lines):
+    """The lines' names in their colours, above the plot."""
+    names = []
+    for line, colour in zip(lines, itertools.cycle(COLOURS)):
+        names.append(f'<tspan fill="{colour}" dx="12">{html.escape(line.name)}</tspan>')
+    return f'<text x="{RIGHT}" y="29" text-anchor="end">{"".join(names)}</text>'
 
 
 def curves(title, lines, x_label, y_label):
-    """A chart, a group of SVG. lines: (name, x (n,), y (n,), band), the band (low (n,), high (n,)) shaded, or None."""
-    (width, height), right, bottom = CURVES, CURVES[0] - 14, CURVES[1] - 42
-    values = np.concatenate([np.ravel(part) for _, _, y, band in lines for part in (y, *(band or ()))])
-    values = values[np.isfinite(values)] if np.isfinite(values).any() else np.zeros(1)
-    low, high = values.min(), values.max()
-    low, high = (low, high) if high - low > 1e-12 else (low - 0.5, high + 0.5)
-    first, last = min(x[0] for _, x, _, _ in lines), max(x[-1] for _, x, _, _ in lines)
-
-    def place(x, y):
-        across, up = (x - first) / max(last - first, 1e-12), (y - low) / (high - low)
-        return 58 + across * (right - 58), bottom - up * (bottom - 38)
-
-    def points(x, y):
-        return " ".join(f"{a:.1f},{b:.1f}" for a, b in (place(*point) for point in zip(x, y)) if np.isfinite(b))
-
-    def text(x, y, words, anchor="middle", more=""):
-        return f'<text x="{x:.1f}" y="{y:.1f}" text-anchor="{anchor}" {more}>{html.escape(words)}</text>'
-
-    legend, out = [], [text(width / 2, 15, title), text(width / 2, height - 8, x_label),
-                   text(0, 0, y_label, more=f'transform="translate(13 {height / 2}) rotate(-90)"')]
-    for value in ticks(low, high):
-        y = place(first, value)[1]
-        out.append(f'<path d="M58 {y:.1f}H{right}" stroke="#ddd"/>' + text(53, y + 4, f"{value:g}", "end"))
-    out += [text(place(value, low)[0], bottom + 15, f"{value:g}") for value in ticks(first, last)]
-    for i, (name, x, y, band) in enumerate(lines):
-        colour = COLOURS[i % len(COLOURS)]
-        if band:
-            around = f"{points(x, band[1])} {points(x[::-1], band[0][::-1])}"
-            out.append(f'<polygon fill="{colour}" fill-opacity=".2" points="{around}"/>')
-        out.append(f'<polyline fill="none" stroke="{colour}" stroke-width="1.6" points="{points(x, y)}"/>')
-        legend.append(f'<tspan fill="{colour}" dx="12">{html.escape(name)}</tspan>')
-    out.append(f'<text x="{right}" y="29" text-anchor="end">{"".join(legend)}</text>')
-    return f'<g><rect width="{width}" height="{height}" fill="#fff"/>{"".join(out)}</g>'
+    """A chart of Lines, as a group of SVG."""
+    axes = Axes(x_limits(lines), y_limits(lines))
+    turned = f'transform="translate(13 {CHART_HEIGHT / 2}) rotate(-90)"'
+    parts = [
+        f'<rect width="{CHART_WIDTH}" height="{CHART_HEIGHT}" fill="#fff"/>',
+        chart_text(CHART_WIDTH / 2, 15, title),
+        chart_text(CHART_WIDTH / 2, CHART_HEIGHT - 8, x_label),
+        chart_text(0, 0, y_label, more=turned),
+        axes.grid(),
+    ]
+    for line, colour in zip(lines, itertools.cycle(COLOURS)):
+        parts.append(axes.curve(line, colour))
+    parts.append(legend(lines))
+    return f"<g>{''.join(parts)}</g>"
 
 
-def beside(*charts, columns=2):
-    """Charts of `curves` in reading order, an SVG file's text."""
-    width, height = CURVES
-    moved = [f'<g transform="translate({i % columns * width} {i // columns * height})">{chart}</g>'
-             for i, chart in enumerate(charts)]
-    wide, high = min(columns, len(charts)) * width, -(-len(charts) // columns) * height
-    return (f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {wide} {high}" width="{wide}" height="{high}" '
-            f'font-family="sans-serif" font-size="11">{"".join(moved)}</svg>')
+def side_by_side(charts, columns=2):
+    """Charts of `curves` in reading order, as the text of an SVG file."""
+    moved = []
+    for i, chart in enumerate(charts):
+        row, column = divmod(i, columns)
+        place = f"translate({column * CHART_WIDTH} {row * CHART_HEIGHT})"
+        moved.append(f'<g transform="{place}">{chart}</g>')
+
+    width = min(columns, len(charts)) * CHART_WIDTH
+    height = math.ceil(len(charts) / columns) * CHART_HEIGHT
+    return (f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {width} {height}" '
+            f'width="{width}" height="{height}" font-family="sans-serif" font-size="11">'
+            f'{"".join(moved)}</svg>')
 
 
 def smooth(values, window):
-    """Running mean over a centred window, and its 95% band, ±1.96 standard deviations within it   [rule_4_1_smoothed]
+    """Running mean over a centred window, and its 95% band   [rule_4_1_smoothed]
 
-    values: (n,). Returns the mean (n,) and the band's (low, high).
+    values: (n,). The band is ±1.96 standard deviations of the values within the window. Returns the
+    mean (n,) and the band's (low, high).
     """
     values = np.asarray(values, float)
-    out = np.empty((2, len(values)))
+    mean = np.empty(len(values))
+    half_band = np.empty(len(values))
     for i in range(len(values)):
-        part = values[max(0, i - window // 2):i + window // 2 + 1]
-        out[:, i] = part.mean(), 1.96 * part.std()
-    return out[0], (out[0] - out[1], out[0] + out[1])
+        inside = values[max(0, i - window // 2):i + window // 2 + 1]
+        mean[i] = inside.mean()
+        half_band[i] = 1.96 * inside.std()
+    return mean, (mean - half_band, mean + half_band)
 
 
 def figure_7(rows):
-    """The log's rows as one SVG of smoothed curves with 95% bands: estimate, cross-entropy, penalty, accuracy."""
-    epochs, window = [row["epoch"] for row in rows], max(3, len(rows) // 40)
+    """The GAN log's rows as one SVG of four charts of smoothed curves with 95% bands."""
+    epochs = [row["epoch"] for row in rows]
+    window = max(3, len(rows) // 40)
 
-    def line(name, key, part="critic"):
-        middle, band = smooth([row[part][key] for row in rows], window)
-        return name, epochs, middle, band
+    def line(name, network, term):
+        mean, band = smooth([row[network][term] for row in rows], window)
+        return Line(name, epochs, mean, band)
 
-    return beside(*(curves(title, lines, "epoch", unit) for title, unit, lines in (
-        ("Wasserstein distance estimate", "estimate", [line("f(real) − f(fake)", "wasserstein")]),
-        ("Auxiliary classification", "cross-entropy", [line("critic, reals and fakes", "auxiliary"),
-                                                       line("generator, fakes", "auxiliary", "generator")]),
-        ("Gradient penalty", "penalty", [line("(‖∇f‖ − 1)²", "penalty")]),
-        ("Class accuracy of the critic", "accuracy", [line("on reals", "real_accuracy"),
-                                                      line("on fakes", "fake_accuracy")]))))
+    estimate = curves("Wasserstein distance estimate",
+                      [line("f(real) − f(fake)", "critic", "wasserstein")], "epoch", "estimate")
+    auxiliary = curves("Auxiliary classification",
+                       [line("critic, reals and fakes", "critic", "auxiliary"),
+                        line("generator, fakes", "generator", "auxiliary")],
+                       "epoch", "cross-entropy")
+    penalty = curves("Gradient penalty",
+                     [line("(‖∇f‖ − 1)²", "critic", "penalty")], "epoch", "penalty")
+    accuracy = curves("Class accuracy of the critic",
+                      [line("on reals", "critic", "real_accuracy"),
+                       line("on fakes", "critic", "fake_accuracy")], "epoch", "accuracy")
+    return side_by_side([estimate, auxiliary, penalty, accuracy])
 
 
 def figure_8(logs):
@@ -307,26 +508,38 @@ def figure_8(logs):
     charts = []
     for arm, rows in logs.items():
         epochs = [row["epoch"] for row in rows]
-        lines = [(name, epochs, [row[f"{name}_loss"] for row in rows], None) for name in ("train", "validation")]
+        lines = []
+        for name in ("train", "validation"):
+            lines.append(Line(name, epochs, [row[f"{name}_loss"] for row in rows]))
         charts.append(curves(f"Classifier, {arm} data", lines, "epoch", "cross-entropy"))
-    return beside(*charts, columns=3)
+    return side_by_side(charts, columns=3)
 
 
 def draw_curves(folder, run):
-    """figure_7.svg and figure_8.svg, of the logs that are there, a running training's too."""
-    logs = {arm: lungaug.read_log(run / "classifiers" / arm / "log.jsonl") for arm, *_ in TABLES.values()}
-    logs, rows = {arm: rows for arm, rows in logs.items() if rows}, lungaug.read_log(run / "gan" / "log.jsonl")
-    for number, figure, shown, where in ((7, figure_7, rows, "gan"), (8, figure_8, logs, "classifiers")):
-        do = "its log.jsonl is damaged: train again with --overwrite"
-        with lungaug.refusing(run / where, do), np.errstate(over="raise", invalid="raise"):
-            if shown:
-                lungaug.write(folder / f"figure_{number}.svg", figure(shown))
+    """Draw figure_7.svg and figure_8.svg of the logs that exist, a running training's too."""
+    remedy = "its log.jsonl is damaged: train again with --overwrite"
+
+    gan_rows = lungaug.read_log(run / "gan" / "log.jsonl")
+    if gan_rows:
+        path = run / "gan"
+        with lungaug.refuse_on_error(path, remedy), np.errstate(over="raise", invalid="raise"):
+            lungaug.write(folder / "figure_7.svg", figure_7(gan_rows))
+
+    logs = {}
+    for arm in ARMS:
+        rows = lungaug.read_log(run / "classifiers" / arm / "log.jsonl")
+        if rows:
+            logs[arm] = rows
+    if logs:
+        path = run / "classifiers"
+        with lungaug.refuse_on_error(path, remedy), np.errstate(over="raise", invalid="raise"):
+            lungaug.write(folder / "figure_8.svg", figure_8(logs))
 
 
 # 2.1.7, 5.1 Figures 2, 3 and 9–14: cubes
 
 def slices(cube, columns=12):
-    """All axial slices of a cube in reading order, superior to inferior   [rule_2_1_7_reading_order]
+    """All axial slices in reading order, superior to inferior   [rule_2_1_7_reading_order]
 
     cube: (z, y, x) in [-1, 1], z rising to superior. Returns uint8 grey.
     """
@@ -334,102 +547,304 @@ def slices(cube, columns=12):
 
 
 def planes(cube):
-    """The middle planes of a cube (z, y, x) in [-1, 1]: axial, coronal, sagittal, superior up, side by side; uint8."""
-    c = cube.shape[0] // 2
-    return lungaug.tile(lungaug.grey(np.stack([cube[c], cube[::-1, c], cube[::-1, :, c]])), 3, gap=1)
+    """The middle planes of a cube (z, y, x) in [-1, 1], side by side, superior up; uint8 grey.
+
+    They are the axial, the coronal and the sagittal one.
+    """
+    middle = cube.shape[0] // 2
+    axial = cube[middle]
+    coronal = cube[::-1, middle]
+    sagittal = cube[::-1, :, middle]
+    return lungaug.tile(lungaug.grey(np.stack([axial, coronal, sagittal])), 3, gap=1)
 
 
-def draw_cubes(folder, dataset, shown=3):
-    """Figures 2 (positives) and 3 (negatives), slice by slice; nodules.png, the middle planes of 24 nodules at most."""
-    for number, rows in ((2, dataset.positives["train"]), (3, dataset.negatives["train"])):
-        chosen = np.unique(np.linspace(0, len(rows) - 1, shown).astype(int))
-        cubes = preprocessing.read_cubes(dataset, rows[chosen])[:, 0]
-        sheet = lungaug.tile([slices(cube) for cube in cubes], 1, gap=6, paper=255)
-        lungaug.write(folder / f"figure_{number}.png", lungaug.png(sheet, 48 // dataset.cube or 1))
-    cubes = preprocessing.read_cubes(dataset, np.concatenate(list(dataset.positives.values()))[:24])[:, 0]
+def draw_slices(path, dataset, rows, count=3):
+    """Draw some of the cubes at `rows`, slice by slice: figures 2 and 3."""
+    chosen = rows[lungaug.evenly(len(rows), count)]
+    cubes = preprocessing.read_cubes(dataset, chosen)[:, 0]
+    sheet = lungaug.tile([slices(cube) for cube in cubes], 1, gap=6, paper=255)
+    lungaug.write(path, lungaug.png(sheet, lungaug.zoom(dataset.cube, 48)))
+
+
+def draw_cubes(folder, dataset):
+    """Draw figures 2 (positives) and 3 (negatives), and nodules.png.
+
+    The last shows the middle planes of up to 24 nodules.
+    """
+    draw_slices(folder / "figure_2.png", dataset, dataset.positives["train"])
+    draw_slices(folder / "figure_3.png", dataset, dataset.negatives["train"])
+
+    all_positives = np.concatenate(list(dataset.positives.values()))
+    cubes = preprocessing.read_cubes(dataset, all_positives[:24])[:, 0]
     sheet = lungaug.tile([planes(cube) for cube in cubes], 4, gap=6, paper=255)
     lungaug.write(folder / "nodules.png", lungaug.png(sheet, 2))
 
 
 def pair(left, right):
-    """Two cubes in [-1, 1] side by side: their middle planes, threefold, over all slices, superior to inferior."""
+    """Two cubes in [-1, 1] side by side: their middle planes, threefold, above all their slices."""
     halves = []
     for cube in (left, right):
-        sheet, middle = slices(cube), planes(cube).repeat(3, 0).repeat(3, 1)
-        middle = np.pad(middle, ((0, 3), (0, sheet.shape[1] - middle.shape[1])), constant_values=255)
+        sheet = slices(cube)
+        middle = planes(cube).repeat(3, axis=0).repeat(3, axis=1)
+
+        # Fill up with white to the sheet's width, and leave three rows in between.
+        missing_columns = sheet.shape[1] - middle.shape[1]
+        middle = np.pad(middle, ((0, 3), (0, missing_columns)), constant_values=255)
         halves.append(np.concatenate([middle, sheet]))
     return lungaug.tile(halves, 2, gap=8, paper=255)
 
 
-def draw_novelty(folder, run, dataset, count=6):
-    """Figures 9–14: a generated positive beside its nearest training cube; and the distances, for results.json.
+def choose_generated(run, dataset, count):
+    """Generated positives for figures 9–14, in [-1, 1] (n, c, c, c), n ≤ count, and how many
+    passed.
 
-    The nearest is sought among all training cubes: positives with their flips, negatives as they are. For scale, the
-    same distance is taken for as many real test positives: a copy of training data would be far nearer than they are.
+    Accepted ones, evenly chosen; where they are fewer than `count`, the best of the rejected
+    follow.
     """
-    generated = run / "classifiers" / "generated"
-    accepted, rejected = (preprocessing.open_array(generated / f"positive{kind}.npy", dataset.cube)
-                          for kind in ("", "_rejected"))
-    chosen = accepted[np.linspace(0, len(accepted) - 1, min(count, len(accepted))).astype(int)]
-    queries = preprocessing.normalize(np.concatenate([chosen, rejected])[:count])
-    test = dataset.positives["test"][:count]
-    held_out = preprocessing.read_cubes(dataset, test)[:, 0] if len(test) else queries[:0]
+    folder = run / "classifiers" / "generated"
+    accepted = preprocessing.open_array(folder / "positive.npy", dataset.cube)
+    rejected = preprocessing.open_array(folder / "positive_rejected.npy", dataset.cube)
+    chosen = accepted[lungaug.evenly(len(accepted), count)]
+    cubes = np.concatenate([chosen, rejected])[:count]
+    return preprocessing.normalize(cubes), len(chosen)
+
+
+def draw_novelty(folder, run, dataset, count=6):
+    """Draw figures 9–14: a generated positive beside its nearest training cube.
+
+    The nearest is sought among all training cubes: positives with their flips, negatives as they
+    are. For scale, the same distance is taken for as many real test positives: a copy of training
+    data would be far nearer than they are. Returns the distances, as results.json holds them.
+    """
+    # Read the generated cubes and the real ones of the test set.
+    queries, n_accepted = choose_generated(run, dataset, count)
+    held_out = queries[:0]
+    test_rows = dataset.positives["test"][:count]
+    if len(test_rows):
+        held_out = preprocessing.read_cubes(dataset, test_rows)[:, 0]
+
+    # Find the nearest of both in one pass over the training set.
     rows, flips, labels = preprocessing.labelled(dataset, "train")
-    where, distances = nearest_training(np.concatenate([queries, held_out]), dataset, rows, flips)
-    nearest = preprocessing.read_cubes(dataset, rows[where[:len(queries)]], flips[where[:len(queries)]])[:, 0]
-    for i, (left, right) in enumerate(zip(queries, nearest)):
-        lungaug.write(folder / f"figure_{9 + i}.png", lungaug.png(pair(left, right), 48 // dataset.cube or 1))
-    found = [{"figure": 9 + i, "accepted": i < len(chosen), "distance": float(distances[i]),
-              "nearest_label": int(labels[where[i]]),
-              "nearest_seriesuid": dataset.info["scans"][rows[where[i], 0]]["seriesuid"]}
-             for i in range(len(queries))]
-    return {"generated": found, "held_out_distances": distances[len(queries):].tolist()}
+    all_queries = np.concatenate([queries, held_out])
+    nearest, distances = nearest_training(all_queries, dataset, rows, flips)
+
+    records = []
+    for i, query in enumerate(queries):
+        # Draw the generated cube beside its nearest one.
+        row = rows[[nearest[i]]]
+        training_cube = preprocessing.read_cubes(dataset, row, flips[[nearest[i]]])[0, 0]
+        picture = lungaug.png(pair(query, training_cube), lungaug.zoom(dataset.cube, 48))
+        lungaug.write(folder / f"figure_{9 + i}.png", picture)
+
+        # Record whose cube that is, and whether it has a nodule.
+        scan = dataset.info["scans"][row[0, 0]]
+        records.append({
+            "figure": 9 + i,
+            "accepted": i < n_accepted,
+            "distance": float(distances[i]),
+            "nearest_label": int(labels[nearest[i]]),
+            "nearest_seriesuid": scan["seriesuid"],
+        })
+    return {"generated": records, "held_out_distances": distances[len(queries):].tolist()}
 
 
-def distances(values):
+def format_distances(values):
     return ", ".join(f"{value:.1f}" for value in values)
+
+
+# The page: what evaluate.py itself shows, and the report of all stages
+
+def novelty_figures(records):
+    """Figures 9–14 with their captions; records: of results.json."""
+    figures = []
+    for record in records:
+        generated = "Generated" if record["accepted"] else "Generated, not accepted in 4.3"
+        caption = (f"Figure {record['figure']}. {generated} (left); the nearest training sample, "
+                   f"l2 distance {record['distance']:.1f} (right).")
+        figures.append(lungaug.Figure(caption, f"figure_{record['figure']}.png"))
+    return figures
 
 
 def page(results):
     """What the report shows: the figures of sections 2 and 4, and section 5."""
-    pictures = [(f"Figure {row['figure']}. Generated{'' if row['accepted'] else ', not accepted in 4.3'} (left); the "
-                 f"nearest training sample, l2 distance {row['distance']:.1f} (right).", f"figure_{row['figure']}.png")
-                for row in results["novelty"]["generated"]]
-    captioned = [(table_title(number, table), TABLE_HEAD, table_cells(table))
-                 for number, table in results["tables"].items()]
-    generated, held_out = results["novelty"].values()
-    nearest = [("generated", distances(row["distance"] for row in generated)),
-               ("real test positives", distances(held_out))]
-    return ["2.1.7 Processed samples",
-            ("Nodules, each in its three middle planes: axial, coronal, sagittal.", "nodules.png"),
-            ("Figure 2. Positive samples, slice by slice from superior to inferior.", "figure_2.png"),
-            ("Figure 3. Negative samples, slice by slice from superior to inferior.", "figure_3.png"),
-            "4.1 Wasserstein GAN: loss curves", ("Figure 7. Loss curves, smoothed, with 95% bands.", "figure_7.svg"),
-            "4.4 Classifier", ("Figure 8. Training and validation loss.", "figure_8.svg"),
-            "5.1 Generated samples", *pictures,
-            ("The nearest training sample. A copy of it would lie at 0.", ("", "l2 distances"), nearest),
-            "5.2 Classification metrics", *captioned]
+    # List the distances, those of real nodules as the scale.
+    novelty = results["novelty"]
+    generated_distances = [record["distance"] for record in novelty["generated"]]
+    distances = [("generated", format_distances(generated_distances)),
+                 ("real test positives", format_distances(novelty["held_out_distances"]))]
+
+    # Draw up Tables 2–5.
+    metric_tables = []
+    for number, table in results["tables"].items():
+        title = table_title(number, table)
+        metric_tables.append(lungaug.Table(title, TABLE_HEAD, table_cells(table)))
+
+    return [
+        lungaug.Heading("2.1.7 Processed samples"),
+        lungaug.Figure("Nodules, each in its three middle planes: axial, coronal, sagittal.",
+                       "nodules.png"),
+        lungaug.Figure("Figure 2. Positive samples, slice by slice from superior to inferior.",
+                       "figure_2.png"),
+        lungaug.Figure("Figure 3. Negative samples, slice by slice from superior to inferior.",
+                       "figure_3.png"),
+
+        lungaug.Heading("4.1 Wasserstein GAN: loss curves"),
+        lungaug.Figure("Figure 7. Loss curves, smoothed, with 95% bands.", "figure_7.svg"),
+
+        lungaug.Heading("4.4 Classifier"),
+        lungaug.Figure("Figure 8. Training and validation loss.", "figure_8.svg"),
+
+        lungaug.Heading("5.1 Generated samples"),
+        *novelty_figures(novelty["generated"]),
+        lungaug.Table("Distance to the nearest training sample; 0 would be a copy.",
+                      ("", "l2 distances"), distances),
+
+        lungaug.Heading("5.2 Classification metrics"),
+        *metric_tables,
+    ]
+
+
+PAGE_HEAD = """<!doctype html><html lang="en"><meta charset="utf-8"><title>lungaug</title><style>
+body{font:15px/1.5 system-ui,sans-serif;max-width:1000px;margin:2em auto;padding:0 1em;color:#222}
+h1{font-size:1.5em}h2{font-size:1.15em;border-bottom:1px solid #ccc;margin-top:2em}
+table{border-collapse:collapse;margin:.6em 0}figure{margin:1em 0}
+figcaption{color:#555;font-size:.9em}
+td,th{padding:.15em .8em;text-align:right;border-bottom:1px solid #eee;overflow-wrap:anywhere}
+td:first-child,th:first-child{text-align:left}
+img,svg{max-width:100%;height:auto}img{image-rendering:pixelated}
+</style><body><h1>Generative adversarial data augmentation for lung nodule detection</h1>"""
+
+# The folders of a run whose stages leave a page, and their headings in the order of the thesis.
+PAGE_FOLDERS = ("prepared", "gan", "classifiers", "evaluation")
+HEADINGS = (
+    "2 Dataset",
+    "2.1.7 Processed samples",
+    "4.1 Wasserstein GAN: loss curves",
+    "4.1 Wasserstein GAN: samples through the training",
+    "4.3 Generative augmentation",
+    "4.4 Classifier",
+    "5.1 Generated samples",
+    "5.2 Classification metrics",
+    "This run",
+)
+
+
+def escaped(text):
+    """Text for the page: a file may have named itself anything."""
+    return html.escape(lungaug.printable(text, 2000))
+
+
+def row_html(tag, cells):
+    """A row of a table; tag: th or td."""
+    inner = "".join(f"<{tag}>{escaped(cell)}</{tag}>" for cell in cells)
+    return f"<tr>{inner}</tr>"
+
+
+def table_html(caption, head, rows):
+    """A table; every cell is escaped."""
+    lines = [row_html("th", head)]
+    lines += [row_html("td", row) for row in rows]
+    return f"<p>{escaped(caption)}</p><table>{''.join(lines)}</table>"
+
+
+def figure_html(path, caption):
+    """A picture, inline, with its caption; a line that says so where no stage made it."""
+    if not path.exists():
+        return f"<p>{escaped(caption)} (Not made in this run.)</p>"
+    if path.suffix == ".svg":
+        picture = path.read_text(encoding="utf-8")
+    else:
+        data = base64.b64encode(path.read_bytes()).decode()
+        picture = f'<img src="data:image/png;base64,{data}">'
+    return f"<figure>{picture}<figcaption>{escaped(caption)}</figcaption></figure>"
+
+
+def item_html(item, folder):
+    """A Text, Figure or Table, as options.json holds it, as HTML."""
+    if item["kind"] == "figure":
+        # Only a file of the stage's own folder is read, whatever options.json says.
+        return figure_html(folder / Path(item["file"]).name, item["caption"])
+    if item["kind"] == "table":
+        return table_html(item["caption"], item["head"], item["rows"])
+    return f"<p>{escaped(item['text'])}</p>"
+
+
+def draw_report(run):
+    """Draw <run>/report.html from the pages that the stages left, in the thesis' order.
+
+    Returns its path. Raises Refusal where a stage has left no page.
+    """
+    sections = {heading: [] for heading in HEADINGS}
+    for name in PAGE_FOLDERS:
+        path = run / name / "options.json"
+        remedy = f"run python lungaug.py --run {run} first"
+        items = lungaug.read_json(path, remedy)
+        # A page begins with a heading; what stands before one in a damaged page has no section.
+        section = None
+        with lungaug.refuse_on_error(path, remedy):
+            for item in items["page"]:
+                if item["kind"] == "heading":
+                    section = sections.setdefault(item["text"], [])
+                else:
+                    section.append(item_html(item, path.parent))
+
+    parts = [PAGE_HEAD]
+    for heading, items in sections.items():
+        if items:
+            parts.append(f"<h2>{escaped(heading)}</h2>{''.join(items)}")
+    parts.append("</body></html>\n")
+    lungaug.write(run / "report.html", "".join(parts))
+    return run / "report.html"
+
+
+def redraw_report():
+    """The command `python evaluate.py report`."""
+    options = lungaug.parse("Draw report.html again.", "evaluate", words=sys.argv[2:])
+    print(draw_report(options.run))
+
+
+def print_results(results):
+    """Print Tables 2–5 and the distances."""
+    for number, table in results["tables"].items():
+        lungaug.print_table(table_title(number, table), TABLE_HEAD, table_cells(table))
+
+    novelty = results["novelty"]
+    generated = format_distances(record["distance"] for record in novelty["generated"])
+    held_out = format_distances(novelty["held_out_distances"])
+    print(f"\nl2 distance to the nearest training cube: generated {generated}; "
+          f"real test positives {held_out}.")
 
 
 def main():
-    arguments = lungaug.parse(__doc__.split("\n")[0], "evaluate")
-    run = arguments.run
+    if sys.argv[1:2] == ["report"]:
+        redraw_report()
+        return
+
+    options = lungaug.parse(__doc__.split("\n")[0], "evaluate")
+    run = options.run
     dataset = preprocessing.open_dataset(run)
-    lungaug.settle(arguments, "evaluate", dataset.info["preset"])
-    device, folder = lungaug.pick_device(arguments.device), run / "evaluation"
+    lungaug.apply_preset(options, "evaluate", dataset.info["preset"])
+    device = lungaug.pick_device(options.device)
+    folder = run / "evaluation"
+
+    # Draw first what needs no trained network, to look at a training that runs.
     draw_cubes(folder, dataset)
     draw_curves(folder, run)
-    print(f"Figures 2, 3 and, as far as there are logs, 7 and 8: {folder}", flush=True)
-    scores = score_test(load_networks(run, dataset, device), dataset, device)
+    print(f"Wrote figures 2, 3 and (where logs exist) 7, 8 to {folder}.", flush=True)
+
+    # Score the test set.
+    networks = load_networks(run, dataset, device)
+    scores = score_test(networks, dataset, device)
     write_scores(folder / "scores.csv", dataset, scores)
-    results = {"tables": tables(dataset, scores), "novelty": draw_novelty(folder, run, dataset)}
-    for number, table in results["tables"].items():
-        lungaug.print_table(table_title(number, table), TABLE_HEAD, table_cells(table))
-    generated, held_out = results["novelty"].values()
-    print(f"\nl2 distance to the nearest training cube: generated {distances(row['distance'] for row in generated)}; "
-          f"real test positives {distances(held_out)}.")
+
+    # Report.
+    novelty = draw_novelty(folder, run, dataset)
+    results = {"tables": tables(dataset, scores), "novelty": novelty}
+    print_results(results)
     lungaug.write(folder / "results.json", results)
-    lungaug.record_stage(folder, arguments, page(results))
+    lungaug.save_page(folder, options, page(results))
+    if all((run / name / "options.json").exists() for name in PAGE_FOLDERS):
+        draw_report(run)
 
 
 if __name__ == "__main__":

@@ -1,7 +1,8 @@
 """Losses: sections 1.3.5 and 3.3, every loss of the thesis and nothing else.
 
-A critic is any callable `critic(x) -> (score (n,), logits (n, 2))`. Cubes are (n, 1, z, y, x) in [-1, 1];
-labels are (n,) integers, 1 = positive (a nodule), 0 = negative. Every term is a mean over the batch.
+A critic is any callable `critic(x) -> (score (n,), logits (n, 2))`. Cubes are (n, 1, z, y, x) in
+[-1, 1]; labels are (n,) integers, 1 = positive (a nodule), 0 = negative. Every term is a mean over
+the batch.
 """
 
 from typing import NamedTuple
@@ -12,9 +13,10 @@ import torch
 # 1.3.5 Wasserstein GAN with gradient penalty
 
 def wasserstein_estimate(real_scores, fake_scores):
-    """W = sup 𝔼_real[f(x)] − 𝔼_fake[f(x)] over ‖f‖_L ≤ 1, here at the present critic f   [eq_1_3_5_dual]
+    """W = sup 𝔼_real[f(x)] − 𝔼_fake[f(x)] over ‖f‖_L ≤ 1, here at the present f   [eq_1_3_5_dual]
 
-    real_scores, fake_scores: (n,). Returns a scalar; at the best 1-Lipschitz f it is the distance itself.
+    real_scores, fake_scores: (n,). Returns a scalar; at the best 1-Lipschitz f it is the distance
+    itself.
     """
     return real_scores.mean() - fake_scores.mean()
 
@@ -24,7 +26,10 @@ def interpolate(real, fake, epsilon):
 
     real, fake: (n, …); epsilon: (n,), one draw of U[0, 1] per sample, the same for all its voxels.
     """
-    epsilon = epsilon.reshape(-1, *[1] * (real.dim() - 1))
+    # Give ε an axis of length 1 for each axis of a sample, so that it multiplies sample by sample.
+    ones = [1] * (real.dim() - 1)
+    epsilon = epsilon.reshape(-1, *ones)
+
     return epsilon * real + (1 - epsilon) * fake
 
 
@@ -32,12 +37,17 @@ def gradient_penalty(critic, real, fake, epsilon):
     """λ-free penalty (‖∇_x̂ f(x̂)‖₂ − 1)², x̂ = ε·x_real + (1−ε)·x_fake   [eq_1_3_5_gradient_penalty]
 
     real, fake: (n, 1, z, y, x) in [-1, 1]; epsilon: (n,), one draw per sample.
-    Returns (n,), one penalty per sample, differentiable in the critic's weights. The norm runs over all
-    voxels of one sample; where the gradient is zero the penalty is 1 and its derivative is taken as 0, not NaN.
+    Returns (n,), one penalty per sample, differentiable in the critic's weights. The norm runs over
+    all voxels of one sample; where the gradient is zero the penalty is 1 and its derivative is
+    taken as 0, not NaN.
     """
     x_hat = interpolate(real, fake, epsilon).detach().requires_grad_()
     score, _ = critic(x_hat)
-    gradient, = torch.autograd.grad(score.sum(), x_hat, create_graph=True)   # f(x̂ᵢ) sees sample i alone
+
+    # The score of a sample depends on that sample alone, so the gradient of the sum holds each
+    # sample's own gradient. create_graph lets the penalty be differentiated in the weights.
+    gradient, = torch.autograd.grad(score.sum(), x_hat, create_graph=True)
+
     norm = torch.linalg.vector_norm(gradient.flatten(1), dim=1)
     return (norm - 1) ** 2
 
@@ -67,25 +77,37 @@ def accuracy(logits, labels):
     return (logits.argmax(1) == labels).to(logits.dtype).mean()
 
 
-def critic_loss(critic, real, real_labels, fake, fake_labels, epsilon, penalty_scale, auxiliary_scale):
+def critic_loss(critic, real, real_labels, fake, fake_labels, epsilon, penalty_scale,
+                auxiliary_scale):
     """L_f = f(X_fake) − f(X_real) + λ(‖∇_x̂ f(x̂)‖₂ − 1)² − α·Σᵢ yᵢ·log ŷᵢ   [eq_3_3_1_critic_loss]
 
-    The cross-entropy is over X = X_real ∩ X_fake, where ∩ is concatenation   [rule_3_3_1_concatenation].
+    The cross-entropy is over X = X_real ∩ X_fake: ∩ is concatenation   [rule_3_3_1_concatenation].
     real, fake: (n, 1, z, y, x) in [-1, 1]; *_labels: (n,); epsilon: (n,) from U[0, 1];
     penalty_scale λ, auxiliary_scale α: numbers. No gradient reaches whatever made `fake`.
-    Returns CriticLoss: `total` is L_f; the others are its terms, unscaled (`wasserstein` = f(real) − f(fake), an
-    estimate of the distance), and the class accuracy on reals and on fakes.
+    Returns CriticLoss: `total` is L_f; the others are its terms, unscaled (`wasserstein` =
+    f(real) − f(fake), an estimate of the distance), and the class accuracy on reals and on fakes.
     """
+    # Score reals and fakes in one pass, reals first.
     fake = fake.detach()
     score, logits = critic(torch.cat([real, fake]))
     labels = torch.cat([real_labels, fake_labels])
     n = len(real)
+
+    # Compute the three terms.
     wasserstein = wasserstein_estimate(score[:n], score[n:])
     penalty = gradient_penalty(critic, real, fake, epsilon).mean()
     auxiliary = auxiliary_cross_entropy(logits, labels)
+
+    # L_f is minimized, so the distance, which the critic shall make large, enters with a minus.
     total = -wasserstein + penalty_scale * penalty + auxiliary_scale * auxiliary
-    return CriticLoss(total, wasserstein, penalty, auxiliary,
-                      accuracy(logits[:n], real_labels), accuracy(logits[n:], fake_labels))
+    return CriticLoss(
+        total=total,
+        wasserstein=wasserstein,
+        penalty=penalty,
+        auxiliary=auxiliary,
+        real_accuracy=accuracy(logits[:n], real_labels),
+        fake_accuracy=accuracy(logits[n:], fake_labels),
+    )
 
 
 # 3.3.2 Generator loss
@@ -100,11 +122,15 @@ def generator_loss(critic, fake, labels, auxiliary_scale):
     """L_G = −f(X_fake) − α·Σᵢ yᵢ·log ŷᵢ, y the desired labels   [eq_3_3_2_generator_loss]
 
     fake: (n, 1, z, y, x), made by the generator from `labels` (n,); auxiliary_scale α: a number.
-    Returns GeneratorLoss: `total` is L_G, `score` = mean f(X_fake) and `auxiliary` its terms, unscaled.
+    Returns GeneratorLoss: `total` is L_G, `score` = mean f(X_fake) and `auxiliary` its terms,
+    unscaled.
     """
     score, logits = critic(fake)
-    score, auxiliary = score.mean(), auxiliary_cross_entropy(logits, labels)
-    return GeneratorLoss(-score + auxiliary_scale * auxiliary, score, auxiliary)
+    mean_score = score.mean()
+    auxiliary = auxiliary_cross_entropy(logits, labels)
+
+    total = -mean_score + auxiliary_scale * auxiliary
+    return GeneratorLoss(total, mean_score, auxiliary)
 
 
 # 3.3.3 Lung nodule detection classifier loss

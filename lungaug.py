@@ -1,507 +1,995 @@
 """Lungaug: everything that the thesis has no section for, and the command that runs every stage.
 
-    python lungaug.py                                      # no data at hand: synthetic scans, demo preset, report.html
-    python lungaug.py --scans LUNA16 --run runs/luna16     # the thesis, on your scans
-    python lungaug.py report --run runs/demo               # draw report.html again
-    python lungaug.py audit                                # check every equation, by its id
+    python lungaug.py                                     # no data needed: synthetic scans
+    python lungaug.py --scans LUNA16 --run runs/luna16    # the thesis, on your scans
+    python lungaug.py report --run runs/demo              # draw report.html again
+    python lungaug.py audit                               # check every equation, by its id
 
-Any option of a stage (`python train_gan.py --help`) may be given here and goes to the stages that know it.
-In this file: presets, errors, randomness, safe files, checkpoints and logs, progress, drawing, the report.
-It imports no other file of ours: each stage is run as the command that a student would type.
+Every option of a stage (`python train_gan.py --help`) is accepted here and passed to the stages
+that use it. In this file: options, errors, randomness, safe files, checkpoints and logs, progress,
+pictures, a stage's page. It imports no other file of ours: each stage is run as the command that
+a student would type.
 """
 
 import argparse
-import base64
-import html
 import io
 import json
+import math
+import multiprocessing
 import os
 import shlex
+import signal
+import struct
 import subprocess
 import sys
+import threading
 import time
 import zipfile
 import zlib
-from collections import defaultdict, namedtuple
-from contextlib import contextmanager, suppress
+from collections import deque
+from concurrent.futures import ProcessPoolExecutor, ThreadPoolExecutor
+from contextlib import contextmanager
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 import torch
 
+
+try:
+    import fcntl
+except ImportError:
+    # Windows has a module of its own for locks.
+    fcntl = None
+    import msvcrt
+
 HERE = Path(__file__).resolve().parent
 STAGES = ("preprocessing", "train_gan", "train_classifier", "evaluate")
 STARTED = time.monotonic()
+READ_THREADS = min(4, os.cpu_count() or 1)      # that read cubes while a network computes
+INTERRUPT_SECONDS = 2       # within which a stage that got Ctrl-C, too, has ended
 
 
-# Presets: the one table of settings. It makes the options of every stage and README's table.
+# Options: one table. It makes the command line of every stage, the presets, and README's table.
 
-Preset = namedtuple("Preset", "stage name thesis demo unit why")
-PRESETS = (
-    Preset("preprocessing", "cube", 48, 24, "voxels of 1 mm", "2.1.4 [num_2_1_4_cube]; 24 is an eighth of the work"),
-    Preset("preprocessing", "negatives", 655, 655, "a scan", "Table 1: 581,130 in 888 scans [num_2_1_4_negatives]"),
-    Preset("preprocessing", "max-slice-mm", 2.5, 2.5, "mm", "2: LUNA16 keeps scans up to it [num_2_slices]"),
-    Preset("train_gan", "width", 16, 2, "channels at full size", "lost with figures 4–6; 2 learns in minutes"),
-    Preset("train_gan", "batch-size", 64, 8, "cubes", "4.1.1 [num_4_1_batch_size]; 8 give more steps a minute"),
-    Preset("train_gan", "learning-rate", 1e-4, 1e-3, "", "4.1.1 [num_4_1_learning_rate]; 1e-3 learns in minutes"),
-    Preset("train_gan", "penalty-scale", 10.0, 10.0, "λ", "4.1.1 [num_4_1_lambda]"),
-    Preset("train_gan", "auxiliary-scale", 1.0, 3.0, "α", "4.1.1, first; under 1, so few epochs learn no classes"),
-    Preset("train_gan", "late-auxiliary-scale", 10.0, 10.0, "α", "4.1.1, at the end"),
-    Preset("train_gan", "critic-iterations", 5, 5, "an epoch", "4.1.1, then one of the generator"),
-    Preset("train_gan", "epochs", 20000, 600, "of 5 + 1 iterations", "4.1.1 [num_4_1_epochs]; 600 take six minutes"),
-    Preset("train_classifier", "score-quantile", 0.5, 0.1, "share of reals", "4.3, “threshold”; few epochs, few pass"),
-    Preset("train_classifier", "class-probability", 0.9, 0.9, "share", "4.3, “confident above a threshold”"),
-    Preset("train_classifier", "attempts", 20, 20, "for each one wanted", "a GAN may not deliver: a cap on its tries"),
-    Preset("train_classifier", "batch-size", 64, 64, "cubes, half positive", "4.4.1 [num_4_4_batch_size]"),
-    Preset("train_classifier", "learning-rate", 1e-3, 1e-3, "", "4.4.1 [num_4_4_learning_rate]"),
-    Preset("train_classifier", "late-learning-rate", 1e-4, 1e-4, "", "4.4.1"),
-    Preset("train_classifier", "decay-epoch", 30, 10, "", "4.4.1: half-way"),
-    Preset("train_classifier", "epochs", 60, 20, "over the positives", "4.4.1 [num_4_4_epochs]; 20 do for few cubes"),
-)
+CUBES = (6, 12, 24, 48, 96, 192)    # 3·2^k, the sides that the networks halve down to 3
+NO_LIMIT = 10 ** 12
 
 
-def within(kind, least, most=1e12):
-    """A parser of int or float numbers from `least` to `most`, for argparse."""
-    def number(text):
-        if not least <= kind(text) <= most:
-            raise argparse.ArgumentTypeError(f"{printable(text, 20)} is not from {least} to {most:g}")
-        return kind(text)
-    number.__name__ = "whole number" if kind is int else "number"      # argparse: invalid whole number value: '3.0'
-    return number
+class Option(NamedTuple):
+    """A row of the table of options.
+
+    `fixes` has no default, so that whoever adds an option decides: it names what cannot be resumed
+    or reused with another value, among "prepared", "gan", "generated" and "classifiers"
+    (see `settings_of`).
+    """
+    name: str               # as it is typed: --batch-size
+    stages: tuple           # of STAGES, those that use it
+    kind: type              # int, float, str, Path, a function of the text, or bool for a flag
+    demo: object            # its default value in the demo preset; None where it has none
+    thesis: object          # its default value in the thesis preset
+    fixes: tuple
+    help: str
+    source: str = ""        # the section that gives the thesis' value, with its id
+    low: float = None       # the lowest and the highest value, of numbers
+    high: float = NO_LIMIT
+    choices: tuple = None
+
+    @property
+    def dest(self):
+        """The option's attribute in the Namespace that `parse` returns."""
+        return self.name[2:].replace("-", "_")
 
 
-def part(text):
-    """A share like 2/8, as it is typed, for argparse."""
-    one, of = map(int, text.split("/"))
-    if not 1 <= one <= of:
-        raise argparse.ArgumentTypeError(f"{text} is no share, like 1/8, 2/8, to 8/8")
+def parse_part(text):
+    """Check a fraction of the scans such as 2/8, as it is typed, for argparse."""
+    index, count = text.split("/")
+    if not 1 <= int(index) <= int(count):
+        raise argparse.ArgumentTypeError(f"{printable(text, 20)} is not one of 1/8, 2/8, …, 8/8")
     return text
 
 
-OPTIONS = (     # stages, name, default, settings for argparse; PRESETS holds the others
-    (STAGES, "--run", None, dict(type=Path, help="the run's folder (default runs/demo, or runs/<name of --scans>)")),
-    (STAGES, "--preset", None, dict(choices=("demo", "thesis"), help="default: demo for synthetic scans, else thesis")),
-    (STAGES, "--seed", 0, dict(type=within(int, 0), help="the one source of all randomness (default 0)")),
-    (STAGES, "--device", "auto", dict(help="auto, cpu, cuda, cuda:1, … (default auto: a GPU where there is one)")),
-    (STAGES[:1], "--scans", None, dict(type=Path, help="a tree with MetaImage or DICOM scans (default: synthetic)")),
-    (STAGES[:1], "--annotations", None, dict(type=Path, help="default: annotations.csv in or above --scans")),
-    (STAGES[:1], "--workers", min(os.cpu_count() or 1, 8), dict(
-        type=within(int, 1), help="processes, each with a scan in memory (default: one a core, 8 at most)")),
-    (STAGES[:1], "--strict", False, dict(action="store_true", help="stop at the first scan that cannot be used")),
-    (STAGES[:1], "--part", "1/1", dict(type=part, help="2/8: one machine's share of the scans; all join in --run")),
-    (STAGES[1:2], "--precision", "float32", dict(choices=("float32", "bfloat16"), help="bfloat16: quicker on a GPU")),
-    (STAGES[1:2], "--micro-batch", None, dict(type=within(int, 1), help="cubes at a time, where a batch is too large")),
-    (STAGES[1:2], "--checkpoint-minutes", 1.0, dict(type=within(float, 0), help="between checkpoints (default 1)")),
-    (STAGES[:3], "--overwrite", False, dict(action="store_true", help="start again, from nothing")),
+PREPROCESSING = ("preprocessing",)
+GAN = ("train_gan",)
+CLASSIFIER = ("train_classifier",)
+EVERYTHING = ("prepared", "gan", "generated", "classifiers")
+DEFAULT_WORKERS = min(os.cpu_count() or 1, 8)
+
+OPTIONS = (
+    # The run
+    Option("--run", STAGES, Path, None, None, fixes=(),
+           help="Folder of the run (default runs/demo, or runs/<name of the --scans folder>)."),
+    Option("--preset", STAGES, str, None, None, fixes=(), choices=("demo", "thesis"),
+           help="Set of default values (default: demo for synthetic scans, thesis for your own)."),
+    Option("--seed", STAGES, int, 0, 0, low=0, fixes=EVERYTHING,
+           help="Seed of every random draw."),
+    Option("--device", STAGES, str, "auto", "auto", fixes=(),
+           help="auto, cpu, cuda, cuda:1, …; auto takes a GPU where there is one."),
+    Option("--overwrite", STAGES[:3], bool, False, False, fixes=(),
+           help="Discard earlier results and start over."),
+
+    # Section 2
+    Option("--scans", PREPROCESSING, Path, None, None, fixes=(),
+           help="Folder with MetaImage or DICOM scans, at any depth (default: synthetic scans)."),
+    Option("--annotations", PREPROCESSING, Path, None, None, fixes=(),
+           help="LUNA16's table of nodules "
+                "(default: annotations.csv in --scans or a folder above)."),
+    Option("--workers", PREPROCESSING, int, DEFAULT_WORKERS, DEFAULT_WORKERS, low=1, fixes=(),
+           help="Processes, each with one scan in memory (default: one per core, at most 8)."),
+    Option("--strict", PREPROCESSING, bool, False, False, fixes=(),
+           help="Stop at the first scan that cannot be used, instead of skipping it."),
+    Option("--part", PREPROCESSING, parse_part, "1/1", "1/1", fixes=(),
+           help="Prepare one part of the scans, such as 2/8: eight machines can share one run."),
+    Option("--cube", PREPROCESSING, int, 24, 48, choices=CUBES, fixes=("prepared",),
+           help="Side of a cube in voxels of 1 mm. 24 is an eighth of the work.",
+           source="2.1.4 [num_2_1_4_cube]"),
+    Option("--negatives", PREPROCESSING, int, 655, 655, low=1, fixes=("prepared",),
+           help="Negative cubes per scan. Derived from Table 1: 581,130 in 888 scans.",
+           source="Table 1 [num_2_1_4_negatives]"),
+    Option("--max-slice-mm", PREPROCESSING, float, 2.5, 2.5, low=0, fixes=("prepared",),
+           help="Largest distance between slices, in mm, of a scan that is used, as in LUNA16.",
+           source="2 [num_2_slices]"),
+
+    # Section 4.1
+    Option("--width", GAN, int, 4, 16, low=1, fixes=("gan",),
+           help="Channels at full resolution. The thesis' value is lost with figures 4–6; "
+                "4 trains in minutes."),
+    Option("--batch-size", GAN, int, 8, 64, low=2, fixes=("gan",),
+           help="Real cubes per batch of the GAN. A small batch gives more steps per minute.",
+           source="4.1.1 [num_4_1_batch_size]"),
+    Option("--learning-rate", GAN, float, 1e-3, 1e-4, low=0, fixes=("gan",),
+           help="Adam's learning rate for the GAN. 0.001 learns in minutes.",
+           source="4.1.1 [num_4_1_learning_rate]"),
+    Option("--decay-start", GAN, float, 0.5, 1.0, low=0, high=1, fixes=("gan",),
+           help="Share of the epochs after which the GAN's learning rate falls linearly to 0. With "
+                "1, as in the thesis, it stays.", source="4.1.1"),
+    Option("--penalty-scale", GAN, float, 10.0, 10.0, low=0, fixes=("gan",),
+           help="λ, the weight of the gradient penalty.", source="4.1.1 [num_4_1_lambda]"),
+    Option("--auxiliary-scale", GAN, float, 3.0, 1.0, low=0, fixes=("gan",),
+           help="α, the weight of the class loss, at first. "
+                "With less, the few epochs of the demo learn no classes.",
+           source="4.1.1"),
+    Option("--late-auxiliary-scale", GAN, float, 10.0, 10.0, low=0, fixes=("gan",),
+           help="α in the last quarter of the epochs.", source="4.1.1"),
+    Option("--critic-iterations", GAN, int, 2, 5, low=1, fixes=("gan",),
+           help="Critic steps per epoch; one generator step follows them. In a short training the "
+                "generator's steps are what is scarce: 2 give rounder nodules than 5.",
+           source="4.1.1"),
+    Option("--epochs", GAN, int, 800, 20000, low=1, fixes=(),
+           help="Epochs of the GAN. 800 take a few minutes at the demo's size.",
+           source="4.1.1 [num_4_1_epochs]"),
+    Option("--precision", GAN, str, "float32", "float32", fixes=("gan",),
+           choices=("float32", "tf32", "bfloat16"),
+           help="tf32 lets a recent GPU round the factors of products to 10 bits, which is faster; "
+                "bfloat16 computes with 7 bits, but keeps weights and losses in float32."),
+    Option("--micro-batch", GAN, int, None, None, low=1, fixes=(),
+           help="Split each batch into chunks of this many cubes, to save memory "
+                "(default: one chunk per process)."),
+    Option("--checkpoint-minutes", GAN, float, 1.0, 1.0, low=0, fixes=(),
+           help="Minutes between two checkpoints."),
+
+    # Sections 4.3 and 4.4
+    Option("--score-quantile", CLASSIFIER, float, 0.1, 0.5, low=0, high=1, fixes=("generated",),
+           help="A generated cube needs a score at this quantile of the real cubes' scores, "
+                "or above. A GAN of few epochs passes only a low one.", source="4.3"),
+    Option("--class-probability", CLASSIFIER, float, 0.9, 0.9, low=0, high=1, fixes=("generated",),
+           help="A generated cube needs this probability of its class, or more.", source="4.3"),
+    Option("--attempts", CLASSIFIER, int, 20, 20, low=1, fixes=("generated",),
+           help="Upper limit on attempts per requested cube, in case few pass."),
+    Option("--batch-size", CLASSIFIER, int, 64, 64, low=2, fixes=("classifiers",),
+           help="Cubes per batch of a classifier, half of them positive.",
+           source="4.4.1 [num_4_4_batch_size]"),
+    Option("--learning-rate", CLASSIFIER, float, 1e-3, 1e-3, low=0, fixes=("classifiers",),
+           help="Adam's learning rate for the classifiers, at first.",
+           source="4.4.1 [num_4_4_learning_rate]"),
+    Option("--late-learning-rate", CLASSIFIER, float, 1e-4, 1e-4, low=0, fixes=("classifiers",),
+           help="The same after --decay-epoch.", source="4.4.1"),
+    Option("--decay-epoch", CLASSIFIER, int, 10, 30, low=1, fixes=("classifiers",),
+           help="Epoch from which the late learning rate holds: half-way.", source="4.4.1"),
+    Option("--epochs", CLASSIFIER, int, 20, 60, low=1, fixes=(),
+           help="Epochs of each classifier, each one pass over the positives. "
+                "20 are enough for the demo's cubes.",
+           source="4.4.1 [num_4_4_epochs]"),
 )
 
+KIND_NAMES = {int: "a whole number", float: "a number"}
+GROUPS = {PREPROCESSING: "Preprocessing", GAN: "GAN", CLASSIFIER: "Classifiers"}
 
-def rows_of(stage):
-    """A stage's options, of OPTIONS and of PRESETS: (name, (demo's, thesis' default), settings for argparse)."""
-    rows = [(name, (default, default), settings) for stages, name, default, settings in OPTIONS if stage in stages]
-    for row in (row for row in PRESETS if row.stage == stage):
-        kind, most = type(row.thesis), 1 if row.unit.startswith("share") else 1e12
-        least = 0 if kind is float else 2 if row.name == "batch-size" else 1
-        rows.append((f"--{row.name}", (row.demo, row.thesis), dict(
-            type=within(kind, least, most), metavar=row.name.split("-")[-1].upper(),
-            help=f"{row.unit}: {row.why} ({stage}: thesis {row.thesis}, demo {row.demo})".lstrip(": "))))
-    return rows
+
+def options_of(stage):
+    """The rows of the table that a stage uses."""
+    return [option for option in OPTIONS if stage in option.stages]
+
+
+def reader_of(option):
+    """The function with which argparse reads an option's text: it checks the type and the range."""
+    if option.low is None:
+        return option.kind
+
+    def read_number(text):
+        try:
+            value = option.kind(text)
+        except ValueError:
+            message = f"{printable(text, 20)} is not {KIND_NAMES[option.kind]}"
+            raise argparse.ArgumentTypeError(message) from None
+        # NaN fails this comparison, too.
+        if not option.low <= value <= option.high:
+            message = f"{printable(text, 20)} is not from {option.low} to {option.high:g}"
+            raise argparse.ArgumentTypeError(message)
+        return value
+
+    return read_number
+
+
+def help_of(option):
+    """An option's help: what it is, where the thesis gives it, its defaults."""
+    text = option.help
+    # An id in brackets is for the audit, not for whoever asks for help.
+    section = option.source.split(" [")[0]
+    if section.startswith("Table"):
+        text += f" See {section}."
+    elif section:
+        text += f" See section {section}."
+    if "default" not in option.help and option.kind is not bool:
+        if option.demo == option.thesis:
+            text += f" Default: {option.demo}."
+        else:
+            text += f" Default: demo {option.demo}, thesis {option.thesis}."
+    return text
+
+
+def add_option(group, rows):
+    """Add to an argparse group the option that these rows, one per stage, describe."""
+    first = rows[0]
+    text = help_of(first)
+    if len(rows) > 1:
+        text = " ".join(f"{GROUPS[row.stages]}: {help_of(row)}" for row in rows)
+    if first.kind is bool:
+        group.add_argument(first.name, action="store_true", default=None, help=text)
+        return
+    metavar = None if first.choices else first.name.split("-")[-1].upper()
+    group.add_argument(first.name, type=reader_of(first), choices=first.choices, default=None,
+                       metavar=metavar, help=text)
 
 
 def parse(description, *stages, words=None):
-    """What was typed: a Namespace with an attribute for each option of the stages, None where it was not typed.
+    """Parse the command line of these stages: a Namespace, None for each option that was not typed.
 
-    run is runs/demo then, or runs/<name of the folder> of --scans.
+    `run` is never None: without --run it is runs/demo, or runs/<name of the folder> of --scans.
     """
-    parser = argparse.ArgumentParser(description=description, usage="python %(prog)s [options]; --help lists them",
-                                     allow_abbrev=False, formatter_class=argparse.RawDescriptionHelpFormatter)
-    rows = [row for stage in stages for row in rows_of(stage)]
-    for name, settings in {name: settings for name, _, settings in rows}.items():
-        helps = dict.fromkeys(row[2]["help"] for row in rows if row[0] == name)     # of every stage that knows it
-        parser.add_argument(name, default=None, **settings | {"help": "; ".join(helps)})
-    arguments = parser.parse_args(words)
-    scans = getattr(arguments, "scans", None)
-    arguments.run = arguments.run or Path("runs") / (scans.resolve().name if scans else "demo")
-    return arguments
+    parser = argparse.ArgumentParser(
+        description=description, usage="python %(prog)s [options]   (--help lists them)",
+        allow_abbrev=False, formatter_class=argparse.RawDescriptionHelpFormatter)
+
+    # Collect the rows of each name: two stages may have an option of one name.
+    rows_by_name = {}
+    for option in OPTIONS:
+        if any(stage in stages for stage in option.stages):
+            rows_by_name.setdefault(option.name, []).append(option)
+
+    groups = {}
+    for rows in rows_by_name.values():
+        title = "The run"
+        if len(rows) > 1:
+            title = "GAN and classifiers"
+        elif rows[0].stages in GROUPS:
+            title = GROUPS[rows[0].stages]
+        if title not in groups:
+            groups[title] = parser.add_argument_group(title)
+        add_option(groups[title], rows)
+
+    options = parser.parse_args(words)
+    if options.run is None:
+        scans = getattr(options, "scans", None)
+        options.run = Path("runs") / (scans.resolve().name if scans else "demo")
+    return options
 
 
-def settle(arguments, stage, preset):
-    """Fill in what was not typed, from the preset typed or else from `preset`. Returns the same Namespace."""
-    arguments.preset = arguments.preset or preset
-    for name, defaults, _ in rows_of(stage):
-        key = name[2:].replace("-", "_")
-        if getattr(arguments, key) is None:
-            setattr(arguments, key, defaults[arguments.preset == "thesis"])
-    return arguments
+def apply_preset(options, stage, preset):
+    """Fill in what was not typed, from the typed --preset, or else from `preset`.
+
+    Returns `options`.
+    """
+    if options.preset is None:
+        options.preset = preset
+    for option in options_of(stage):
+        if getattr(options, option.dest) is None:
+            setattr(options, option.dest, getattr(option, options.preset))
+    return options
 
 
-def typed(arguments, stage):
-    """The words that hand a stage those of the typed options that it knows."""
-    given = [(name, getattr(arguments, name[2:].replace("-", "_"))) for name, *_ in rows_of(stage)]
-    return [word for name, value in given if value is not None for word in (name, value) if word is not True]
+def settings_of(options, record):
+    """What must agree between a file and the command that resumes or reuses it: {name: value}.
+
+    record: which file: "prepared", "gan", "generated" or "classifiers".
+    """
+    names = [option.dest for option in OPTIONS if record in option.fixes]
+    return {name: getattr(options, name) for name in names}
 
 
-# Errors: what the user can act on is one line and exit status 2
+def command_words(options, stage):
+    """The words that pass on to a stage those of the typed options that it uses."""
+    words = []
+    for option in options_of(stage):
+        value = getattr(options, option.dest)
+        if value is True:
+            words.append(option.name)
+        elif value is not None:
+            words += [option.name, value]
+    return words
+
+
+# Errors: whatever the user can act on is one line and exit status 2
 
 class Refusal(Exception):
-    """`lungaug: <file>: <what was found> — <what to do>`, for whatever the user can act on."""
+    """`lungaug: <path>: <problem> — <remedy>`, for whatever the user can act on."""
+
+    def __init__(self, path, problem, remedy):
+        # The base class gets all three, so that a Refusal can be sent from one process to another.
+        super().__init__(path, problem, remedy)
+        self.path = path
+        self.problem = problem
+        self.remedy = remedy
 
     def __str__(self):
-        return "lungaug: {}: {} — {}".format(*map(printable, self.args))
+        path, problem, remedy = map(printable, (self.path, self.problem, self.remedy))
+        return f"lungaug: {path}: {problem} — {remedy}"
 
 
-def check(holds, where, found, do):
-    """Raise Refusal(where, found, do) unless it holds: the one way in which a bad file or option is turned away."""
+def check(holds, path, problem, remedy):
+    """Raise Refusal(path, problem, remedy) unless it holds."""
     if not holds:
-        raise Refusal(where, found, do)
+        raise Refusal(path, problem, remedy)
 
 
 @contextmanager
-def refusing(path, do):
-    """Turn whatever a missing or damaged file makes the code within raise into a Refusal that names the file.
+def refuse_on_error(path, remedy):
+    """Turn any exception that a missing or damaged file causes into a Refusal that names the file.
 
-    What parsers raise on damaged input has no bounds. The disk's errors, with an errno, pass: `command` tells of them.
+    Parsers raise all kinds of exceptions on damaged input. The disk's own errors, which have an
+    errno, pass: `command` reports them.
     """
     try:
         yield
+    except Refusal:
+        raise
     except FileNotFoundError:
-        raise Refusal(path, "is not there", do) from None
+        raise Refusal(path, "not found", remedy) from None
+    except MemoryError as error:
+        raise Refusal(path, f"out of memory ({error})", f"free memory, or {remedy}") from error
     except Exception as error:
-        if isinstance(error, Refusal) or getattr(error, "errno", None):
+        # An OSError of a decompressor has no errno: it is about the file's content.
+        if getattr(error, "errno", None):
             raise
-        do = f"free memory, or {do}" if isinstance(error, MemoryError) else do
-        raise Refusal(path, f"does not read ({type(error).__name__}: {error})", do) from error
+        raise Refusal(path, f"cannot be read ({type(error).__name__}: {error})", remedy) from error
 
 
-def printable(text, most=300):
-    """`text` on one line: what a file says about itself may hold line ends and terminal codes."""
-    text = "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in str(text))
-    return text if len(text) <= most else text[:most] + "…"
+def printable(text, max_length=300):
+    """`text` on one line, without control characters: a file may have named itself anything."""
+    characters = []
+    for character in str(text):
+        if not character.isprintable():
+            character = character.encode("unicode_escape").decode()
+        characters.append(character)
+    line = "".join(characters)
+    return line if len(line) <= max_length else line[:max_length] + "…"
+
+
+def replace_what_a_terminal_lacks():
+    """Print ? for a character that the terminal's encoding lacks, such as α on some Windows."""
+    for stream in (sys.stdout, sys.stderr):
+        # A program that calls a stage may have put a stream of its own in place.
+        if hasattr(stream, "reconfigure"):
+            stream.reconfigure(errors="replace")
 
 
 def command(main):
-    """Run a stage's main(); a Refusal, or an error of the file system, is one line on stderr and exit status 2."""
+    """Run a stage's main(); what the user can act on is one line on stderr and exit status 2."""
+    replace_what_a_terminal_lacks()
     try:
-        sys.exit(main())
+        status = main()
+        # Here a pipe may break, too: Python would say so after our last word.
+        sys.stdout.flush()
+        sys.exit(status)
     except Refusal as refusal:
         print(refusal, file=sys.stderr)
+    except BrokenPipeError:
+        # Whoever read the output, such as head, has seen enough. What is still in a buffer would
+        # fail again when Python ends.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        sys.exit(1)
     except OSError as error:
-        where, found = error.filename or "the file system", error.strerror or error
-        print(Refusal(where, found, "mend it, then run the same command again"), file=sys.stderr)
+        path = error.filename or "the file system"
+        problem = error.strerror or error
+        print(Refusal(path, problem, "fix this and run the same command again"), file=sys.stderr)
     except (MemoryError, RuntimeError) as error:
+        # PyTorch reports missing memory as a RuntimeError; any other one is a bug of ours.
         if isinstance(error, RuntimeError) and "memory" not in str(error):
             raise
-        print(Refusal("memory", str(error), "give a smaller --batch-size, --width or --micro-batch"), file=sys.stderr)
+        remedy = "give a smaller --batch-size, --width or --micro-batch"
+        print(Refusal("memory", error, remedy), file=sys.stderr)
     except KeyboardInterrupt:
-        print("\nlungaug: stopped — the same command, without --overwrite, goes on from what is saved", file=sys.stderr)
+        # A second Ctrl-C must not cut this line in two.
+        signal.signal(signal.SIGINT, signal.SIG_IGN)
+        message = "lungaug: interrupted — run the same command, without --overwrite, to resume"
+        print(f"\n{message}", file=sys.stderr)
         sys.exit(130)
     sys.exit(2)
 
 
-# Randomness: one --seed, and a generator of its own for each use, named
+# Randomness: one --seed, and a generator of its own, with a name, for each use
 
 def stream(seed, *names):
     """A numpy Generator that depends on the seed and the names alone."""
-    return np.random.default_rng([seed, *(zlib.crc32(str(name).encode(errors="surrogateescape")) for name in names)])
+    hashes = [zlib.crc32(str(name).encode(errors="surrogateescape")) for name in names]
+    return np.random.default_rng([seed, *hashes])
+
+
+def seed_number(seed, *names):
+    """A whole number below 2⁶² that depends on the seed and the names alone."""
+    return int(stream(seed, *names).integers(2 ** 62))
 
 
 def torch_stream(seed, *names):
-    """A torch Generator of the same kind; on the CPU, for the same numbers whatever the device."""
-    return torch.Generator().manual_seed(int(stream(seed, *names).integers(2 ** 62)))
+    """A torch Generator of the same kind.
+
+    It lives on the CPU, so that it draws the same numbers for any device.
+    """
+    return torch.Generator().manual_seed(seed_number(seed, *names))
+
+
+def seed_weights(seed, name):
+    """Seed torch's own generator, from which a network built next draws its initial weights."""
+    torch.manual_seed(seed_number(seed, name))
 
 
 def pick_device(name):
-    """torch.device for --device; auto is a GPU where there is one."""
+    """The torch.device of --device; auto is a GPU where there is one. Raises Refusal."""
     if name == "auto":
         name = "cuda" if torch.cuda.is_available() else "cpu"
     try:
+        # Building a device succeeds for any name; only using it shows whether it is there.
         torch.zeros(1, device=name).cpu()
     except (RuntimeError, AssertionError, ImportError) as error:
-        raise Refusal(f"--device {name}", str(error).splitlines()[0], "give --device cpu, or one there is") from None
+        problem = str(error).splitlines()[0]
+        remedy = "use --device cpu or an available device"
+        raise Refusal(f"--device {name}", problem, remedy) from None
     return torch.device(name)
 
 
 # Safe files: a reader never sees half a file
 
 def write(path, value):
-    """Write a file beside its place, fsync, rename: it takes its name only when it is whole and on the disk.
+    """Write a file beside its place, fsync, rename: it takes its name once it is whole and on disk.
 
-    path: a Path. value: an array (.npy), a checkpoint's state (.pt), what JSON holds (.json), else text or bytes.
+    path: a Path. value: an array (.npy), a checkpoint's state (.pt), what JSON holds (.json),
+    else text or bytes.
     """
-    path.parent.mkdir(parents=True, exist_ok=True)
-    beside = path.with_name(f".{path.name}.{os.getpid()}")
+    temporary = path.with_name(f".{path.name}.{os.getpid()}")
+    with name_in_errors(path):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        try:
+            with open(temporary, "wb") as file:
+                write_value(file, value, path.suffix)
+                file.flush()
+                os.fsync(file.fileno())
+            os.replace(temporary, path)
+        finally:
+            temporary.unlink(missing_ok=True)
+
+
+@contextmanager
+def name_in_errors(path):
+    """Let an error of the disk name this file: one of a write or of fsync names none."""
     try:
-        with open(beside, "wb") as file:
-            if path.suffix == ".npy":
-                np.save(file, value)
-            elif path.suffix == ".pt":
-                torch.save(value, file)
-            else:
-                value = json.dumps(value, indent=1, default=os.fspath) + "\n" if path.suffix == ".json" else value
-                # a file's name, which the text may hold, may be no UTF-8
-                file.write(value if isinstance(value, bytes) else value.encode(errors="surrogateescape"))
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(beside, path)
-    finally:
-        beside.unlink(missing_ok=True)
+        yield
+    except OSError as error:
+        error.filename = str(path)
+        raise
 
 
-def read(path, do):
-    """A .json file's value, another's bytes; `do` is what to tell the user where it is missing or broken."""
-    with refusing(path, do):
-        data = Path(path).read_bytes()
-        return json.loads(data) if Path(path).suffix == ".json" else data
+def write_value(file, value, suffix):
+    """Write a value to an open binary file in the format that belongs to the suffix."""
+    if suffix == ".npy":
+        np.save(file, value)
+    elif suffix == ".pt":
+        # In memory first: PyTorch's own writer hides what the disk says.
+        data = io.BytesIO()
+        torch.save(value, data)
+        file.write(data.getbuffer())
+    elif suffix == ".json":
+        text = json.dumps(value, indent=1, default=os.fspath) + "\n"
+        file.write(text.encode())
+    elif isinstance(value, bytes):
+        file.write(value)
+    else:
+        # The text may hold the name of a file, which need not be UTF-8.
+        file.write(value.encode(errors="surrogateescape"))
 
 
-def claim(folder, parameters, overwrite):
-    """Keep a folder for output of these parameters alone: Refusal where it holds others', unless --overwrite."""
+def read_bytes(path, remedy):
+    """A file's bytes. Raises Refusal with this remedy where it is missing."""
+    with refuse_on_error(path, remedy):
+        return Path(path).read_bytes()
+
+
+def read_json(path, remedy):
+    """A JSON file's value. Raises Refusal with this remedy where it is missing or broken."""
+    data = read_bytes(path, remedy)
+    with refuse_on_error(path, remedy):
+        return json.loads(data)
+
+
+def file_crc32(path, remedy):
+    """The CRC-32 of a file's bytes. Raises Refusal with this remedy where it is missing."""
+    return zlib.crc32(read_bytes(path, remedy))
+
+
+def claim_folder(folder, parameters, overwrite):
+    """Reserve a folder for output of these parameters.
+
+    Raises Refusal where it holds output of others, unless `overwrite`.
+    """
     path = Path(folder) / "parameters.json"
     if path.exists() and not overwrite:
-        same_settings(path, read(path, "start again with --overwrite"), parameters)
+        previous = read_json(path, "start over with --overwrite")
+        require_settings(path, previous, parameters)
     write(path, parameters)
 
 
-def discard(folder, *patterns):
-    """Remove what an earlier run left, for --overwrite: first of all, so that nothing old stands beside what is new."""
+def remove(folder, *patterns):
+    """Remove an earlier run's files, for --overwrite.
+
+    That is done before anything is written, so that old and new never mix.
+    """
     for pattern in patterns:
         for path in Path(folder).glob(pattern):
             path.unlink()
 
 
+def lock_file(file):
+    """Lock an open file for this process. Raises BlockingIOError where another one holds it."""
+    if fcntl:
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        return
+    try:
+        msvcrt.locking(file.fileno(), msvcrt.LK_NBLCK, 1)
+    except OSError as error:
+        raise BlockingIOError(*error.args) from None
+
+
 @contextmanager
-def alone(folder, work):
-    """Hold a folder for one work; Refusal where another process is at the same. The lock ends with the process."""
-    path = Path(folder) / f".{work.replace(' ', '_')}.lock"
+def lock(folder, activity):
+    """Lock a folder for one activity, until the block or the process ends.
+
+    Raises Refusal where another process holds the lock.
+    """
+    path = Path(folder) / f".{activity.replace(' ', '_')}.lock"
     path.parent.mkdir(parents=True, exist_ok=True)
-    with open(path, "w") as file:
+    with open(path, "w", encoding="utf-8") as file:
         try:
-            with suppress(ImportError):     # Windows has no such lock
-                import fcntl
-                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            lock_file(file)
         except BlockingIOError:
-            raise Refusal(folder, f"another process is at {work} here", "wait for it, or give another --run") from None
+            problem = f"another process is already {activity} in this folder"
+            raise Refusal(folder, problem, "wait for it, or give another --run") from None
         yield
 
 
 # Checkpoints and logs
 
-def load_checkpoint(path, do, **asked):
-    """A checkpoint's state (tensors, numbers, text, lists and dicts: no code is run). Raises Refusal.
+def load_checkpoint(path, remedy, **expected):
+    """A checkpoint's state: tensors, numbers, text, lists and dicts. Raises Refusal.
 
-    asked: what its settings must be. do: what to tell the user where the file is missing.
+    Loading runs no code, whatever the file holds.
+    remedy: for a missing file. expected: values that its settings must have.
     """
-    data = read(path, do)
-    with refusing(path, "start again with --overwrite"):
-        check(zipfile.ZipFile(io.BytesIO(data)).testzip() is None, path, "is damaged", "start again with --overwrite")
+    data = read_bytes(path, remedy)
+    start_over = "start over with --overwrite"
+    with refuse_on_error(path, start_over):
+        damaged_member = zipfile.ZipFile(io.BytesIO(data)).testzip()
+        check(damaged_member is None, path, "is damaged", start_over)
         state = torch.load(io.BytesIO(data), map_location="cpu", weights_only=True)
-        same_settings(path, state.get("settings"), asked)
+        require_settings(path, state.get("settings"), expected)
     return state
 
 
-def same_settings(path, found, asked, do=""):
-    """Raise Refusal, naming what differs and what to do, unless a file's settings are those asked for."""
-    found = found if isinstance(found, dict) else {}
-    wrong = [f"{key} {found.get(key)}, not {value}" for key, value in asked.items() if found.get(key) != value]
-    check(not wrong, path, f"made with {'; '.join(wrong)}",
-          do or "give the same options or another --run, or make it again with --overwrite")
+def require_settings(path, actual, expected, remedy=""):
+    """Raise Refusal, naming what differs, unless a file's settings have the expected values."""
+    if not isinstance(actual, dict):
+        actual = {}
+    differences = []
+    for key, value in expected.items():
+        if actual.get(key) != value:
+            differences.append(f"{key} {actual.get(key)}, not {value}")
+
+    if not remedy:
+        remedy = "give the same options or another --run, or start over with --overwrite"
+    check(not differences, path, f"was made with {'; '.join(differences)}", remedy)
 
 
 def append_log(path, row):
-    """One more JSON line at the end of the log."""
+    """Append one JSON line to a log."""
     Path(path).parent.mkdir(parents=True, exist_ok=True)
-    with open(path, "a") as file:
+    with name_in_errors(path), open(path, "a", encoding="utf-8") as file:
         file.write(json.dumps(row) + "\n")
 
 
 def read_log(path):
-    """The log's rows; a last line cut short by a kill is passed over. An empty list where there is none."""
+    """A log's rows, up to the first line that is not one: a kill may cut the last line short.
+
+    An empty list where there is no log.
+    """
     rows = []
-    with suppress(Refusal), refusing(path, ""):
+    try:
         for line in Path(path).read_bytes().splitlines():
             row = json.loads(line)
-            rows.append(row | {"epoch": int(row["epoch"])})
+            row["epoch"] = int(row["epoch"])
+            rows.append(row)
+    except (FileNotFoundError, ValueError, TypeError, KeyError, OverflowError, RecursionError):
+        # What stands before such a line is whole.
+        pass
     return rows
 
 
 def rewind_log(path, epoch):
-    """Keep the rows up to `epoch`, the checkpoint's, so that a resumed run's log is the uninterrupted run's."""
-    rows, do = read_log(path), "start again with --overwrite"
-    with refusing(path, do):
-        rows = [row for row in rows if row["epoch"] <= epoch]
-        check([row["epoch"] for row in rows] == [*range(1, len(rows) + 1)] and len(rows) == epoch, path,
-              f"not the rows 1 to {epoch}", do)
+    """Keep the rows up to `epoch`, the checkpoint's.
+
+    A resumed run's log is then that of an uninterrupted run. Raises Refusal where a row is missing.
+    """
+    remedy = "start over with --overwrite"
+    with refuse_on_error(path, remedy):
+        rows = [row for row in read_log(path) if row["epoch"] <= epoch]
+        epochs = [row["epoch"] for row in rows]
+        # The length comes first: a damaged checkpoint may say any epoch, and a list of that many
+        # numbers would not fit in memory.
+        is_whole = len(rows) == epoch and epochs == list(range(1, len(rows) + 1))
+        check(is_whole, path, f"does not hold the rows 1 to {epoch}", remedy)
     write(path, "".join(json.dumps(row) + "\n" for row in rows))
 
 
-def record_stage(folder, arguments, page):
-    """Leave a stage's page, options and time since its start in <folder>/options.json, for the report.
-
-    page: in order, headings (text), figures (caption, file in the folder), tables (caption, head, rows), lines (text,).
-    """
-    options = vars(arguments) | {"python": sys.version.split()[0], "torch": torch.__version__, "numpy": np.__version__}
-    command, took = ["python", Path(sys.argv[0]).name, *sys.argv[1:]], time.monotonic() - STARTED
-    given = ", ".join(f"{key} {value}" for key, value in options.items() if value is not None and value is not False)
-    told = f"{shlex.join(command)}: {duration(took)}, with {given}."
-    write(folder / "options.json", {"page": [*page, "This run", [printable(told, 2000)]], "options": options})
-
-
 def fingerprint(value):
-    """CRC-32 of a value that JSON holds."""
+    """CRC-32 of a value that JSON can hold."""
     return zlib.crc32(json.dumps(value, sort_keys=True).encode())
 
 
+def read_ahead(read, items):
+    """read(item) for each item, in order; threads read the next ones while the caller computes.
+
+    read must not depend on what is read before or beside it; then neither do the results depend on
+    the number of threads. What it raises is raised here, in its turn.
+    """
+    pool = ThreadPoolExecutor(READ_THREADS)
+    waiting = deque()
+    try:
+        for item in items:
+            waiting.append(pool.submit(read, item))
+            if len(waiting) > READ_THREADS:
+                yield waiting.popleft().result()
+        while waiting:
+            yield waiting.popleft().result()
+    finally:
+        pool.shutdown(cancel_futures=True)
+
+
 @torch.no_grad()
-def predict(network, cubes, count, device, size=256):
-    """network over `count` cubes, `size` at a time; cubes(numbers) → (n, 1, c, c, c) float32. Returns (count, …)."""
-    parts = np.split(np.arange(count), range(size, count, size))
-    return np.concatenate([network(torch.from_numpy(cubes(part)).to(device)).float().cpu().numpy() for part in parts])
+def predict(network, read_cubes, count, device, size=256):
+    """A network's output for `count` cubes, `size` at a time; (count, …) float32.
+
+    read_cubes(numbers): the cubes of these numbers, (n, 1, c, c, c) float32.
+    """
+    parts = [np.arange(start, min(start + size, count)) for start in range(0, count, size)]
+    outputs = []
+    for cubes in read_ahead(read_cubes, parts):
+        output = network(torch.from_numpy(cubes).to(device))
+        outputs.append(output.float().cpu().numpy())
+    return np.concatenate(outputs)
 
 
 # Progress
 
-def progress(label, total, every=15.0):
-    """A function step(done, text="") that shows done/total, rate and time left.
+CLEAR_LINE = "\r\x1b[K"
 
-    On a terminal it renews one line; elsewhere it prints a line every `every` seconds, and the last.
+
+class Progress:
+    """Show what is done of a total, the rate and the time left.
+
+    On a terminal it redraws one line; elsewhere it prints a line every `every` seconds, and the
+    last one.
     """
-    start, first, shown = time.monotonic(), None, 0.0
 
-    def step(done, text=""):
-        nonlocal first, shown
-        now, live = time.monotonic(), sys.stderr.isatty()
-        first = done if first is None else first
-        if done < total and now - shown < (0.2 if live else every):
+    def __init__(self, label, total, every=15.0):
+        self.label = label
+        self.total = total
+        self.every = every
+        self.start = time.monotonic()
+        self.last_shown = 0.0
+        # A resumed run begins with something done, which says nothing about its rate.
+        self.done_at_start = None
+
+    def update(self, done, text=""):
+        """Say that `done` of the total are done; `text` is shown behind the numbers."""
+        now = time.monotonic()
+        is_terminal = sys.stderr.isatty()
+        is_last = done >= self.total
+        if self.done_at_start is None:
+            self.done_at_start = done
+
+        # Return early where a line was shown a moment ago.
+        interval = 0.2 if is_terminal else self.every
+        if not is_last and now - self.last_shown < interval:
             return
-        shown, rate = now, (done - first) / max(now - start, 1e-9)
-        left = f", {duration((total - done) / rate)} left" if rate and done < total else ""
-        speed = f"  {rate:.1f}/s" if rate >= 1 else f"  {rate * 60:.1f}/min" if rate else ""
-        line = f"{label} {done}/{total}{speed}{left}  {printable(text)}"
-        print("\r\x1b[K" * live + line, end="" if live and done < total else "\n", file=sys.stderr, flush=True)
+        self.last_shown = now
 
-    return step
+        line = self.line(done, now) + f"  {printable(text)}"
+        if is_terminal:
+            end = "\n" if is_last else ""
+            print(CLEAR_LINE + line, end=end, file=sys.stderr, flush=True)
+        else:
+            print(line, file=sys.stderr, flush=True)
+
+    def line(self, done, now):
+        """`label 3/8  2.0/s, 3 s left`"""
+        rate = (done - self.done_at_start) / max(now - self.start, 1e-9)
+        line = f"{self.label} {done}/{self.total}"
+        if rate >= 1:
+            line += f"  {rate:.1f}/s"
+        elif rate > 0:
+            line += f"  {rate * 60:.1f}/min"
+        if rate > 0 and done < self.total:
+            line += f", {format_duration((self.total - done) / rate)} left"
+        return line
 
 
-def duration(seconds):
+def format_duration(seconds):
     """45 s, 12 min, 3.4 h, 2.1 days."""
-    for least, size, unit in ((172800, 86400, "days"), (3600, 3600, "h")):
-        if seconds >= least:
-            return f"{seconds / size:.1f} {unit}"
-    return f"{seconds / 60:.0f} min" if seconds >= 120 else f"{seconds:.0f} s"
+    if seconds < 120:
+        return f"{seconds:.0f} s"
+    if seconds < 3600:
+        return f"{seconds / 60:.0f} min"
+    if seconds < 48 * 3600:
+        return f"{seconds / 3600:.1f} h"
+    return f"{seconds / 86400:.1f} days"
 
 
-def shown(value):
-    """A number as a table prints it: three decimals, or a whole number with commas; – for none."""
-    if value is None or value != value:
+def format_number(value):
+    """A number as a table shows it: three decimals, or a whole number with commas.
+
+    None and NaN are shown as –.
+    """
+    if value is None or math.isnan(value):
         return "–"
-    return f"{value:.3f}" if isinstance(value, float) else f"{value:,}"
+    if isinstance(value, float):
+        return f"{value:.3f}"
+    return f"{value:,}"
 
 
 def print_table(title, head, rows):
-    """A table of text on the terminal: the first column to the left, the others to the right."""
-    first, *widths = [max(map(len, column)) for column in zip(head, *rows)]
+    """Print a table of text: the first column aligned left, the others right."""
+    widths = [max(len(cell) for cell in column) for column in zip(head, *rows)]
     print(f"\n{title}")
-    for name, *cells in (head, *rows):
-        print("  ".join(["", name.ljust(first), *map(str.rjust, cells, widths)]))
+    for label, *cells in (head, *rows):
+        padded = [cell.rjust(width) for cell, width in zip(cells, widths[1:])]
+        print("  " + "  ".join([label.ljust(widths[0]), *padded]))
 
 
-# Drawing: PNG with zlib, SVG with strings
+# Pictures: PNG files with zlib
 
 def png(pixels, factor=1):
-    """A PNG file's bytes, each pixel factor×factor. pixels: uint8, (rows, columns) or, of colours, (…, 3)."""
-    pixels = pixels.repeat(factor, 0).repeat(factor, 1)
+    """A PNG file's bytes; each pixel becomes factor×factor.
+
+    pixels: uint8, (rows, columns), or (rows, columns, 3) in colour.
+    """
+    pixels = pixels.repeat(factor, axis=0).repeat(factor, axis=1)
     height, width = pixels.shape[:2]
-    rows = np.pad(pixels.reshape(height, -1), ((0, 0), (1, 0))).tobytes()       # each row begins with its filter: none
+    # Colour type 2 is red, green, blue; 0 is grey. The last three bytes choose the only methods
+    # that the format has.
+    colour_type = 2 if pixels.ndim == 3 else 0
+    header = struct.pack(">IIBBBBB", width, height, 8, colour_type, 0, 0, 0)
 
-    def chunk(name, data):
-        return len(data).to_bytes(4, "big") + name + data + zlib.crc32(name + data).to_bytes(4, "big")
+    # Each row begins with the number of its filter: 0, none.
+    rows = np.pad(pixels.reshape(height, -1), ((0, 0), (1, 0))).tobytes()
+    signature = b"\x89PNG\r\n\x1a\n"
+    data = png_chunk(b"IDAT", zlib.compress(rows))
+    return signature + png_chunk(b"IHDR", header) + data + png_chunk(b"IEND", b"")
 
-    header = np.array([width, height], ">u4").tobytes() + bytes([8, 2 if pixels.ndim == 3 else 0, 0, 0, 0])
-    return b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", header) + chunk(b"IDAT", zlib.compress(rows)) + chunk(b"IEND", b"")
+
+def png_chunk(name, data):
+    """A chunk of a PNG file: length, name, data, CRC-32 of name and data."""
+    length = struct.pack(">I", len(data))
+    checksum = struct.pack(">I", zlib.crc32(name + data))
+    return length + name + data + checksum
 
 
 def grey(x):
-    """[-1, 1] → 0…255, so that -1000 HU is black and 400 HU white; any shape."""
-    return np.clip(np.rint((np.asarray(x, np.float32) + 1) * 127.5), 0, 255).astype(np.uint8)
+    """[-1, 1] → 0…255, so that -1000 HU is black and 400 HU white; any shape, uint8"""
+    levels = np.rint((np.asarray(x, np.float32) + 1) * 127.5)
+    return np.clip(levels, 0, 255).astype(np.uint8)
 
 
 def tile(images, columns, gap=2, paper=40):
-    """Equal-sized images (n, rows, columns[, 3]) in reading order, `gap` pixels of grey `paper` around each."""
-    edge, colours = (gap, 0), [(0, 0)] * (np.ndim(images) - 3)
-    cells = np.pad(images, [(0, -len(images) % columns), edge, edge, *colours], constant_values=paper)
-    lines = [np.concatenate(cells[i:i + columns], axis=1) for i in range(0, len(cells), columns)]
-    return np.pad(np.concatenate(lines), [edge[::-1], edge[::-1], *colours], constant_values=paper)
+    """Images of one size on one sheet, in reading order.
+
+    images: (n, rows, columns) or, in colour, (n, rows, columns, 3). gap: the pixels of the grey
+    level `paper` around each.
+    """
+    images = np.asarray(images)
+    height, width = images.shape[1:3]
+    rows = math.ceil(len(images) / columns)
+    shape = (gap + rows * (height + gap), gap + columns * (width + gap), *images.shape[3:])
+
+    canvas = np.full(shape, paper, images.dtype)
+    for number, image in enumerate(images):
+        row, column = divmod(number, columns)
+        top = gap + row * (height + gap)
+        left = gap + column * (width + gap)
+        canvas[top:top + height, left:left + width] = image
+    return canvas
+
+
+def zoom(side, pixels):
+    """The whole factor that enlarges an image of `side` pixels to about `pixels`, at least 1."""
+    return max(1, pixels // side)
+
+
+def evenly(count, most):
+    """At most `most` of the numbers 0 to count − 1, evenly spaced and distinct.
+
+    All of them where count ≤ most.
+    """
+    return np.linspace(0, count - 1, min(count, most)).astype(int)
+
+
+# A stage's page: what it leaves for the report, which evaluate.py draws
+
+class Heading(NamedTuple):
+    text: str
+
+
+class Text(NamedTuple):
+    text: str
+
+
+class Figure(NamedTuple):
+    caption: str
+    file: str       # in the stage's folder
+
+
+class Table(NamedTuple):
+    caption: str
+    head: tuple
+    rows: list
+
+
+def save_page(folder, options, items):
+    """Save a stage's page, its options and its time in <folder>/options.json, for the report.
+
+    items: Heading, Text, Figure and Table in the order in which they are shown.
+    """
+    values = dict(vars(options))
+    values["python"] = sys.version.split()[0]
+    values["torch"] = torch.__version__
+    values["numpy"] = np.__version__
+
+    # Close with the command that was typed, what it took, and each option that has a value.
+    typed = shlex.join(["python", Path(sys.argv[0]).name, *sys.argv[1:]])
+    seconds = format_duration(time.monotonic() - STARTED)
+    given = []
+    for name, value in values.items():
+        # A seed of 0 equals False, and is a value all the same.
+        if value is not None and value is not False:
+            given.append(f"{name} {value}")
+    summary = f"{typed}: {seconds}, with {', '.join(given)}."
+
+    page = [*items, Heading("This run"), Text(printable(summary, 2000))]
+    as_json = [{"kind": type(item).__name__.lower(), **item._asdict()} for item in page]
+    write(folder / "options.json", {"page": as_json, "options": values})
 
 
 # The stages, each as the command that a student would type
 
-def stage(script, *arguments):
-    """Print a stage's command, run it, and stop where it fails, with its exit status."""
-    words = [str(word) for word in (script, *arguments)]
-    print(f"\n$ python {shlex.join(words)}", flush=True)
-    if status := subprocess.run([sys.executable, HERE / words[0], *words[1:]]).returncode:
-        sys.exit(status)
+# Other processes: a stage as a command, and workers that share the work of a stage
+
+def wait_for(process):
+    """Wait until a child process has ended, also under Ctrl-C, which the child gets too.
+
+    Returns its exit status, or 130 after a Ctrl-C. The child says itself what it keeps.
+    """
+    try:
+        return process.wait()
+    except KeyboardInterrupt:
+        # This process has nothing left to do but to wait.
+        signal.signal(signal.SIGINT, signal.SIG_IGN)
+
+    try:
+        process.wait(timeout=INTERRUPT_SECONDS)
+    except subprocess.TimeoutExpired:
+        # The interrupt may have reached this process alone. Windows can only end the child.
+        if os.name == "nt":
+            process.terminate()
+        else:
+            process.send_signal(signal.SIGINT)
+        process.wait()
+    return 130
 
 
-# The report: one page that needs nothing else
-
-HEAD = """<!doctype html><html lang="en"><meta charset="utf-8"><title>lungaug</title><style>
-body{font:15px/1.5 system-ui,sans-serif;max-width:1000px;margin:2em auto;padding:0 1em;color:#222}
-h1{font-size:1.5em}h2{font-size:1.15em;border-bottom:1px solid #ccc;margin-top:2em}
-table{border-collapse:collapse;margin:.6em 0}figure{margin:1em 0}figcaption{color:#555;font-size:.9em}
-td,th{padding:.15em .8em;text-align:right;border-bottom:1px solid #eee;overflow-wrap:anywhere}
-td:first-child,th:first-child{text-align:left}img,svg{max-width:100%;height:auto}img{image-rendering:pixelated}
-</style><body><h1>Generative adversarial data augmentation for lung nodule detection</h1>"""
-
-
-def escaped(text):
-    """Text for the page, for a file may have named itself anything."""
-    return html.escape(printable(text, 2000))
+def run_script(script, *words):
+    """Print a script's command and run it; where it fails, exit with its status."""
+    words = [str(word) for word in words]
+    print(f"\n$ python {shlex.join([script, *words])}", flush=True)
+    status = wait_for(subprocess.Popen([sys.executable, HERE / script, *words]))
+    if status != 0:
+        # A child that a signal ended has a negative status; a shell says 128 + its number.
+        sys.exit(status if status > 0 else 128 - status)
 
 
-def table_html(caption, head, rows):
-    """A table; every cell is escaped."""
-    lines = ["".join(f"<{tag}>{escaped(cell)}</{tag}>" for cell in row)
-             for tag, row in [("th", head), *(("td", row) for row in rows)]]
-    return f"<p>{escaped(caption)}</p><table>{''.join(f'<tr>{line}</tr>' for line in lines)}</table>"
+def tie_to_parent():
+    """Let a worker process ignore Ctrl-C, which its parent handles, and end when the parent does.
+
+    A worker whose parent was killed would otherwise keep its memory, its files and their locks.
+    """
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+
+    def end_with_parent():
+        multiprocessing.parent_process().join()
+        os._exit(1)
+
+    threading.Thread(target=end_with_parent, daemon=True).start()
 
 
-def figure_html(path, caption):
-    """A picture, inline, with its caption; a line that says so where no stage made it."""
-    if not path.exists():
-        return f"<p>{escaped(caption)} (Not made in this run.)</p>"
-    picture = path.read_text() if path.suffix == ".svg" else \
-        f'<img src="data:image/png;base64,{base64.b64encode(path.read_bytes()).decode()}">'
-    return f"<figure>{picture}<figcaption>{escaped(caption)}</figcaption></figure>"
+@contextmanager
+def delay_interrupt():
+    """Let Ctrl-C have its effect after the block: what is half done there could never end."""
+    interrupts = []
+    handler = signal.signal(signal.SIGINT, lambda *_: interrupts.append(True))
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGINT, handler)
+    if interrupts:
+        raise KeyboardInterrupt
 
 
-def report(run):
-    """Draw <run>/report.html from the pages that the stages left, in the thesis' order; returns its path."""
-    sections = defaultdict(list)
-    for path in (run / name / "options.json" for name in ("prepared", "gan", "classifiers", "evaluation")):
-        with refusing(path, f"run python lungaug.py --run {run} first"):
-            for item in json.loads(path.read_bytes())["page"]:
-                if isinstance(item, str):
-                    parts = sections[item]
-                elif len(item) == 2:
-                    parts.append(figure_html(path.with_name(Path(item[1]).name), item[0]))
-                else:
-                    parts.append(table_html(*item) if len(item) == 3 else f"<p>{escaped(*item)}</p>")
-    body = [f"<h2>{escaped(heading)}</h2>{''.join(parts)}" for heading, parts in sorted(sections.items())]
-    write(run / "report.html", f"{HEAD}{''.join(body)}</body></html>\n")
-    return run / "report.html"
+@contextmanager
+def start_pool(workers):
+    """A pool of worker processes, tied to this one, which has begun to run.
+
+    However the block ends, jobs that have not begun are cancelled, and those that run are awaited.
+    """
+    pool = ProcessPoolExecutor(workers, initializer=tie_to_parent)
+    try:
+        # A worker that is just starting, and a pool that is half started, cannot handle Ctrl-C.
+        with delay_interrupt():
+            pool.submit(os.getpid).result()
+        yield pool
+    except KeyboardInterrupt:
+        # Another Ctrl-C has nothing to add.
+        signal.signal(signal.SIGINT, signal.SIG_IGN)
+        raise
+    finally:
+        pool.shutdown(cancel_futures=True)
+
+
+def submit(pool, *call):
+    """Submit a call to a pool, whole also under Ctrl-C: a pool waits for a half submitted one."""
+    with delay_interrupt():
+        return pool.submit(*call)
 
 
 def main():
     if sys.argv[1:2] == ["audit"]:
-        return stage("tests/audit.py", *sys.argv[2:])
-    if sys.argv[1:2] == ["report"]:
-        print(report(parse("Draw report.html again.", "evaluate", words=sys.argv[2:]).run))
+        run_script("tests/audit.py", *sys.argv[2:])
         return
-    arguments = parse("\n\n".join(__doc__.split("\n\n")[:2]), *STAGES)
-    for name in STAGES:
-        stage(f"{name}.py", *typed(arguments, name))
-    print(f"\n{report(arguments.run)}: everything on one page, after {duration(time.monotonic() - STARTED)}.")
+    if sys.argv[1:2] == ["report"]:
+        run_script("evaluate.py", *sys.argv[1:])
+        return
+
+    description = "\n\n".join(__doc__.split("\n\n")[:2])
+    options = parse(description, *STAGES)
+    for stage in STAGES:
+        run_script(f"{stage}.py", *command_words(options, stage))
+
+    seconds = format_duration(time.monotonic() - STARTED)
+    print(f"\n{options.run / 'report.html'}: everything on one page, after {seconds}.")
 
 
 if __name__ == "__main__":

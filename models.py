@@ -1,52 +1,94 @@
 """Models: sections 3.1 and 3.2, the generator, the critic with its two heads, and the classifier.
 
-    python models.py --cube 48 --width 16     # each network as a table of layers (the lost figures 4-6)
+    python models.py --cube 48 --width 16     # each network as a table of layers (the lost figures
+    4-6)
 
 Cubes are (n, 1, z, y, x) in [-1, 1]. A cube's side is 3·2^k: 48 in the thesis, 24 in the demo.
 The drawings are lost; README's table "Choices" gives the reason for each layer.
 """
 
 import argparse
+import sys
+from typing import NamedTuple
 
 import torch
 from torch import nn
 from torch.nn import functional as F
 
+
 CLASSES = 2
 LATENT = 128
-CUBES = (6, 12, 24, 48, 96, 192)        # 3·2^k
+SIDES = (3, 6, 12, 24, 48, 96, 192)     # 3·2^k: those of a network's levels, from the smallest
 
-torch.tanh(torch.zeros(1))      # alone: MKL picks its code at its first call, and for two threads at once may pick two
+
+def warm_up_mkl():
+    """Call tanh once, on one thread, before any network runs.
+
+    At its first call MKL chooses its code for this CPU, and two threads that make the first call at
+    the same time may choose two kinds: the same seed would then give other bytes.
+    """
+    torch.tanh(torch.zeros(1))
+
+
+warm_up_mkl()
+
+
+def memory_layout(device):
+    """The layout in memory with which a kind of device computes faster.
+
+    A CPU's convolutions prefer channels last. On a GPU the group norm would undo it at each layer.
+    """
+    return torch.channels_last_3d if device.type == "cpu" else torch.contiguous_format
 
 
 def channels(cube, width):
     """w·min(8, c/s) channels where a level's side is s = 3, 6, …, c   [rule_3_1_channels]
 
-    Returns those of every level, smallest side first. Raises ValueError unless cube is one of CUBES.
+    Returns those of every level, smallest side first. Raises ValueError unless cube is 6, 12, …,
+    192.
     """
-    if cube not in CUBES:
-        raise ValueError(f"a cube's side is one of {CUBES}, not {cube}")
-    return [width * min(8, cube // side) for side in (3, *CUBES) if side <= cube]
+    if cube not in SIDES[1:]:
+        raise ValueError(f"a cube's side is one of {SIDES[1:]}, not {cube}")
+    sides = [side for side in SIDES if side <= cube]
+    return [width * min(8, cube // side) for side in sides]
 
 
 # 3.1 Auxiliary classifier Wasserstein GAN
 
 def one_hot(labels):
-    """[0, 1] for a positive, [1, 0] for a negative   [rule_3_1_one_hot]; labels (n,) → (n, 2) float32"""
+    """[0, 1] for a positive, [1, 0] for a negative   [rule_3_1_one_hot]
+
+    labels: (n,). Returns (n, 2) float32.
+    """
     return F.one_hot(labels, CLASSES).float()
 
 
 def conditional_latent(noise, labels):
     """z₁…z_N ← one-hot(y), the rest of z ~ 𝒩(0, 1) as it was, N = 2   [rule_3_1_conditional_latent]
 
-    noise: (n, 128); labels: (n,), 1 = positive. Returns a new (n, 128); `noise` is left alone.
+    noise: (n, 128); labels: (n,), 1 = positive. Returns a new (n, 128); `noise` is not changed.
     """
     return torch.cat([one_hot(labels).to(noise), noise[:, CLASSES:]], dim=1)
 
 
+def draw_latent(labels, noise):
+    """z ~ 𝒩(0, 1), the labels' one-hot in front   [rule_3_3_1_latent]
+
+    labels: (n,), on any device; noise: a torch Generator on the CPU. Returns (n, 128) on the
+    labels' device. Training, generation and figures all draw their z here.
+    """
+    z = torch.randn(len(labels), LATENT, generator=noise)
+    return conditional_latent(z.to(labels.device), labels)
+
+
 def norm(channels):
-    """(x − μ)/√(σ² + 10⁻⁵)·g + b; μ, σ over (c, z, y, x) of one sample, g, b per channel   [rule_3_1_layer_norm]"""
-    return nn.GroupNorm(1, channels)    # one group is layer normalisation, with the gains of [9]'s own code
+    """(x − μ)/√(σ² + 10⁻⁵)·g + b, with μ and σ of one sample   [rule_3_1_layer_norm]
+
+    μ and σ are over (c, z, y, x); there is one gain g and one bias b per channel, as in [9]'s own
+    code.
+    """
+    # Group normalization with a single group is layer normalization with gains per channel.
+    return nn.GroupNorm(1, channels)
 
 
 def activation():
@@ -62,30 +104,47 @@ def conv(into, out, kernel=3):
 # 3.1.1 Residual block
 
 def upsample(x):
-    """Nearest neighbour: each voxel becomes 2×2×2   [rule_3_1_1_upsample]; (n, c, s, s, s) → (n, c, 2s, 2s, 2s)"""
+    """Nearest neighbour: each voxel becomes 2×2×2   [rule_3_1_1_upsample]
+
+    (n, c, s, s, s) → (n, c, 2s, 2s, 2s).
+    """
     return F.interpolate(x, scale_factor=2, mode="nearest")
 
 
 def downsample(x):
-    """Average pooling: the mean of each 2×2×2   [rule_3_1_1_downsample]; (n, c, 2s, 2s, 2s) → (n, c, s, s, s)"""
+    """Average pooling: the mean of each 2×2×2   [rule_3_1_1_downsample]
+
+    (n, c, 2s, 2s, 2s) → (n, c, s, s, s).
+    """
     return F.avg_pool3d(x, 2)
 
 
 def mean_of_shifts(weight):
-    """The mean of a 3³ kernel's eight shifts by 0 or 1, a 4³ kernel; (out, into, 3, 3, 3) → (out, into, 4, 4, 4)"""
-    return F.avg_pool3d(F.pad(weight, [1] * 6), 2, stride=1)
+    """The mean of a 3³ kernel's eight shifts by 0 or 1 along each axis, which is a 4³ kernel.
+
+    (out, into, 3, 3, 3) → (out, into, 4, 4, 4).
+    """
+    padded = F.pad(weight, [1] * 6)
+    return F.avg_pool3d(padded, 2, stride=1)
 
 
 class UpsampleConv3d(nn.Conv3d):
-    """conv 3³(upsample(x)) as one transposed convolution of stride 2: 8/27 of the arithmetic, the same result."""
+    """conv 3³(upsample(x)) as one transposed convolution of stride 2.
+
+    The result is the same, for 8/27 of the arithmetic.
+    """
 
     def forward(self, x):
+        # A transposed convolution has its axes mirrored, and its channels in the other order.
         kernel = 8 * mean_of_shifts(self.weight).flip(2, 3, 4).transpose(0, 1)
         return F.conv_transpose3d(x, kernel, self.bias, stride=2, padding=1)
 
 
 class ConvDownsample3d(nn.Conv3d):
-    """downsample(conv 3³(x)) as one convolution of stride 2: 8/27 of the arithmetic, the same result."""
+    """downsample(conv 3³(x)) as one convolution of stride 2.
+
+    The result is the same, for 8/27 of the arithmetic.
+    """
 
     def forward(self, x):
         return F.conv3d(x, mean_of_shifts(self.weight), self.bias, stride=2, padding=1)
@@ -94,14 +153,16 @@ class ConvDownsample3d(nn.Conv3d):
 class UpBlock(nn.Module):
     """x ↦ F(x) + skip(x) with the side doubled   [rule_3_1_1_residual_up]
 
-    F: nearest ×2, conv 3³, LN, LReLU, conv 3³, LN, LReLU. skip: conv 1³, nearest ×2 (they commute; this order
-    is the cheaper). (n, into, s, s, s) → (n, out, 2s, 2s, 2s).
+    F: nearest ×2, conv 3³, LN, LReLU, conv 3³, LN, LReLU. skip: conv 1³, nearest ×2 (they commute;
+    this order is the cheaper). (n, into, s, s, s) → (n, out, 2s, 2s, 2s).
     """
 
     def __init__(self, into, out):
         super().__init__()
-        self.body = nn.Sequential(UpsampleConv3d(into, out, 3, padding=1), norm(out), activation(),
-                                  conv(out, out), norm(out), activation())
+        self.body = nn.Sequential(
+            UpsampleConv3d(into, out, 3, padding=1), norm(out), activation(),
+            conv(out, out), norm(out), activation(),
+        )
         self.skip = conv(into, out, kernel=1)
 
     def forward(self, x):
@@ -111,18 +172,28 @@ class UpBlock(nn.Module):
 class DownBlock(nn.Module):
     """x ↦ F(x) + skip(x) with the side halved   [rule_3_1_1_residual_down]
 
-    F: conv 3³, LN, LReLU, conv 3³, mean pool 2, LN, LReLU. skip: mean pool 2, conv 1³.
-    (n, into, 2s, 2s, 2s) → (n, out, s, s, s).
+    F: conv 3³ to `middle` channels, LN, LReLU, conv 3³, mean pool 2, LN, LReLU. skip: mean pool 2,
+    conv 1³. (n, into, 2s, 2s, 2s) → (n, out, s, s, s).
     """
 
-    def __init__(self, into, out):
+    def __init__(self, into, middle, out):
         super().__init__()
-        self.body = nn.Sequential(conv(into, into), norm(into), activation(),
-                                  ConvDownsample3d(into, out, 3, padding=1), norm(out), activation())
+        self.body = nn.Sequential(
+            conv(into, middle), norm(middle), activation(),
+            ConvDownsample3d(middle, out, 3, padding=1), norm(out), activation(),
+        )
         self.skip = conv(into, out, kernel=1)
 
     def forward(self, x):
         return self.body(x) + self.skip(downsample(x))
+
+
+def at_least_float32(x):
+    """x, or its float32 copy where autocast made it bfloat16.
+
+    What leaves a network needs more than the 8 bits of a bfloat16: voxels, and means over a batch.
+    """
+    return x.to(torch.promote_types(x.dtype, torch.float32))
 
 
 class Generator(nn.Module):
@@ -140,32 +211,41 @@ class Generator(nn.Module):
         self.conv = conv(counts[-1], 1)
 
     def forward(self, z):
-        x = self.start(self.linear(z)).contiguous(memory_format=torch.channels_last_3d)
-        return torch.tanh(self.conv(self.blocks(x)))
+        x = self.start(self.linear(z))
+        x = x.contiguous(memory_format=memory_layout(x.device))
+        return torch.tanh(at_least_float32(self.conv(self.blocks(x))))
 
 
-def at_least_float32(x):
-    """x, or its float32 copy where autocast made it bfloat16: a mean over the batch wants more than 8 bits."""
-    return x.to(torch.promote_types(x.dtype, torch.float32))
+def critic_blocks(counts):
+    """1 → w → 2w, then wᵢ → wᵢ → wᵢ₊₁: the cube itself enters the first   [rule_3_1_first_block]
+
+    counts: the channels of each level, the cube's own side first. Returns a DownBlock for each
+    halving. At full size, where a convolution costs most, there is one alone, as in [9]'s own code.
+    """
+    first = DownBlock(1, counts[0], counts[1])
+    others = map(DownBlock, counts[1:-1], counts[1:-1], counts[2:])
+    return [first, *others]
 
 
 class Critic(nn.Module):
     """Cube (n, 1, c, c, c) → score f(x) (n,) and class logits (n, 2)   [rule_3_1_critic]
 
-    Conv 3³ with LN and LReLU, a down block for each halving to side 3, then two linear heads on one trunk,
-    neither with a norm or an activation. No layer mixes samples, or the penalty per sample would be wrong.
+    A down block for each halving to side 3, then two linear heads on one trunk, neither with a norm
+    or an activation. No layer mixes samples, or the penalty per sample would be wrong.
     """
 
     def __init__(self, cube, width):
         super().__init__()
         counts = channels(cube, width)[::-1]
-        self.trunk = nn.Sequential(conv(1, counts[0]), norm(counts[0]), activation(),
-                                   *map(DownBlock, counts[:-1], counts[1:]), nn.Flatten())
-        self.score, self.logits = nn.Linear(counts[-1] * 27, 1), nn.Linear(counts[-1] * 27, CLASSES)
+        self.trunk = nn.Sequential(*critic_blocks(counts), nn.Flatten())
+        self.score = nn.Linear(counts[-1] * 27, 1)
+        self.logits = nn.Linear(counts[-1] * 27, CLASSES)
 
     def forward(self, x):
-        trunk = self.trunk(x.contiguous(memory_format=torch.channels_last_3d))
-        return at_least_float32(self.score(trunk)[:, 0]), at_least_float32(self.logits(trunk))
+        trunk = self.trunk(x.contiguous(memory_format=memory_layout(x.device)))
+        score = self.score(trunk)[:, 0]
+        logits = self.logits(trunk)
+        return at_least_float32(score), at_least_float32(logits)
 
 
 # 3.2 Lung nodule detection classifier
@@ -173,48 +253,88 @@ class Critic(nn.Module):
 class Classifier(nn.Sequential):
     """Cube (n, 1, c, c, c) → class logits (n, 2)   [rule_3_2_classifier]
 
-    Conv 3³ of stride 2 and max pool 2 in turn until side 3, channels 16, 32, …; then linear 64 and linear 2.
+    Conv 3³ of stride 2 and max pool 2 in turn until side 3, channels 16, 32, …; then linear 64 and
+    linear 2.
     """
 
     def __init__(self, cube):
-        layers, into, out = [], 1, 16
-        for level in range(1, len(channels(cube, 1))):
-            if level % 2 == 1:
+        layers = []
+        into = 1
+        out = 16
+        halvings = len(channels(cube, 1)) - 1
+        for halving in range(halvings):
+            if halving % 2 == 0:
                 layers += [nn.Conv3d(into, out, 3, stride=2, padding=1), activation()]
-                into, out = out, 2 * out
+                into = out
+                out = 2 * out
             else:
                 layers += [nn.MaxPool3d(2)]
-        super().__init__(*layers, nn.Flatten(), nn.Linear(into * 27, 64), activation(), nn.Linear(64, CLASSES))
+
+        layers += [nn.Flatten(), nn.Linear(into * 27, 64), activation(), nn.Linear(64, CLASSES)]
+        super().__init__(*layers)
 
 
 # Figures 4–6, as tables
 
+class LayerRow(NamedTuple):
+    """One layer of a network's table."""
+    name: str
+    layer: str
+    shape: str          # of one sample's output: 2×6×6×6
+    parameters: int
+
+
 def layer_table(network, x):
-    """Each layer that network(x) runs, in that order: (name, layer, shape of one sample's output, parameters)."""
-    seen, names = [], {layer: name for name, layer in network.named_modules()}
-    hook = nn.modules.module.register_module_forward_hook(lambda layer, _, output: seen.append((layer, output)))
-    with torch.no_grad(), hook:
+    """A LayerRow for each layer that network(x) runs, in the order in which they run."""
+    outputs = []
+
+    def record(layer, inputs, output):
+        outputs.append((layer, output))
+
+    # Run the network once, with a hook that sees each layer's output.
+    with torch.no_grad(), nn.modules.module.register_module_forward_hook(record):
         network(x)
-    return [(names[layer], str(layer), "×".join(map(str, output.shape[1:])), sum(p.numel() for p in layer.parameters()))
-            for layer, output in seen if not list(layer.children())]
+
+    names = {layer: name for name, layer in network.named_modules()}
+    rows = []
+    for layer, output in outputs:
+        # A layer that holds others is listed by those.
+        if list(layer.children()):
+            continue
+        parameters = sum(parameter.numel() for parameter in layer.parameters())
+        shape = "×".join(str(side) for side in output.shape[1:])
+        rows.append(LayerRow(names[layer], str(layer), shape, parameters))
+    return rows
+
+
+def print_layers(title, network, x):
+    """Print a network's table under its title."""
+    rows = layer_table(network, x)
+    total = sum(row.parameters for row in rows)
+    print(f"\n{title}: {total:,} parameters")
+    print(f"{'name':<16}{'output':<16}{'parameters':>11}  layer")
+    for row in rows:
+        print(f"{row.name:<16}{row.shape:<16}{row.parameters:>11,}  {row.layer}")
 
 
 def main():
-    parser = argparse.ArgumentParser(description="The networks, layer by layer: the lost figures 4–6.")
-    parser.add_argument("--cube", type=int, default=48, choices=CUBES, help="the cube's side (default 48)")
-    parser.add_argument("--width", type=int, default=16, help="channels at full size (default 16)")
-    a = parser.parse_args()
-    if not 1 <= a.width <= 256:
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser.add_argument("--cube", type=int, default=48, choices=SIDES[1:],
+                        help="side of the cube (default 48)")
+    parser.add_argument("--width", type=int, default=16,
+                        help="channels at full resolution (default 16)")
+    # A terminal whose encoding lacks × gets a ? in its place.
+    sys.stdout.reconfigure(errors="replace")
+    options = parser.parse_args()
+    if not 1 <= options.width <= 256:
         parser.error("--width is from 1 to 256")
-    cube = torch.zeros(1, 1, *[a.cube] * 3)
-    generator, critic, classifier = Generator(a.cube, a.width), Critic(a.cube, a.width), Classifier(a.cube)
-    for figure, network, x in ((4, generator, torch.zeros(1, LATENT)), (4, critic, cube), (6, classifier, cube)):
-        rows = layer_table(network, x)
-        size = f"cube {a.cube}" + f", width {a.width}" * (network is not classifier)
-        print(f"\nFigure {figure}. {type(network).__name__}, {size}: {sum(row[-1] for row in rows):,} parameters")
-        print(f"{'name':<16}{'output':<16}{'parameters':>11}  layer")
-        for name, layer, shape, parameters in rows:
-            print(f"{name:<16}{shape:<16}{parameters:>11,}  {layer}")
+
+    cube = torch.zeros(1, 1, options.cube, options.cube, options.cube)
+    latent = torch.zeros(1, LATENT)
+    size = f"cube {options.cube}, width {options.width}"
+    print_layers(f"Figure 4. Generator, {size}", Generator(options.cube, options.width), latent)
+    print_layers(f"Figure 4. Critic, {size}", Critic(options.cube, options.width), cube)
+    print_layers(f"Figure 6. Classifier, cube {options.cube}", Classifier(options.cube), cube)
 
 
 if __name__ == "__main__":

@@ -1,25 +1,26 @@
 """Preprocessing: section 2, from CT scans to cubes with and without nodules.
 
     python preprocessing.py --scans LUNA16 --run runs/luna16 --workers 8     # your scans
-    python preprocessing.py                                                  # none at hand: synthetic ones, made first
+    python preprocessing.py                                                  # synthetic ones
 
-Reads MetaImage and DICOM (2), brings them to 1×1×1 mm (2.1.1) and [-1, 1] (2.1.2), finds the lungs (2.1.3), cuts
-cubes (2.1.4), splits by patient (2.1.5) and flips (2.1.6). Leaves <run>/prepared: dataset.json; a volume, a picture
-and a record for each scan.
+Reads MetaImage and DICOM (2), resamples them to 1×1×1 mm (2.1.1) and scales them to [-1, 1]
+(2.1.2), finds the lungs (2.1.3), cuts cubes (2.1.4), splits by patient (2.1.5) and flips (2.1.6).
+Leaves <run>/prepared: dataset.json; a volume, a picture and a record of each scan.
 
-Arrays are (z, y, x). Millimetres are (x, y, z) along the patient's axes, LPS: x rises to the left, y to the back, z
-to the head. HU are Hounsfield units.
+The order of this file: axes; 2.1.1 to 2.1.6 and Table 1, rule by rule; from a scan to its cubes;
+the prepared data as the other stages read them; the command; and, as an appendix, the file formats.
 """
 
 import csv
 import functools
+import io
 import itertools
 import os
-import signal
+import re
 import zlib
 from collections import defaultdict
-from concurrent.futures import BrokenExecutor, ProcessPoolExecutor
-from contextlib import suppress
+from concurrent.futures import BrokenExecutor
+from contextlib import ExitStack
 from pathlib import Path
 from typing import NamedTuple
 
@@ -30,17 +31,26 @@ from scipy import ndimage, sparse
 import lungaug
 from lungaug import Refusal, check
 
-AIR, BONE = -1000, 400              # 2.1.2: the range kept, in HU
-CUBES = (6, 12, 24, 48, 96, 192)    # 3·2^k, the sides that the networks halve to 3
 
+AIR = -1000     # HU, 2.1.2: the lower end of the range that is kept
+BONE = 400      # HU, 2.1.2: the upper end
+TOLERANCE = 1e-3    # mm, and of direction cosines: what a file's decimals may be off
+
+
+# Axes: arrays are (z, y, x). Millimetres are (x, y, z) along the patient's axes, LPS: x rises to
+# the left, y to the back, z to the head. HU are Hounsfield units.
 
 class Scan(NamedTuple):
-    """A CT scan as its file has it: voxel hu[k, j, i] lies at origin + direction · (spacing · (i, j, k))."""
+    """A CT scan as its file holds it.
+
+    Voxel hu[k, j, i] lies at origin + direction · (spacing · (i, j, k)).
+    """
     seriesuid: str
     hu: np.ndarray          # (z, y, x), int16, or float32 where the file holds fractions
     spacing: np.ndarray     # (x, y, z), mm
     origin: np.ndarray      # (x, y, z), mm, LPS
     direction: np.ndarray   # 3×3, LPS: its columns are the x, y, z index axes
+    ignored: tuple = ()     # what the series holds beside its slices, a phrase each
 
 
 class Volume(NamedTuple):
@@ -54,283 +64,187 @@ class Source(NamedTuple):
     seriesuid: str
     patient: str
     files: tuple
+    conflict: Path = None   # another file of the same series with other contents: neither is used
 
 
-# 2 Dataset: LUNA16's MetaImage, LIDC-IDRI's DICOM
+def reverse_axes(values):
+    """(x, y, z) ↔ (z, y, x) along the last axis; a view.
 
-def find_scans(folder):
-    """Every scan in a tree of folders, a Source each, in the order of their series UIDs. Raises Refusal.
-
-    A MetaImage's series UID is its file's name, as in LUNA16. DICOM files are told apart by SeriesInstanceUID,
-    wherever they lie. Files that are neither are passed over; links to folders are not followed.
+    Every change between millimetres and an index goes through here.
     """
-    sources, series = [], defaultdict(list)
-    for path in sorted(Path(root) / name for root, _, names in os.walk(folder) for name in names):
-        if path.suffix.lower() in (".mhd", ".mha") and not path.is_fifo():      # a pipe would be waited for
-            sources.append(Source(path.stem, path.stem, (path,)))
-        elif path.is_file():
-            tags = read_tags(path, ["SeriesInstanceUID", "PatientID", "Modality"])
-            if tags.get("SeriesInstanceUID") and (tags.get("Modality") or "CT") == "CT":    # no radiograph, no report
-                series[str(tags["SeriesInstanceUID"])].append((path, str(tags.get("PatientID") or "")))
-    for uid, files in series.items():
-        sources.append(Source(uid, files[0][1] or uid, tuple(path for path, _ in files)))
-    check(sources, folder, "no MetaImage and no DICOM file in it", "give the folder that holds the scans with --scans")
-    sources.sort(key=lambda source: source.seriesuid)
-    for one, other in itertools.pairwise(sources):
-        check(one.seriesuid != other.seriesuid, other.files[0], f"the series of {one.files[0]}", "keep one of them")
-    return sources
+    return np.asarray(values)[..., ::-1]
 
-
-def read_scan(path):
-    """A Scan from a MetaImage header (.mhd, .mha) or from a folder that holds one DICOM series. Raises Refusal."""
-    path = Path(path)
-    sources = find_scans(path) if path.is_dir() else [Source(path.stem, path.stem, (path,))]
-    check(len(sources) == 1, path, f"{len(sources)} scans in it", "name the folder of one")
-    return read_source(sources[0])
-
-
-def read_source(source):
-    """A Source's Scan. Whatever a broken file makes a reader raise becomes one Refusal that names the file."""
-    where = source.files[0]
-    with lungaug.refusing(where, "replace the file"):
-        scan = (read_metaimage if where.suffix.lower() in (".mhd", ".mha") else read_dicom)(source)
-    check(min(scan.hu.shape) > 1, where, f"{scan.hu.shape} voxels", "three axes of two voxels at least are wanted")
-    check((scan.spacing > 1e-3).all() and (scan.spacing < 100).all(), where, f"spacing {scan.spacing}",
-          "from 0.001 to 100 mm are read here")
-    lengths, span = np.linalg.norm(scan.direction, axis=0), abs(np.linalg.det(scan.direction))
-    check(np.allclose(lengths, 1, atol=1e-3) and span > 0.5, where, f"direction {scan.direction.T.ravel()}",
-          "three axes of length 1 that span the space are wanted")
-    return scan
-
-
-def to_hu(values, where):
-    """Values as int16 HU, or float32 where they have fractions."""
-    if values.dtype == np.int16:
-        return values
-    check((np.abs(values) < 1e12).all(), where, "voxels that are no numbers, or above 10¹²", "replace the file")
-    values = np.clip(values, -32768, 32767)
-    whole = values.astype(np.int16)
-    return whole if (whole == values).all() else values.astype(np.float32)
-
-
-ELEMENTS = {"MET_CHAR": "i1", "MET_UCHAR": "u1", "MET_SHORT": "i2", "MET_USHORT": "u2", "MET_INT": "i4",
-            "MET_UINT": "u4", "MET_LONG": "i4", "MET_ULONG": "u4", "MET_FLOAT": "f4", "MET_DOUBLE": "f8"}
-SYNONYMS = {"Position": "Offset", "Origin": "Offset", "Rotation": "TransformMatrix", "Orientation": "TransformMatrix",
-            "ElementByteOrderMSB": "BinaryDataByteOrderMSB"}
-DEFAULTS = {"NDims": "3", "Offset": "0 0 0", "TransformMatrix": "1 0 0 0 1 0 0 0 1", "HeaderSize": "0",
-            "BinaryData": "True", "BinaryDataByteOrderMSB": "False", "CompressedData": "False",
-            "ElementNumberOfChannels": "1"}
-COUNTS = {"DimSize": 3, "ElementSpacing": 3, "Offset": 3, "TransformMatrix": 9}     # numbers in a key's value
-MOST_VOXELS, MOST_SIDE = 2 ** 29, 4096      # twice a whole body at 512 × 512
-
-
-def metaimage_header(path):
-    """A MetaImage's keys and values, as text, and where LOCAL data would begin: after ElementDataFile, the last key."""
-    keys = dict(DEFAULTS)
-    with path.open("rb") as file:
-        for line in itertools.islice(iter(lambda: file.readline(4096), b""), 1000):
-            key, _, value = (part.strip() for part in os.fsdecode(line).partition("="))
-            keys[SYNONYMS.get(key, key)] = value
-            if key == "ElementDataFile":
-                keys.setdefault("ElementSpacing", keys.get("ElementSize", ""))
-                return keys, file.tell()
-    raise Refusal(path, "no ElementDataFile in its header", "replace the file: it is cut short, or no MetaImage")
-
-
-def read_metaimage(source):
-    """MetaImage: header and data in one file (.mha, LOCAL) or two (.mhd), compressed or not, either byte order.
-
-    TransformMatrix lists the x, y and z index axes one after the other: it is direction, transposed.
-    """
-    path, = source.files
-    keys, start = metaimage_header(path)
-    for key, known in (("NDims", ["3"]), ("BinaryData", ["True"]), ("ElementNumberOfChannels", ["1"]),
-                       ("ElementType", ELEMENTS)):
-        check(keys.get(key) in known, path, f"{key} = {keys.get(key)}", f"{', '.join(known)} is read here")
-    numbers = {key: np.array(keys.get(key, "").split(), float) for key in COUNTS}
-    for key, count in COUNTS.items():
-        check(len(numbers[key]) == count and (abs(numbers[key]) < 1e6).all(), path, f"{key} = {keys.get(key)}",
-              f"{count} numbers below a million are wanted")
-    size = numbers["DimSize"][::-1]
-    whole = (size % 1 == 0).all() and size.min() >= 1
-    check(whole and size.max() <= MOST_SIDE and size.prod() <= MOST_VOXELS, path, f"DimSize = {keys['DimSize']}",
-          f"three whole numbers from 1 to {MOST_SIDE:,}, and {MOST_VOXELS:,} voxels at most, are wanted")
-    name = keys["ElementDataFile"]
-    check(Path(name).name == name, path, f"ElementDataFile = {name}", "LOCAL or a file beside the header is read here")
-    data, start = (path, start) if name.upper() == "LOCAL" else (path.with_name(name), int(keys["HeaderSize"]))
-    check(data.is_file(), data, "is not there", f"{path.name} names it as its data")
-    big, packed = (keys[key][:1] in ("T", "t", "1") for key in ("BinaryDataByteOrderMSB", "CompressedData"))
-    element = np.dtype(ELEMENTS[keys["ElementType"]]).newbyteorder(">" if big else "<")
-    found = read_voxels(data, start, int(size.prod()) * element.itemsize, packed)
-    hu = to_hu(np.frombuffer(found, element).reshape(size.astype(int)), data)
-    direction = numbers["TransformMatrix"].reshape(3, 3).T
-    return Scan(source.seriesuid, hu, numbers["ElementSpacing"], numbers["Offset"], direction)
-
-
-def read_voxels(path, start, wanted, compressed):
-    """The `wanted` bytes of a MetaImage's voxels from `start` on (−1: the file's last), all there are, or Refusal."""
-    with path.open("rb") as file:
-        size = file.seek(0, os.SEEK_END)
-        start = size - wanted if start == -1 else start
-        check(0 <= start <= size, path, f"{size:,} bytes, and voxels from byte {start:,} on", "mend HeaderSize")
-        file.seek(start)
-        unpack = zlib.decompressobj(wbits=47)       # zlib's own header or gzip's
-        found = unpack.decompress(file.read(), wanted + 1) if compressed else file.read(min(wanted, size) + 1)
-    count = f"{len(found):,}" if len(found) < wanted else f"more than {wanted:,}"
-    check(len(found) == wanted, path, f"{count} bytes of voxels",
-          f"DimSize and ElementType make {wanted:,}: mend the header or replace the data")
-    return found
-
-
-def read_tags(path, names):
-    """{name: value} of the named tags that a DICOM file has; none where it does not read, or is no DICOM."""
-    with suppress(Refusal), lungaug.refusing(path, ""):     # for want of tags its caller passes it over
-        tags = pydicom.dcmread(path, stop_before_pixels=True, specific_tags=list(names))
-        return {name: tags[name].value for name in names if name in tags}
-    return {}
-
-
-GEOMETRY = {"ImagePositionPatient": 3, "ImageOrientationPatient": 6, "PixelSpacing": 2, "Rows": 1, "Columns": 1}
-
-
-def read_dicom(source):
-    """The series' one volume: its slices in the order of their positions along its normal   [rule_2_dicom_geometry]
-
-    Geometry says which files belong together (orientation, size, pixel spacing): a localizer may carry the series'
-    own UID and is left out. Spacing along z comes from the positions, not from SliceThickness. Under a gantry tilt the
-    third index axis is not normal to the slices; direction says so, and resampling honours it. Raises Refusal; a
-    missing or doubled slice is named by its place.
-    """
-    where, groups = source.files[0].parent, defaultdict(list)
-    for path in source.files:
-        tags = read_tags(path, GEOMETRY)
-        with lungaug.refusing(path, "replace the file, or take it out"):
-            numbers = {name: np.array(tags.get(name), float).ravel() for name in GEOMETRY}
-        wrong = [name for name, part in numbers.items() if part.size != GEOMETRY[name] or not (abs(part) < 1e6).all()]
-        check(not wrong, path, f"no {', no '.join(wrong)}", "replace the file, or take it out")
-        place, *plane = numbers.values()
-        groups[tuple(np.hstack(plane).round(3))].append((place, path, plane))
-    (key, slices), *others = sorted(groups.items(), key=lambda group: -len(group[1]))
-    check(len(slices) > 2, where, f"{len(source.files)} DICOM files, no three of one geometry", "a CT series is wanted")
-    for other, found in others:
-        check(len(found) < len(slices) / 4 and other[:6] != key[:6], found[0][1],
-              f"of another side, size or pixel spacing, as {len(found)} of {len(source.files)} files", "keep one kind")
-    normal = np.cross(*slices[0][2][0].reshape(2, 3))
-    places, paths, planes = zip(*sorted(slices, key=lambda one: one[0] @ normal))
-    steps = np.diff(places, axis=0)
-    apart = [step for step in steps if step @ normal > 0.01] or [np.zeros(3)]   # copied whole, every second is 0
-    usual, step = np.median(apart, axis=0), steps.mean(0)
-    worst = np.abs(steps - usual).max(1).argmax()
-    after, found, wanted = (np.round(vector, 3).tolist() for vector in (places[worst], steps[worst], usual))
-    even = np.abs((steps - usual) @ normal).max() < usual @ normal / 2
-    straight = np.abs(np.cumsum(steps - step, axis=0)).max() < usual @ normal / 4
-    check(even and straight, where, f"the slice after {after} mm lies {found} on, not {wanted}",
-          "slices lie evenly along a line: restore the missing ones, keep one of each")
-    orientation, (down, across), *_ = planes[0]
-    between = round(float(np.linalg.norm(step)), 6)         # positions are decimal strings: 1.8, not 1.7999999999999
-    third = normal if np.allclose(step / between, normal, atol=1e-4) else step / between    # their decimals are no tilt
-    hu, direction = np.stack([slice_hu(path) for path in paths]), np.stack([*orientation.reshape(2, 3), third], axis=1)
-    return Scan(source.seriesuid, hu, np.array([across, down, between]), places[0], direction)
-
-
-def slice_hu(path):
-    """HU = slope · stored + intercept, each slice's own   [rule_2_rescale]; (y, x), int16 where all are whole"""
-    with lungaug.refusing(path, "replace the file, or install what pydicom asks for"):
-        tags = pydicom.dcmread(path)
-        check(tags.pixel_array.ndim == 2, path, f"{tags.pixel_array.shape} pixels", "one HU a pixel is wanted")
-        return to_hu(float(tags.RescaleSlope) * tags.pixel_array + float(tags.RescaleIntercept), path)
-
-
-COLUMNS = ["seriesuid", "coordX", "coordY", "coordZ", "diameter_mm"]
-
-
-def read_annotations(path):
-    """LUNA16's annotations.csv: series UID → its nodules (x, y, z, diameter), mm, LPS, each once. Raises Refusal."""
-    nodules = defaultdict(dict)
-    with lungaug.refusing(path, "give LUNA16's annotations.csv"), open(path, newline="", encoding="utf-8-sig") as file:
-        rows = csv.reader(file)
-        check(next(rows, None) == COLUMNS, path, "another first line", f"{','.join(COLUMNS)} is wanted")
-        for row in filter(None, rows):
-            line = f"{path}, line {rows.line_num}"
-            with lungaug.refusing(line, "numbers are wanted"):
-                uid, *numbers = row[0].strip(), *map(float, row[1:])
-            known = uid and len(numbers) == 4 and (np.abs(numbers) < 1e6).all() and numbers[3] > 0
-            check(known, line, ",".join(row), "a series UID, coordinates and a diameter above 0, in mm, are wanted")
-            nodules[uid][tuple(numbers)] = None
-    return {uid: list(found) for uid, found in nodules.items()}
-
-
-# 2.1.1 Aspect ratio
 
 def affine(scan):
     """The 3×3 matrix that takes an index (i, j, k) along x, y, z to millimetres from the origin."""
     return scan.direction * scan.spacing
 
 
+def to_index(scan, points):
+    """The index (z, y, x), with fractions, at points (x, y, z) in mm; (n, 3) → (n, 3)"""
+    return reverse_axes((points - scan.origin) @ np.linalg.inv(affine(scan)).T)
+
+
+def to_world(scan, index):
+    """The points (x, y, z) in mm at an index (z, y, x); (n, 3) → (n, 3)"""
+    return reverse_axes(index) @ affine(scan).T + scan.origin
+
+
+def to_grid(origin, points):
+    """The index (z, y, x), with fractions, of points (x, y, z) in mm on the 1 mm grid.
+
+    origin: the grid's, (x, y, z) in mm.
+    """
+    return reverse_axes(np.asarray(points, float) - origin)
+
+
+def exceeds(values, limit):
+    """Whether values lie above a limit by more than rounding: values > limit + TOLERANCE
+
+    values: mm or direction cosines, any shape; the result has it, too. Programs write 2.5 mm as
+    2.5000000985, or as positions of a few decimals.
+    """
+    return np.asarray(values) > limit + TOLERANCE
+
+
+def slice_distance(scan):
+    """The spacing in mm of the index axis nearest to the patient's z: between axial slices.
+
+    A MetaImage's axes may come in any order, so it need not be the last.
+    """
+    _, _, slice_axis = index_axes(scan.direction)
+    return float(scan.spacing[slice_axis])
+
+
+# 2.1.1 Aspect ratio
+
+def index_axes(direction):
+    """For each of the patient's axes x, y, z the index axis nearest along it, each once."""
+    alignment = np.abs(direction)
+
+    def total(order):
+        return alignment[range(3), order].sum()
+
+    return max(itertools.permutations(range(3)), key=total)
+
+
+def mirrored_axes(axes):
+    """Which index axes run against the patient's; axes: 3×3, in the patient's order.
+
+    Bool (x, y, z).
+    """
+    return np.diag(axes) < 0
+
+
+def far_end(axes, spacing, shape, mirrored):
+    """From the first voxel to the last one along the mirrored axes, in mm   (x, y, z)
+
+    axes: 3×3; spacing: (x, y, z); shape: (z, y, x). The last of n voxels has the index n − 1.
+    """
+    last_index = reverse_axes(shape) - 1
+    return (axes * spacing) @ np.where(mirrored, last_index, 0)
+
+
 def reorient(scan):
-    """The same scan, its index axes in the order and sense of the patient's as far as they go; a view.
+    """The same scan with its index axes in the order and sense nearest to the patient's; a view.
 
     A mirrored axis of n voxels takes index i to n − 1 − i, and the origin to its other end.
     """
-    order = max(itertools.permutations(range(3)), key=lambda p: np.abs(scan.direction[range(3), p]).sum())
-    axes, spacing = scan.direction[:, order], scan.spacing[list(order)]
+    # Put the axes in the patient's order. Index axis i is hu's axis 2 − i, for hu is (z, y, x).
+    order = index_axes(scan.direction)
+    axes = scan.direction[:, order]
+    spacing = scan.spacing[list(order)]
     hu = scan.hu.transpose([2 - order[axis] for axis in (2, 1, 0)])
-    back = np.diag(axes) < 0
-    far = axes * spacing @ np.where(back, np.array(hu.shape[::-1]) - 1, 0)
-    return Scan(scan.seriesuid, flip(hu, back[::-1]), spacing, scan.origin + far, np.where(back, -axes, axes))
+
+    # Mirror those that run against the patient's.
+    mirrored = mirrored_axes(axes)
+    origin = scan.origin + far_end(axes, spacing, hu.shape, mirrored)
+    hu = flip(hu, reverse_axes(mirrored))
+    axes = np.where(mirrored, -axes, axes)
+    return Scan(scan.seriesuid, hu, spacing, origin, axes)
 
 
 def grid(scan):
-    """The 1 mm grid on the patient's axes, from the corner-most voxel centre on, exactly   [rule_2_1_1_exact_grid]
+    """The 1 mm grid on the patient's axes around a scan   [rule_2_1_1_exact_grid]
 
-    Returns origin (x, y, z) in mm and shape (z, y, x).
+    It starts at the corner voxel's centre, and its points are exactly 1 mm apart. Returns origin
+    (x, y, z) in mm and shape (z, y, x).
     """
-    edges = affine(scan) * (np.array(scan.hu.shape[::-1]) - 1)      # columns: from the first voxel to the last, in mm
-    return scan.origin + np.minimum(edges, 0).sum(1), np.floor(np.abs(edges).sum(1) + 1e-6).astype(int)[::-1] + 1
+    # The columns of `edges` lead from the first voxel to the last along each index axis, in mm.
+    edges = affine(scan) * (reverse_axes(scan.hu.shape) - 1)
+    lowest = scan.origin + np.minimum(edges, 0).sum(1)
+    extent = np.abs(edges).sum(1)
+
+    # A sum of fractions such as 0.7 mm may fall just short of a whole number.
+    points = np.floor(extent + 1e-6).astype(int) + 1
+    return lowest, reverse_axes(points)
 
 
 def resample(scan, origin=None, shape=None):
-    """HU at 1×1×1 mm by linear interpolation: index = (direction·spacing)⁻¹ · (x − origin)   [rule_2_1_1_resample]
+    """HU at 1×1×1 mm, linear: index = (direction·spacing)⁻¹ · (x − origin)   [rule_2_1_1_resample]
 
     origin (x, y, z) in mm and shape (z, y, x): the part of the grid to fill (default: all of it).
-    Returns Volume(hu (z, y, x) in the scan's dtype, origin); where an oblique scan does not reach lies air. Linear,
-    because a higher order overshoots at bone and metal.
+    Returns Volume(hu (z, y, x) in the scan's dtype, origin); where an oblique scan does not reach
+    lies air. Interpolation is linear, because a higher order overshoots at bone and metal.
     """
     scan = reorient(scan)
-    origin, shape = (origin, shape) if origin is not None else grid(scan)
+    if origin is None:
+        origin, shape = grid(scan)
+
+    # The map from the grid to the scan's index, both (z, y, x): the matrix is reversed both ways.
     matrix = np.linalg.inv(affine(scan))[::-1, ::-1]
-    start = matrix @ (origin - scan.origin)[::-1]
-    if np.count_nonzero(matrix) == 3:       # the axes agree
-        return Volume(interpolate_axes(scan.hu, start, np.diag(matrix), shape), origin)
-    hu = ndimage.affine_transform(scan.hu, matrix, start, tuple(shape), order=1, mode="grid-constant", cval=AIR)
+    start = matrix @ reverse_axes(origin - scan.origin)
+
+    # Where the axes agree, the matrix is diagonal, and each axis can be interpolated on its own.
+    if np.count_nonzero(matrix) == 3:
+        hu = interpolate_axes(scan.hu, start, np.diag(matrix), shape)
+    else:
+        hu = ndimage.affine_transform(scan.hu, matrix, start, tuple(shape), order=1,
+                                      mode="grid-constant", cval=AIR)
     return Volume(hu, origin)
 
 
 def line_weights(size, start, step, count):
-    """W[k, i] = max(0, 1 − |x_k − i|), x_k = start + step·k; past an end the last voxel has all; (count, size), sparse"""
+    """W[k, i] = max(0, 1 − |x_k − i|), x_k = start + step·k, as a sparse matrix (count, size)
+
+    Past an end of the line, the last voxel has all the weight.
+    """
+    # Each point lies between two voxels.
     x = (start + step * np.arange(count))[:, None]
-    near = np.floor(x).astype(int) + [0, 1]
-    entries = (1 - np.abs(x - near)).ravel(), np.clip(near, 0, size - 1).ravel(), 2 * np.arange(count + 1)
-    return sparse.csr_array(entries, shape=(count, size))
+    neighbours = np.floor(x).astype(int) + [0, 1]           # (count, 2)
+    weights = (1 - np.abs(x - neighbours)).ravel()
+
+    columns = np.clip(neighbours, 0, size - 1).ravel()
+    row_starts = 2 * np.arange(count + 1)
+    return sparse.csr_array((weights, columns, row_starts), shape=(count, size))
 
 
 def interpolate_axes(hu, start, step, shape):
-    """Σᵢ W_z[k, i] · (W_y · hu[i] · W_xᵀ): linear interpolation at start + step·k, axis by axis   [rule_2_1_1_axes]
+    """Σᵢ W_z[k, i] · (W_y · hu[i] · W_xᵀ): linear at start + step·k   [rule_2_1_1_axes]
 
-    hu: (z, y, x); start, step: in its voxels along z, y, x; shape: (z, y, x) of the result, in hu's dtype. Past an end
-    HU are the last voxel's. Two slices at a time are in memory, and no point asks for eight corners.
+    One axis after the other. hu: (z, y, x); start, step: in its voxels along z, y, x; shape:
+    (z, y, x) of the result, in hu's dtype. Past an end HU are the last voxel's. Two slices at a
+    time are in memory, and no point needs its eight corners.
     """
-    real, found = np.result_type(hu, np.float32), np.empty(shape, hu.dtype)
-    along_z, along_y, along_x = (line_weights(*axis).astype(real) for axis in zip(hu.shape, start, step, shape))
+    dtype = np.result_type(hu, np.float32)
+    along_z, along_y, along_x = [
+        line_weights(hu.shape[axis], start[axis], step[axis], shape[axis]).astype(dtype)
+        for axis in range(3)
+    ]
 
+    # Neighbouring slices of the result share slices of the scan.
     @functools.lru_cache(2)
     def in_plane(i):
-        return (along_x @ (along_y @ hu[i].astype(real)).T).T
+        return (along_x @ (along_y @ hu[i].astype(dtype)).T).T
 
-    for image, (first, last) in zip(found, itertools.pairwise(along_z.indptr)):
-        exact = sum(weight * in_plane(i) for i, weight in zip(along_z.indices[first:last], along_z.data[first:last]))
-        image[:] = exact if hu.dtype.kind == "f" else np.rint(exact)
-    return found
+    # Mix each slice of the result from the one or two slices of the scan around it.
+    result = np.empty(shape, hu.dtype)
+    for k in range(shape[0]):
+        weighted = slice(along_z.indptr[k], along_z.indptr[k + 1])
+        pairs = zip(along_z.indices[weighted], along_z.data[weighted])
+        mixed = sum(weight * in_plane(i) for i, weight in pairs)
+        result[k] = mixed if hu.dtype.kind == "f" else np.rint(mixed)
+    return result
 
 
 # 2.1.2 Hounsfield unit normalization
@@ -341,8 +255,12 @@ def clip_hu(hu):
 
 
 def normalize(hu):
-    """x = 2·(HU + 1000)/1400 − 1, HU clipped first   [eq_2_1_2_normalize]; any shape → float32 in [-1, 1]"""
-    return (clip_hu(np.asarray(hu, np.float32)) - AIR) * np.float32(2 / (BONE - AIR)) - 1
+    """x = 2·(HU + 1000)/1400 − 1, HU clipped first   [eq_2_1_2_normalize]
+
+    Any shape → float32 in [-1, 1].
+    """
+    clipped = clip_hu(np.asarray(hu, np.float32))
+    return (clipped - AIR) * np.float32(2 / (BONE - AIR)) - 1
 
 
 def denormalize(x):
@@ -352,104 +270,159 @@ def denormalize(x):
 
 # 2.1.3 Lung segmentation
 
-CLOSING_RADIUS = 10     # mm: takes in vessels, and nodules at the pleura
-GAS = -940              # HU: lungs' mean lies above it, that of gas in the bowel below
-THIN_WALL = 2           # mm: through less, noise lets the lungs leak into gas in the bowel
+CLOSING_RADIUS = 10     # mm: closes over vessels, and over nodules at the pleura
+GAS = -940              # HU: the lungs' mean lies above it, that of gas in the bowel below
+THIN_WALL = 2           # mm: through a thinner wall, noise lets the lungs leak into bowel gas
+COARSE = 2              # mm: the mask's resolution, which needs an eighth of the voxels
 
 
 def close_ball(mask, radius):
     """(M ⊕ B) ⊖ B, closing by nearly a ball of `radius` voxels   [rule_2_1_3_closing]
 
-    mask: bool (z, y, x). Small elements in turn are far quicker than one large one.
+    mask: bool (z, y, x). Many small elements in turn are far quicker than one large one.
     """
-    cross, cube = (ndimage.generate_binary_structure(3, n) for n in (1, 3))
-    cubes = round(radius / 3)       # crosses alone make a pointed octahedron, cubes alone a cube
+    cross = ndimage.generate_binary_structure(3, 1)
+    cube = ndimage.generate_binary_structure(3, 3)
+    # Crosses alone make a pointed octahedron, cubes alone a cube; a third of cubes is nearly a
+    # ball.
+    cubes = round(radius / 3)
+    crosses = radius - cubes
+
     mask = np.pad(mask, radius)
     for operation in (ndimage.binary_dilation, ndimage.binary_erosion):
-        mask = operation(mask, cross, iterations=radius - cubes)
-        mask = operation(mask, cube, iterations=cubes) if cubes else mask
-    return mask[(slice(radius, -radius),) * 3]
+        mask = operation(mask, cross, iterations=crosses)
+        # With 0 iterations SciPy would go on until nothing changes.
+        if cubes:
+            mask = operation(mask, cube, iterations=cubes)
+    return mask[radius:-radius, radius:-radius, radius:-radius]
+
+
+def border_labels(labels):
+    """The labels that touch the border of the axial field of view: the air of the room.
+
+    labels: int (z, y, x).
+    """
+    front_and_back = labels[:, [0, -1]]
+    left_and_right = labels[:, :, [0, -1]]
+    return np.concatenate([front_and_back.ravel(), left_and_right.ravel()])
 
 
 def lung_mask(hu, step=1):
-    """HU < -500, the room's air dropped; the largest component; closed, its holes filled   [rule_2_1_3_lungs]
+    """HU < -500 without the room's air; largest component; closed and filled   [rule_2_1_3_lungs]
 
     hu: (z, y, x) HU, `step` mm apart. Returns bool (z, y, x); all False where there is no such air.
-    The room is air that reaches the border of the axial field of view. Two components are taken where the second has
-    at least a quarter of the first: lungs that do not touch. They are chosen before the closing, which would join
-    them to the stomach's gas, and after an erosion by 2 mm, which parts what meets through a thin wall.
+    Two components are taken where the second has at least a quarter of the first: lungs that do not
+    touch. They are chosen before the closing, which would join them to the stomach's gas, and after
+    an erosion by 2 mm, which separates what meets through a thin wall.
     """
-    air, thin = hu < -500, max(1, round(THIN_WALL / step))
-    labels, _ = ndimage.label(ndimage.binary_erosion(air, iterations=thin, border_value=1))
+    # Separate and label the components of air.
+    air = hu < -500
+    thin = max(1, round(THIN_WALL / step))
+    eroded = ndimage.binary_erosion(air, iterations=thin, border_value=1)
+    labels, _ = ndimage.label(eroded)
+
+    # Measure them; label 0 is what is not air, and the room is not lung.
     sizes = np.bincount(labels.ravel())
-    room = np.concatenate([labels[:, [0, -1]].ravel(), labels[:, :, [0, -1]].ravel()])
-    sizes[0] = sizes[room] = 0      # 0: what is no air
-    two = np.argsort(sizes, kind="stable")[-2:]
-    chosen = two[sizes[two] >= max(1, sizes.max() / 4)]     # two, one or none
+    sizes[0] = 0
+    sizes[border_labels(labels)] = 0
+
+    # Choose two, one or none.
+    largest_two = np.argsort(sizes, kind="stable")[-2:]
+    smallest_size = max(1, sizes.max() / 4)
+    chosen = largest_two[sizes[largest_two] >= smallest_size]
     lungs = ndimage.binary_dilation(np.isin(labels, chosen), iterations=thin + 1, mask=air)
-    for box in ndimage.find_objects(lungs.astype(np.int8)):     # the one around them all
-        lungs[box] = ndimage.binary_fill_holes(close_ball(lungs[box], round(CLOSING_RADIUS / step)))
+
+    # Close and fill them, within the box around them.
+    if lungs.any():
+        box, = ndimage.find_objects(lungs.astype(np.int8))
+        closed = close_ball(lungs[box], round(CLOSING_RADIUS / step))
+        lungs[box] = ndimage.binary_fill_holes(closed)
     return lungs
 
 
 def coarse_lungs(scan):
-    """The lungs at 2 mm, an eighth of the voxels, on the scan's own axes: its field of view ends where the array does.
+    """HU and lung mask at 2 mm on the scan's own axes, where its field of view ends with the array.
 
-    Returns HU and mask, (z, y, x), as Scans.
+    Returns two Scans, whose hu are HU and the mask, (z, y, x).
     """
     scan = reorient(scan)
-    shape = ((np.array(scan.hu.shape) - 1) * scan.spacing[::-1] // 2 + 1).astype(int)
-    hu = interpolate_axes(scan.hu, np.zeros(3), 2 / scan.spacing[::-1], shape)
-    return tuple(scan._replace(hu=array, spacing=np.full(3, 2.0)) for array in (hu, lung_mask(hu, 2)))
+    spacing = reverse_axes(scan.spacing)
+    length = (np.array(scan.hu.shape) - 1) * spacing
+    shape = (length // COARSE + 1).astype(int)
+
+    hu = interpolate_axes(scan.hu, np.zeros(3), COARSE / spacing, shape)
+    coarse = scan._replace(hu=hu, spacing=np.full(3, float(COARSE)))
+    mask = coarse._replace(hu=lung_mask(hu, COARSE))
+    return coarse, mask
 
 
 # 2.1.4 Positive and negative cube samples
 
 def nearest_voxel(origin, centre):
-    """The grid point (z, y, x) nearest to `centre`   [rule_2_1_4_centre]; both (x, y, z) in mm, or centre (n, 3)"""
-    return np.floor((np.asarray(centre, float) - origin)[..., ::-1] + 0.5).astype(int)
+    """The grid point (z, y, x) nearest to `centre`   [rule_2_1_4_centre]
+
+    origin, centre: (x, y, z) in mm; centre may be (n, 3).
+    """
+    return np.floor(to_grid(origin, centre) + 0.5).astype(int)
 
 
 def cut(hu, voxel, side):
-    """The cube whose voxel side//2 is hu[voxel]; beyond the edge lies air, -1000 HU   [rule_2_1_4_padding]
+    """The cube whose voxel side//2 is hu[voxel]; beyond the edge lies air   [rule_2_1_4_padding]
 
     hu: (z, y, x); voxel: (z, y, x), it may lie outside. Returns (side, side, side), hu's dtype.
     """
-    cube = np.full((side,) * 3, AIR, hu.dtype)
+    cube = np.full((side, side, side), AIR, hu.dtype)
     start = np.asarray(voxel) - side // 2
-    low, high = np.maximum(start, 0), np.minimum(start + side, hu.shape)
+
+    # Copy what lies inside, from `low` to `high`; the rest stays air, -1000 HU.
+    low = np.maximum(start, 0)
+    high = np.minimum(start + side, hu.shape)
     if (low < high).all():
-        cube[tuple(map(slice, low - start, high - start))] = hu[tuple(map(slice, low, high))]
+        inside_cube = tuple(map(slice, low - start, high - start))
+        inside_volume = tuple(map(slice, low, high))
+        cube[inside_cube] = hu[inside_volume]
     return cube
 
 
 def crop_cube(volume, centre, side):
-    """The cube (side, side, side) of a Volume's HU around the voxel nearest to `centre` (x, y, z) in mm."""
+    """The cube (side, side, side) of a Volume's HU around the voxel nearest to `centre`.
+
+    centre: (x, y, z) in mm.
+    """
     return cut(volume.hu, nearest_voxel(volume.origin, centre), side)
 
 
 def meets_sphere(voxels, side, centre, radius):
-    """Whether the cube of `side` voxels around each of `voxels` (n, 3) meets the sphere: bool (n,); all in voxels"""
+    """Whether the cube of `side` voxels around each of `voxels` meets the sphere: bool (n,)
+
+    voxels: (n, 3); centre: (3,); radius; all in voxels.
+    """
     low = voxels - side // 2 - 0.5
-    return ((np.clip(centre, low, low + side) - centre) ** 2).sum(1) < radius ** 2
+    nearest_in_cube = np.clip(centre, low, low + side)
+    return ((nearest_in_cube - centre) ** 2).sum(1) < radius ** 2
 
 
 def draw_negatives(lungs, nodules, side, count, rng):
-    """Centres uniform over the lungs, rejected where the cube meets a nodule's sphere   [rule_2_1_4_negatives]
+    """Centres uniform over the lungs whose cubes meet no nodule's sphere   [rule_2_1_4_negatives]
 
-    lungs: (m, 3), the mask's voxels of 2 mm; nodules: (centre (3,), radius); all in voxels (z, y, x) of the 1 mm grid.
-    Returns int (n, 3), n ≤ count: fewer where nearly every cube in these lungs meets a nodule.
+    lungs: (m, 3), the mask's voxels of 2 mm; nodules: (centre (3,), radius); all in voxels (z, y,
+    x) of the 1 mm grid. Returns int (n, 3), n ≤ count: fewer where nearly every cube in these lungs
+    meets a nodule.
     """
-    found = np.empty((0, 3), int)
+    centres = np.empty((0, 3), int)
     for _ in range(100):
-        drawn = lungs[rng.integers(len(lungs), size=count)] + rng.uniform(-1, 1, (count, 3))
-        drawn = np.rint(drawn).astype(int)
+        # Draw points within voxels of 2 mm, uniformly.
+        chosen = lungs[rng.integers(len(lungs), size=count)]
+        drawn = np.rint(chosen + rng.uniform(-1, 1, (count, 3))).astype(int)
+
+        # Reject those whose cubes meet a nodule.
         for centre, radius in nodules:
             drawn = drawn[~meets_sphere(drawn, side, centre, radius)]
-        found = np.concatenate([found, drawn])[:count]
-        if len(found) == count:
+
+        centres = np.concatenate([centres, drawn])[:count]
+        if len(centres) == count:
             break
-    return found
+    return centres
 
 
 # 2.1.5 Train / validation / test split
@@ -458,16 +431,34 @@ SPLITS = {"train": 0.7, "validation": 0.1, "test": 0.2}
 
 
 def split_patients(patients, seed):
-    """70% / 10% / 20% of the patients, one each at least: patient → split   [rule_2_1_5_split]
+    """70% / 10% / 20% of the patients, at least one each: patient → split   [rule_2_1_5_split]
 
-    By patient, so that no cube of a training patient is in validation or test. Raises Refusal below three patients.
+    By patient, so that no cube of a training patient is in validation or test. Raises Refusal below
+    three patients.
     """
     patients = sorted(set(patients))
-    check(len(patients) >= 3, "the scans", f"patients that can be used: {len(patients)}",
-          "training, validation and test want one each: give more scans")
-    validation, test = (max(1, round(SPLITS[split] * len(patients))) for split in ("validation", "test"))
-    order = [patients[i] for i in lungaug.stream(seed, "split").permutation(len(patients))]
-    return dict(zip(order, ["test"] * test + ["validation"] * validation + ["train"] * len(patients)))
+    check(len(patients) >= 3, "the scans", f"{len(patients)} patients can be used",
+          "give more scans: training, validation and test need at least one patient each")
+    n_test = max(1, round(SPLITS["test"] * len(patients)))
+    n_validation = max(1, round(SPLITS["validation"] * len(patients)))
+
+    # Shuffle the patients, and cut the row in three.
+    splits = {}
+    for place, number in enumerate(lungaug.stream(seed, "split").permutation(len(patients))):
+        if place < n_test:
+            split = "test"
+        elif place < n_test + n_validation:
+            split = "validation"
+        else:
+            split = "train"
+        splits[patients[number]] = split
+    return splits
+
+
+def split_records(records, seed):
+    """The scans' records, each with the split of its patient."""
+    splits = split_patients([record["patient"] for record in records], seed)
+    return [record | {"split": splits[record["patient"]]} for record in records]
 
 
 # 2.1.6 Conventional data augmentation
@@ -477,174 +468,24 @@ FLIPS = tuple(itertools.product((False, True), repeat=3))       # along z, y, x;
 
 def flip(cube, flips):
     """A cube mirrored along the axes where `flips` (z, y, x) is true   [rule_2_1_6_flip]; a view"""
-    return cube[tuple(slice(None, None, -1 if mirrored else None) for mirrored in flips)]
+    mirrored = [axis for axis in range(3) if flips[axis]]
+    return np.flip(cube, mirrored)
 
 
 def all_flips(cube):
-    """The eight mirror images of a cube (s, s, s), itself the first   [rule_2_1_6_all_flips]; (8, s, s, s)"""
+    """The eight mirror images of a cube, itself the first   [rule_2_1_6_all_flips]
+
+    (s, s, s) → (8, s, s, s).
+    """
     return np.stack([flip(cube, flips) for flips in FLIPS])
 
 
 def with_flips(rows):
-    """Every row of (n, 4) with each of its eight flips: rows (8n, 4), flips (8n,), numbers into FLIPS"""
+    """Every row of (n, 4) with each of its eight flips: rows (8n, 4), flips (8n,)
+
+    A flip is its place in FLIPS.
+    """
     return rows.repeat(8, axis=0), np.tile(np.arange(8), len(rows))
-
-
-# A scan, from its files to its cubes
-
-def scan_name(seriesuid):
-    """A file name for a series, within the folder whatever the UID says: a hostile file may have made it anything."""
-    plain = "".join(c if c.isascii() and (c.isalnum() or c in "-._") else "_" for c in seriesuid)[:100]
-    is_uid = plain == seriesuid and plain[:1].isdigit()     # so never one of our own files' names, dataset or options
-    return plain if is_uid else f"_{plain}_{zlib.crc32(seriesuid.encode(errors='surrogatepass')):08x}"
-
-
-def prepare_scan(source, nodules, folder, parameters):
-    """Read a scan, find its lungs, fill the 1 mm grid around lungs and nodules (half a cube to spare), draw negatives.
-
-    Leaves the volume and a picture in `folder`; returns the scan's record. Raises Refusal.
-    """
-    where, cube = source.files[0], parameters["cube"]
-    scan = read_source(source)
-    check(scan.spacing.max() <= parameters["max_slice_mm"], where, f"slices {scan.spacing.max():g} mm apart",
-          f"LUNA16 keeps {parameters['max_slice_mm']:g} mm at most; --max-slice-mm raises it")
-    scan = scan._replace(hu=clip_hu(scan.hu).astype(np.int16))
-    coarse, mask = coarse_lungs(scan)
-    litres, areas = round(float(mask.hu.sum() * 8e-6), 3), mask.hu.sum((1, 2))
-    check(1 <= litres <= 12, where, f"{litres} litres of lung", "a chest CT with both lungs in view is wanted")
-    check(coarse.hu[mask.hu].mean() > GAS, where, f"{litres} litres of gas below {GAS} HU", "a chest CT is wanted")
-    check(max(areas[0], areas[-1]) < areas.max() / 2, where, "lungs cut at an end", "a whole chest is wanted")
-    (corner, shape), nodules = grid(scan), np.array(nodules).reshape(-1, 4)
-    index = (nodules[:, :3] - scan.origin) @ np.linalg.inv(affine(scan)).T + 0.5        # from the first voxel's corner
-    outside = ((index < 0) | (index > scan.hu.shape[::-1])).any(1)
-    check(not outside.any(), where, f"a nodule outside it, at {str(nodules[outside, :3].tolist())[1:-1]} mm",
-          "mend the annotations: (x, y, z) in mm, LPS, are wanted")
-    centres = nearest_voxel(corner, nodules[:, :3])
-    lungs = (np.argwhere(mask.hu)[:, ::-1] @ affine(mask).T + mask.origin - corner)[:, ::-1]
-    reach = np.concatenate([np.rint(lungs).astype(int), centres])
-    margin = cube // 2 + 1      # a negative's centre may lie a millimetre outside the mask's outermost points
-    start, stop = np.maximum(reach.min(0) - margin, 0), np.minimum(reach.max(0) + margin + 1, shape)
-    volume = resample(scan, corner + start[::-1], stop - start)
-    spheres = [((nodule[:3] - corner)[::-1], nodule[3] / 2) for nodule in nodules]
-    rng = lungaug.stream(parameters["seed"], "negatives", source.seriesuid)
-    negatives = draw_negatives(lungs, spheres, cube, parameters["negatives"], rng)
-    name = scan_name(source.seriesuid)
-    lungaug.write(folder / f"{name}.npy", volume.hu)
-    places = ((nodules[:, :3] - coarse.origin) @ np.linalg.inv(affine(coarse)).T)[:, ::-1]
-    lungaug.write(folder / f"{name}.png", scan_picture(coarse.hu, mask.hu, places, nodules[:, 3] / 4))
-    return {"seriesuid": source.seriesuid, "patient": source.patient, "volume": f"{name}.npy",
-            "crc32": zlib.crc32(volume.hu.tobytes()), "origin": volume.origin.tolist(), "litres": litres,
-            "positives": (centres - start).tolist(), "diameters": nodules[:, 3].tolist(),
-            "negatives": (negatives - start).tolist()}
-
-
-def scan_picture(hu, lungs, centres, radii):
-    """A PNG of three planes at 2 mm through the largest nodule, or through the right lung where there is none.
-
-    hu, lungs: (z, y, x), the lungs outlined in red; centres (n, 3), radii (n,): nodules, in voxels, ringed in green.
-    """
-    pictures, through = [], centres[radii.argmax()] if len(radii) else np.quantile(np.argwhere(lungs), 0.25, axis=0)
-    for axis, at in enumerate(np.clip(np.rint(through).astype(int), 0, np.array(hu.shape) - 1)):
-        mask = lungs.take(at, axis)
-        picture = np.stack([lungaug.grey(normalize(hu.take(at, axis)))] * 3, axis=-1)
-        picture[mask ^ ndimage.binary_erosion(mask)] = 230, 60, 50
-        rows, columns = np.indices(mask.shape)
-        for (row, column), depth, radius in zip(np.delete(centres, axis, 1), centres[:, axis] - at, radii + 1):
-            disc = (rows - row) ** 2 + (columns - column) ** 2 + depth ** 2 < radius ** 2
-            picture[ndimage.binary_dilation(disc) ^ disc] = 60, 220, 90
-        pictures.append(picture if axis == 0 else picture[::-1])        # superior is up
-    tall = max(map(len, pictures))
-    sheet = np.hstack([np.pad(picture, ((0, tall - len(picture)), (2, 2), (0, 0))) for picture in pictures])
-    return lungaug.png(sheet, 2)
-
-
-def read_record(source, folder, parameters):
-    """The record that an earlier run left of a scan with the same parameters; {} where there is none that is whole."""
-    path = folder / f"{scan_name(source.seriesuid)}.json"
-    with suppress(Refusal), lungaug.refusing(path, ""):
-        record = lungaug.read(path, "")
-        return record if record.pop("fingerprint") == lungaug.fingerprint([parameters, record]) else {}
-    return {}
-
-
-def is_whole(record, folder):
-    """Whether a record's volume is there and reads back as it was written."""
-    with suppress(Refusal), lungaug.refusing(folder, ""):
-        return zlib.crc32(open_array(folder / record["volume"])) == record["crc32"]
-    return False
-
-
-def prepare_one(source, nodules, folder, parameters):
-    """Make a scan's record, unless a whole one is there; of one that cannot be used, the reason, which is returned."""
-    if is_whole(read_record(source, folder, parameters), folder):
-        return None
-    try:
-        record, refusal = prepare_scan(source, nodules, folder, parameters), None
-    except (Refusal, MemoryError) as error:
-        too_large = Refusal(source.files[0], "too large for the memory", "give fewer --workers")
-        refusal = error if isinstance(error, Refusal) else too_large
-        record = {"seriesuid": source.seriesuid, "reason": str(refusal)}
-    whole = record | {"fingerprint": lungaug.fingerprint([parameters, record])}
-    lungaug.write(folder / f"{scan_name(source.seriesuid)}.json", whole)
-    return refusal
-
-
-# The prepared data, as the other stages use them
-
-class Dataset(NamedTuple):
-    """What preprocessing left. A row (scan, z, y, x) is a scan's number in `info` and its cube's centre voxel."""
-    folder: Path
-    info: dict              # dataset.json
-    cube: int
-    positives: dict         # split → rows, int (n, 4)
-    negatives: dict
-    fingerprint: int        # of its scans: what is made from them remembers it
-
-
-def open_dataset(run):
-    """The Dataset in <run>/prepared. Raises Refusal where there is none to train on."""
-    path = Path(run) / "prepared" / "dataset.json"
-    info, do = lungaug.read(path, f"run python preprocessing.py --run {run} first"), "run preprocessing.py again"
-
-    def rows(kind, split):
-        found = [(i, *voxel) for i, scan in enumerate(info["scans"]) if scan["split"] == split for voxel in scan[kind]]
-        check(found or split != "train", path, f"training scans without {kind}", "give more scans, or another --seed")
-        return np.array(found, np.int32).reshape(-1, 4)
-
-    with lungaug.refusing(path, do):
-        cube, names = info["parameters"]["cube"], [scan["volume"] for scan in info["scans"]]
-        plain = all(Path(name).name == name for name in names)
-        known = info["preset"] in ("demo", "thesis") and type(cube) is int and cube in CUBES and plain
-        check(known, path, "a preset, cube or file name of no use", do)
-        kinds = [{split: rows(kind, split) for split in SPLITS} for kind in ("positives", "negatives")]
-        return Dataset(path.parent, info, cube, *kinds, lungaug.fingerprint(info["scans"]))
-
-
-def labelled(dataset, split):
-    """A split's cubes to score: rows (n, 4), flips (n,), labels (n,); positives first, each with its eight flips."""
-    positives, flips = with_flips(dataset.positives[split])
-    negatives = dataset.negatives[split]
-    labels = np.repeat([1, 0], [len(positives), len(negatives)])
-    return np.concatenate([positives, negatives]), np.concatenate([flips, np.zeros(len(negatives), int)]), labels
-
-
-@functools.lru_cache(maxsize=256)
-def open_array(path, cube=None):
-    """A volume (z, y, x), or n cubes (n, cube, cube, cube), on disk: mapped, not read. Raises Refusal."""
-    with lungaug.refusing(path, "run the stage that made it again"):
-        array = np.load(path, mmap_mode="r")
-        known = array.dtype == np.int16 and (array.shape[1:] == (cube,) * 3 if cube else array.ndim == 3)
-        check(known, path, f"{array.dtype}, {array.shape}", "run the stage that made it again")
-        return array
-
-
-def read_cubes(dataset, rows, flips=None):
-    """The cubes at `rows` (n, 4), each with its flip of `flips` (n,): float32 (n, 1, c, c, c) in [-1, 1]"""
-    cubes = np.empty((len(rows), 1, *[dataset.cube] * 3), np.int16)
-    for i, (scan, *voxel) in enumerate(rows):
-        cube = cut(open_array(dataset.folder / dataset.info["scans"][scan]["volume"]), voxel, dataset.cube)
-        cubes[i, 0] = cube if flips is None else flip(cube, FLIPS[flips[i]])
-    return normalize(cubes)
 
 
 # Table 1
@@ -653,116 +494,1536 @@ TABLE_1 = {"train": (5712, 406791), "validation": (816, 58113), "test": (1632, 1
 
 
 def table_1(scans):
-    """Table 1: split → nodules, positives (eight flips each: the thesis' are 8·n), negatives   [num_table_1]"""
+    """Table 1: split → nodules, positives, negatives   [num_table_1]
+
+    Each nodule counts eight times among the positives, once per flip, as in the thesis.
+    """
     table = {}
     for split in SPLITS:
-        nodules, negatives = (sum(len(scan[kind]) for scan in scans if scan["split"] == split)
-                              for kind in ("positives", "negatives"))
-        table[split] = {"positive": 8 * nodules, "nodules": nodules, "negative": negatives, "thesis": TABLE_1[split]}
+        in_split = [scan for scan in scans if scan["split"] == split]
+        nodules = sum(len(scan["positives"]) for scan in in_split)
+        negatives = sum(len(scan["negatives"]) for scan in in_split)
+        table[split] = {"positive": 8 * nodules, "nodules": nodules, "negative": negatives,
+                        "thesis": TABLE_1[split]}
     return table
+
+
+# From a scan to its cubes
+
+def scan_name(seriesuid):
+    """A file name for a series, inside the folder whatever the UID says: a file may be hostile."""
+    plain = "".join(letter if is_plain(letter) else "_" for letter in seriesuid)[:100]
+
+    # A UID begins with a digit, so it is never the name of a file of ours, dataset or options.
+    if plain == seriesuid and plain[:1].isdigit():
+        return plain
+    checksum = zlib.crc32(seriesuid.encode(errors="surrogatepass"))
+    return f"_{plain}_{checksum:08x}"
+
+
+def is_plain(letter):
+    """Whether every file system takes a character: a letter, a digit, -, . or _"""
+    return letter.isascii() and (letter.isalnum() or letter in "-._")
+
+
+class Lungs(NamedTuple):
+    """A scan's lungs at 2 mm."""
+    hu: Scan
+    mask: Scan
+    litres: float
+
+
+def find_lungs(scan, path):
+    """The scan's Lungs. Raises Refusal where they are not those of a whole chest."""
+    coarse, mask = coarse_lungs(scan)
+    litres_per_voxel = COARSE ** 3 * 1e-6
+    litres = round(float(mask.hu.sum() * litres_per_voxel), 3)
+    check(1 <= litres <= 12, path, f"{litres} litres of lung",
+          "give a chest CT with both lungs in view")
+    check(coarse.hu[mask.hu].mean() > GAS, path,
+          f"the segmented region, {litres} litres, is gas below {GAS} HU, not lung",
+          "give a chest CT")
+
+    # Whole lungs taper off at the top and at the bottom.
+    areas = mask.hu.sum((1, 2))
+    check(max(areas[0], areas[-1]) < areas.max() / 2, path,
+          "the lungs are truncated at the top or bottom of the scan",
+          "give a scan of the whole chest")
+    return Lungs(coarse, mask, litres)
+
+
+# Whether the annotations fit the scan. The most frequent mistake is another frame of coordinates,
+# and most centres that are mirrored lie in the lungs again: so density decides.
+
+CONTRAST = 150      # HU: by so much a nodule is denser than the lung around it
+LUNG_AROUND = 0.3   # of a nodule's surroundings at least this share is lung
+FAR = 10            # mm: a nodule this far outside the lungs' mask is not at their border
+
+
+def ball_points(count):
+    """A lattice of `count` points along each axis, within the unit ball: (n, 3)."""
+    line = np.linspace(-1, 1, count)
+    points = np.stack(np.meshgrid(line, line, line), axis=-1).reshape(-1, 3)
+    return points[(points ** 2).sum(1) <= 1]
+
+
+def hu_at(scan, points):
+    """HU at points (n, 3), (x, y, z) in mm; (n,); beyond the scan lies air, linear between."""
+    return ndimage.map_coordinates(scan.hu, to_index(scan, points).T, order=1, cval=AIR)
+
+
+def in_mask(mask, points):
+    """Whether points (n, 3), (x, y, z) in mm, lie in the lungs' mask, a Scan; bool (n,)"""
+    index = np.rint(to_index(mask, points)).astype(int)
+    within = ((index >= 0) & (index < mask.hu.shape)).all(1)
+    found = np.zeros(len(points), bool)
+    found[within] = mask.hu[tuple(index[within].T)]
+    return found
+
+
+def stands_out(scan, mask, nodule):
+    """Whether a nodule is at least CONTRAST denser than the lung around it, and there is some lung.
+
+    nodule: (x, y, z, diameter) in mm. True of solid and of ground-glass nodules, and of those at a
+    vessel or at the pleura; false of places in a wall, in the heart, or within the lung alone.
+    """
+    centre = nodule[:3]
+    radius = nodule[3] / 2
+    ball = ball_points(9)
+    # The outer part of a small nodule is blurred.
+    inside = hu_at(scan, centre + 0.7 * radius * ball)
+
+    # Look at shells 2, 4 and 6 mm outside the nodule.
+    directions = ball[(ball != 0).any(1)]
+    directions = directions / np.linalg.norm(directions, axis=1, keepdims=True)
+    shells = np.concatenate([centre + (radius + mm) * directions for mm in (2, 4, 6)])
+    around = hu_at(scan, shells)
+    lung = around[(around < -500) & in_mask(mask, shells)]
+    if len(lung) < LUNG_AROUND * len(around):
+        return False
+    return inside.mean() - lung.mean() >= CONTRAST
+
+
+def far_from_lungs(mask, nodule):
+    """Whether no voxel of the lungs' mask lies within FAR mm of a nodule's sphere."""
+    reach = nodule[3] / 2 + FAR
+    return not in_mask(mask, nodule[:3] + reach * ball_points(15)).any()
+
+
+def misplaced_nodules(scan, mask, nodules):
+    """Those of `nodules` (n, 4), (x, y, z, diameter) in mm, that seem misplaced.
+
+    Where most of a scan's nodules stand out, only one far outside the lungs is: a nodule may be
+    faint, but coordinates in another frame miss nearly all. One smaller than a voxel is not judged.
+    """
+    hidden = np.array([not stands_out(scan, mask, nodule) for nodule in nodules], bool)
+    hidden &= nodules[:, 3] >= scan.spacing.max()
+    far = np.array([far_from_lungs(mask, nodule) for nodule in nodules], bool)
+    if 2 * hidden.sum() > len(nodules):
+        return nodules[hidden]
+    return nodules[hidden & far]
+
+
+def likely_cause(scan, mask, nodules):
+    """What the coordinates of `nodules` (n, 4) may be: the reading in which most stand out."""
+    centres = nodules[:, :3]
+    readings = {
+        "x and y negated, RAS in place of LPS": centres * (-1, -1, 1),
+        "x negated": centres * (-1, 1, 1),
+        "y negated": centres * (1, -1, 1),
+        "voxel indices in place of mm": to_world(scan, reverse_axes(centres)),
+    }
+    counts = {}
+    for name, places in readings.items():
+        read_so = np.column_stack([places, nodules[:, 3]])
+        counts[name] = sum(stands_out(scan, mask, nodule) for nodule in read_so)
+
+    best = max(counts, key=counts.get)
+    if 2 * counts[best] > len(nodules):
+        return best
+    return "those of another scan, or not in mm, LPS"
+
+
+def check_nodules(scan, mask, nodules):
+    """Raise Refusal where a nodule's centre lies outside the scan's voxels.
+
+    mask: the lungs', a Scan; nodules: (n, 4), (x, y, z, diameter) in mm.
+    """
+    # Half a voxel is added, so that 0 is the border of the first voxel, not its centre.
+    index = to_index(scan, nodules[:, :3]) + 0.5
+    outside = ((index < 0) | (index > scan.hu.shape)).any(1)
+    if outside.any():
+        places = places_text(nodules[outside])
+        cause = likely_cause(scan, mask, nodules)
+        raise Refusal("the annotations",
+                      f"a nodule of {scan.seriesuid} lies outside its scan, at {places}",
+                      f"fix the coordinates: they may be {cause}")
+
+
+def places_text(nodules):
+    """The centres of nodules (n, 4) in mm as text; of many, the first three."""
+    places = [", ".join(f"{number:g}" for number in nodule[:3]) for nodule in nodules]
+    text = "; ".join(places[:3])
+    if len(places) > 3:
+        text += f"; and {len(places) - 3} more"
+    return f"{text} mm"
+
+
+def region_around(points, cube, shape):
+    """The part of the grid that holds every cube around these points: start and stop (z, y, x).
+
+    points: int (n, 3); shape: the grid's.
+    """
+    # A negative's centre may lie a millimetre outside the mask's outermost points.
+    margin = cube // 2 + 1
+    start = np.maximum(points.min(0) - margin, 0)
+    stop = np.minimum(points.max(0) + margin + 1, shape)
+    return start, stop
+
+
+def prepare_scan(source, nodules, folder, parameters):
+    """Read a scan, find its lungs, fill the 1 mm grid around them, draw negatives.
+
+    nodules: (x, y, z, diameter) in mm. Leaves the volume, with half a cube of margin around lungs
+    and nodules, and a picture in `folder`; returns the scan's record. Raises Refusal.
+    """
+    path = source.files[0]
+    cube = parameters["cube"]
+    nodules = np.array(nodules).reshape(-1, 4)
+    centres = nodules[:, :3]
+    diameters = nodules[:, 3]
+
+    # Read the scan.
+    scan = read_source(source)
+    check(not exceeds(slice_distance(scan), parameters["max_slice_mm"]), path,
+          f"slices {slice_distance(scan):g} mm apart",
+          f"LUNA16 keeps at most {parameters['max_slice_mm']:g} mm; --max-slice-mm raises it")
+    scan = scan._replace(hu=clip_hu(scan.hu).astype(np.int16))
+
+    # Find its lungs.
+    lungs = find_lungs(scan, path)
+    check_nodules(scan, lungs.mask, nodules)
+    misplaced = misplaced_nodules(scan, lungs.mask, nodules)
+
+    # Fill the 1 mm grid around lungs and nodules.
+    corner, shape = grid(scan)
+    positives = nearest_voxel(corner, centres)
+    lung_points = to_grid(corner, to_world(lungs.mask, np.argwhere(lungs.mask.hu)))
+    reach = np.concatenate([np.rint(lung_points).astype(int), positives])
+    start, stop = region_around(reach, cube, shape)
+    volume = resample(scan, corner + reverse_axes(start), stop - start)
+
+    # Draw negatives.
+    spheres = list(zip(to_grid(corner, centres), diameters / 2))
+    rng = lungaug.stream(parameters["seed"], "negatives", source.seriesuid)
+    negatives = draw_negatives(lung_points, spheres, cube, parameters["negatives"], rng)
+
+    # Write the volume and the picture.
+    name = scan_name(source.seriesuid)
+    lungaug.write(folder / f"{name}.npy", volume.hu)
+    coarse_centres = to_index(lungs.hu, centres)
+    coarse_radii = diameters / 2 / COARSE
+    picture = scan_picture(lungs.hu.hu, lungs.mask.hu, coarse_centres, coarse_radii)
+    lungaug.write(folder / f"{name}.png", picture)
+
+    # Describe the scan.
+    record = {
+        "seriesuid": source.seriesuid,
+        "patient": source.patient,
+        "volume": f"{name}.npy",
+        "crc32": zlib.crc32(volume.hu.tobytes()),
+        "origin": volume.origin.tolist(),
+        "litres": lungs.litres,
+        "positives": (positives - start).tolist(),
+        "diameters": diameters.tolist(),
+        "negatives": (negatives - start).tolist(),
+    }
+
+    # Add what few scans have.
+    if scan.ignored:
+        record["ignored"] = f"{path.parent}: {'; '.join(scan.ignored)}"
+    if len(misplaced):
+        record["misplaced"] = misplaced.tolist()
+        record["cause"] = likely_cause(scan, lungs.mask, misplaced)
+    return record
+
+
+def misplaced_text(record):
+    """What a record says of its nodules that seem misplaced, in one line."""
+    nodules = record["misplaced"]
+    of_all = f"{len(nodules)} of {len(record['positives'])} nodules"
+    return lungaug.printable(
+        f"{of_all} do not lie where the scan shows one: {places_text(nodules)} — "
+        f"their coordinates may be {record['cause']}")
+
+
+def print_misplaced(records):
+    """Warn of the scans whose nodules seem misplaced: a line each, and one of them all."""
+    misplaced = [record for record in records if "misplaced" in record]
+    for record in misplaced:
+        print(f"warning: {lungaug.printable(record['seriesuid'])}: {misplaced_text(record)}")
+    if not misplaced:
+        return
+
+    causes = [record["cause"] for record in misplaced]
+    cause = max(causes, key=causes.count)
+    count = sum(len(record["misplaced"]) for record in misplaced)
+    print(f"warning: {count} nodules in {len(misplaced)} of {len(records)} scans seem misplaced — "
+          f"look at their pictures; the coordinates may be {cause} ({causes.count(cause)} scans)")
+
+
+RED = (230, 60, 50)
+GREEN = (60, 220, 90)
+
+
+def scan_picture(hu, lungs, centres, radii):
+    """A PNG of three planes at 2 mm: the lungs outlined in red, nodules ringed in green.
+
+    The planes lie through the largest nodule, or through the right lung where there is none. hu,
+    lungs: (z, y, x); centres (n, 3), radii (n,): the nodules, in voxels.
+    """
+    if len(radii):
+        through = centres[radii.argmax()]
+    else:
+        through = np.quantile(np.argwhere(lungs), 0.25, axis=0)
+    last = np.array(hu.shape) - 1
+    through = np.clip(np.rint(through).astype(int), 0, last)
+
+    axial = plane_picture(hu, lungs, centres, radii, 0, through[0])
+    # Turn the other two, so that superior is up.
+    coronal = plane_picture(hu, lungs, centres, radii, 1, through[1])[::-1]
+    sagittal = plane_picture(hu, lungs, centres, radii, 2, through[2])[::-1]
+
+    # Put them side by side, the shorter ones filled up with black.
+    pictures = [axial, coronal, sagittal]
+    height = max(len(picture) for picture in pictures)
+    columns = []
+    for picture in pictures:
+        missing_rows = height - len(picture)
+        columns.append(np.pad(picture, ((0, missing_rows), (2, 2), (0, 0))))
+    return lungaug.png(np.hstack(columns), 2)
+
+
+def plane_picture(hu, lungs, centres, radii, axis, place):
+    """The plane across `axis` at `place`: grey, with lungs and nodules outlined; uint8 (…, …, 3)"""
+    mask = lungs.take(place, axis)
+    grey = lungaug.grey(normalize(hu.take(place, axis)))
+    picture = np.stack([grey, grey, grey], axis=-1)
+    picture[mask ^ ndimage.binary_erosion(mask)] = RED
+
+    # Ring what the plane cuts of each nodule, 2 mm outside it.
+    rows, columns = np.indices(mask.shape)
+    in_plane = np.delete(centres, axis, 1)
+    depths = centres[:, axis] - place
+    for (row, column), depth, radius in zip(in_plane, depths, radii + 1):
+        disc = (rows - row) ** 2 + (columns - column) ** 2 + depth ** 2 < radius ** 2
+        picture[ndimage.binary_dilation(disc) ^ disc] = GREEN
+    return picture
+
+
+# The prepared data, as the other stages read them
+
+class Dataset(NamedTuple):
+    """What preprocessing left. A row (scan, z, y, x): a scan's place in `info`, a cube's centre."""
+    folder: Path
+    info: dict              # dataset.json
+    cube: int
+    positives: dict         # split → rows, int (n, 4)
+    negatives: dict
+    fingerprint: int        # of its scans: whatever is made from them records it
+
+
+def rows_of_split(scans, kind, split):
+    """The rows (n, 4) of a split's "positives" or "negatives"."""
+    rows = []
+    for number, scan in enumerate(scans):
+        if scan["split"] == split:
+            rows += [(number, *voxel) for voxel in scan[kind]]
+    return np.array(rows, np.int32).reshape(-1, 4)
+
+
+def open_dataset(run, to_train=True):
+    """The Dataset in <run>/prepared. Raises Refusal where there is none.
+
+    to_train: whether the training set must hold both classes.
+    """
+    path = Path(run) / "prepared" / "dataset.json"
+    info = lungaug.read_json(path, f"run python preprocessing.py --run {run} first")
+    remedy = "run preprocessing.py again"
+    with lungaug.refuse_on_error(path, remedy):
+        # A damaged file may say anything: check what is used as a size or as a path.
+        scans = info["scans"]
+        cube = info["parameters"]["cube"]
+        names = [scan["volume"] for scan in scans]
+        check(info["preset"] in ("demo", "thesis"), path, "invalid preset", remedy)
+        check(type(cube) is int and cube in lungaug.CUBES, path, "invalid cube size", remedy)
+        check(all(Path(name).name == name for name in names), path, "invalid file name", remedy)
+
+        positives = {split: rows_of_split(scans, "positives", split) for split in SPLITS}
+        negatives = {split: rows_of_split(scans, "negatives", split) for split in SPLITS}
+        for kind, rows in (("positives", positives), ("negatives", negatives)):
+            check(not to_train or len(rows["train"]) > 0, path, f"training scans without {kind}",
+                  "give more scans, or another --seed")
+        return Dataset(path.parent, info, cube, positives, negatives, lungaug.fingerprint(scans))
+
+
+def labelled(dataset, split):
+    """A split's cubes to score: rows (n, 4), flips (n,), labels (n,).
+
+    Positives come first, each with its eight flips; negatives have the flip 0, which is none.
+    """
+    positives, positive_flips = with_flips(dataset.positives[split])
+    negatives = dataset.negatives[split]
+    negative_flips = np.zeros(len(negatives), int)
+
+    rows = np.concatenate([positives, negatives])
+    flips = np.concatenate([positive_flips, negative_flips])
+    labels = np.repeat([1, 0], [len(positives), len(negatives)])
+    return rows, flips, labels
+
+
+@functools.lru_cache(maxsize=128)
+def open_array(path, cube=None):
+    """A volume (z, y, x), or n cubes (n, cube, cube, cube), on disk: mapped, not read.
+
+    128 of them stay open, since some systems allow a process no more than 256 files.
+
+    Raises Refusal where it is missing or has another shape or type.
+    """
+    remedy = "run the stage that made it again"
+    with lungaug.refuse_on_error(path, remedy):
+        array = np.load(path, mmap_mode="r")
+        if cube:
+            has_shape = array.shape[1:] == (cube, cube, cube)
+        else:
+            has_shape = array.ndim == 3
+        check(has_shape and array.dtype == np.int16, path, f"{array.dtype}, {array.shape}", remedy)
+        return array
+
+
+def read_cubes(dataset, rows, flips=None):
+    """The cubes at `rows` (n, 4), flipped by `flips` (n,): float32 (n, 1, c, c, c) in [-1, 1]"""
+    side = dataset.cube
+    cubes = np.empty((len(rows), 1, side, side, side), np.int16)
+    for i, (scan, *voxel) in enumerate(rows):
+        volume = open_array(dataset.folder / dataset.info["scans"][scan]["volume"])
+        cube = cut(volume, voxel, side)
+        if flips is not None:
+            cube = flip(cube, FLIPS[flips[i]])
+        cubes[i, 0] = cube
+    return normalize(cubes)
+
+
+# The command: records, workers, parts
+
+def record_path(source, folder):
+    return folder / f"{scan_name(source.seriesuid)}.json"
+
+
+def read_record(source, folder, parameters):
+    """A scan's record of an earlier run with the same parameters.
+
+    {} where there is none, or a damaged one.
+    """
+    try:
+        record = lungaug.read_json(record_path(source, folder), "")
+        expected = record.pop("fingerprint")
+    except (Refusal, AttributeError, KeyError, TypeError):
+        return {}
+    if expected != lungaug.fingerprint([parameters, record]):
+        return {}
+    return record
+
+
+def is_whole(record, folder):
+    """Whether a record's volume exists and passes its checksum."""
+    if "volume" not in record:
+        return False
+    try:
+        return zlib.crc32(open_array(folder / record["volume"])) == record["crc32"]
+    except Refusal:
+        return False
+
+
+def prepare_one(source, nodules, folder, parameters):
+    """Make a scan's record, unless a whole one exists; returns it.
+
+    The record of a scan that cannot be used holds the path, the problem and the remedy. What
+    reading ignored is returned, but not written: it is told once.
+    """
+    record = read_record(source, folder, parameters)
+    if is_whole(record, folder):
+        return record
+
+    try:
+        record = prepare_scan(source, nodules, folder, parameters)
+    except Refusal as refusal:
+        record = skipped_record(source, refusal)
+    except MemoryError:
+        refusal = Refusal(source.files[0], "out of memory", "give fewer --workers")
+        record = skipped_record(source, refusal)
+
+    result = {key: value for key, value in record.items() if key != "ignored"}
+    fingerprint = lungaug.fingerprint([parameters, result])
+    lungaug.write(record_path(source, folder), result | {"fingerprint": fingerprint})
+    return record
+
+
+def skipped_record(source, refusal):
+    """The record of a scan that cannot be used."""
+    return {"seriesuid": source.seriesuid, "path": str(refusal.path),
+            "problem": str(refusal.problem), "remedy": str(refusal.remedy)}
+
+
+def reason_of(record):
+    """Why a scan is skipped, in one line."""
+    path, problem, remedy = map(lungaug.printable, (record["path"], record["problem"],
+                                                    record["remedy"]))
+    return f"{path}: {problem} — {remedy}"
+
+
+def prepare(sources, annotations, folder, parameters, options):
+    """Make every source's record, in --workers processes.
+
+    Under --strict the first scan that cannot be used raises its Refusal.
+    """
+    progress = lungaug.Progress("scans", len(sources))
+    workers = min(options.workers, max(1, len(sources)))
+    with lungaug.start_pool(workers) as pool:
+        jobs = []
+        ignored = []
+        for source in sources:
+            nodules = annotations.get(source.seriesuid, [])
+            jobs.append(lungaug.submit(pool, prepare_one, source, nodules, folder, parameters))
+
+        try:
+            for done, job in enumerate(jobs, 1):
+                record = job.result()
+                if "ignored" in record:
+                    ignored.append(record["ignored"])
+
+                if "problem" not in record:
+                    progress.update(done, record["seriesuid"])
+                    continue
+                if options.strict:
+                    raise Refusal(record["path"], record["problem"], record["remedy"])
+                progress.update(done, f"skipped: {record['seriesuid']}")
+        except BrokenExecutor:
+            raise Refusal(folder, "a worker was killed, probably out of memory",
+                          "give fewer --workers") from None
+
+    for text in ignored:
+        print(f"ignored: {lungaug.printable(text)}")
+
+
+def gather(records, folder, parameters, options):
+    """Write dataset.json of what all parts left, and print which scans are skipped."""
+    skipped = [record for record in records if "problem" in record]
+    for record in skipped:
+        print(f"skipped: {reason_of(record)}")
+
+    usable = [record for record in records if "problem" not in record]
+    print_misplaced(usable)
+    check(usable, options.scans or "the synthetic scans", "none can be used",
+          "see the reasons above")
+    scans = split_records(usable, options.seed)
+    lungaug.write(folder / "dataset.json", {
+        "parameters": parameters,
+        "preset": options.preset,
+        "synthetic": options.scans is None,
+        "table_1": table_1(scans),
+        "skipped": skipped,
+        "scans": scans,
+    })
+
+
+def find_annotations(scans):
+    """annotations.csv in the scans' folder, in a folder directly below it, or in the one above it.
+
+    LUNA16's own lies in CSVFILES, beside the subsets. Raises Refusal where there is none, or where
+    two differ.
+    """
+    scans = scans.resolve()
+    places = [scans, *sorted(path for path in scans.iterdir() if path.is_dir()), scans.parent]
+    tables = [place / "annotations.csv" for place in places]
+    found = [table for table in tables if table.is_file()]
+    check(found, scans, "no annotations.csv in it, in a folder below it or in the folder above",
+          "give it with --annotations")
+
+    first, *others = found
+    for other in others:
+        check(same_bytes([first], [other]), first, f"differs from {other}",
+              "give the right one with --annotations")
+    return first
+
+
+def print_annotations(table, annotations, sources):
+    """Say which table of nodules is used, and how many of them belong to a scan."""
+    uids = {source.seriesuid for source in sources}
+    matched = {uid: nodules for uid, nodules in annotations.items() if uid in uids}
+    n_matched = sum(len(nodules) for nodules in matched.values())
+    n_unmatched = sum(len(nodules) for nodules in annotations.values()) - n_matched
+    n_foreign = len(annotations) - len(matched)
+    print(f"{lungaug.printable(table)}: {counted(n_matched, 'nodule')} in "
+          f"{counted(len(matched), 'scan')}; {counted(len(uids) - len(matched), 'scan')} without a "
+          f"nodule; {counted(n_unmatched, 'nodule')} of {n_foreign:,} series that are not among "
+          "the scans.", flush=True)
+
+
+def synthetic_scans(run, options):
+    """The folder of the run's synthetic scans, made first where they are missing.
+
+    Raises Refusal.
+    """
+    # A run that was begun with the user's scans must not silently turn into a synthetic one.
+    parameters = run / "prepared" / "parameters.json"
+    remedy = "run python preprocessing.py with the --scans it had, or give another --run"
+    if parameters.exists():
+        with lungaug.refuse_on_error(parameters, remedy):
+            origin = lungaug.read_json(parameters, remedy)["scans"]
+            check(origin == "synthetic", parameters,
+                  "was made of your scans, not of synthetic ones", remedy)
+
+    # The generator of synthetic scans lives with the tests, which need them, too.
+    scans = run / "scans"
+    if not (scans / "annotations.csv").exists():
+        generator = lungaug.HERE / "tests" / "phantom.py"
+        check(generator.exists(), generator, "not found",
+              "restore the folder tests, or give --scans")
+        run.mkdir(parents=True, exist_ok=True)
+        lungaug.run_script("tests/phantom.py", "--run", run, "--seed", options.seed,
+                           "--workers", options.workers)
+    return scans
+
+
+def find_data(options):
+    """The sources, the annotations and the parameters of this command. Raises Refusal."""
+    if options.scans is None:
+        scans = synthetic_scans(options.run, options)
+        origin = "synthetic"
+    else:
+        scans = options.scans
+        origin = str(scans.resolve())
+        check(scans.is_dir(), scans, "is not a folder", "give the folder of the scans with --scans")
+
+    table = options.annotations or find_annotations(scans)
+    annotations = read_annotations(table)
+    sources = find_scans(scans)
+    check(any(source.seriesuid in annotations for source in sources), table,
+          "none of the scans' series is in it",
+          "a MetaImage's series UID is its file's name, a DICOM file's is its tag")
+    print_annotations(table, annotations, sources)
+
+    parameters = lungaug.settings_of(options, "prepared")
+    parameters["scans"] = origin
+    parameters["annotations"] = lungaug.file_crc32(table, "give it with --annotations")
+    return sources, annotations, parameters
+
+
+def prepare_part(sources, annotations, parameters, folder, options):
+    """Prepare this command's part of the scans, and all together once every part is done.
+
+    Returns whether dataset.json was written.
+    """
+    index, count = map(int, options.part.split("/"))
+    part = sources[index - 1::count]
+    with ExitStack() as stack:
+        stack.enter_context(lungaug.lock(folder, f"preparing part {index} of {count}"))
+        if options.overwrite:
+            # A training that runs at this moment reads these volumes.
+            for stage in ("gan", "classifiers"):
+                if (options.run / stage).exists():
+                    stack.enter_context(lungaug.lock(options.run / stage, "training"))
+        lungaug.claim_folder(folder, parameters, options.overwrite)
+        if options.overwrite:
+            records = [record_path(source, folder).name for source in part]
+            lungaug.remove(folder, "dataset.json", "options.json", *records)
+        prepare(part, annotations, folder, parameters, options)
+
+        records = [read_record(source, folder, parameters) for source in sources]
+        missing = records.count({})
+        if missing:
+            print(f"This part is done; {missing} scans belong to other parts. "
+                  "The part that finishes last writes dataset.json.")
+            return False
+        gather(records, folder, parameters, options)
+        return True
+
+
+def table_1_item(info):
+    """Table 1 for the terminal and the page."""
+    rows = []
+    for split, row in info["table_1"].items():
+        numbers = (row["positive"], row["nodules"], row["negative"], *row["thesis"])
+        rows.append((f"{split.capitalize()} ({SPLITS[split]:.0%})",
+                     *map(lungaug.format_number, numbers)))
+
+    kind = "of your scans"
+    if info["synthetic"]:
+        kind = "synthetic scans (a functional test, no clinical meaning)"
+    title = (f"Table 1. Sample counts, {len(info['scans'])} {kind}. "
+             "Each nodule counts eight times, once per flip.")
+    head = ("", "positive", "nodules", "negative", "thesis: positive", "negative")
+    return lungaug.Table(title, head, rows)
 
 
 def page(dataset):
     """What the report shows of section 2."""
     info = dataset.info
-    counts = [(f"{split.capitalize()} ({SPLITS[split]:.0%})",
-               *map(lungaug.shown, (row["positive"], row["nodules"], row["negative"], *row["thesis"])))
-              for split, row in info["table_1"].items()]
-    most = max(info["scans"], key=lambda scan: len(scan["positives"]))
-    kind = "synthetic scans: they show that it works, nothing of patients" if info["synthetic"] else "of your scans"
-    left_out = [(row["seriesuid"], row["reason"]) for row in info["left_out"]]
-    return ["2 Dataset",
-            (f"Table 1. Sample counts, {len(info['scans'])} {kind}. Each nodule's eight flips count.",
-             ("", "positive", "nodules", "negative", "thesis: positive", "negative"), counts),
-            *([("Scans left out.", ("series", "why"), left_out)] if left_out else []),
-            (f"Scan {most['seriesuid']}: axial, coronal and sagittal plane through its largest nodule. "
-             "Red: the lungs. Green: 2 mm around the nodules that a plane meets. The patient's left is at the right.",
-             most["volume"].replace(".npy", ".png"))]
+    items = [lungaug.Heading("2 Dataset"), table_1_item(info)]
+    if info["skipped"]:
+        rows = [(record["seriesuid"], reason_of(record)) for record in info["skipped"]]
+        items.append(lungaug.Table("Skipped scans.", ("series", "reason"), rows))
+
+    misplaced = [scan for scan in info["scans"] if "misplaced" in scan]
+    if misplaced:
+        rows = [(scan["seriesuid"], misplaced_text(scan)) for scan in misplaced]
+        items.append(lungaug.Table("Scans with misplaced nodules.", ("series", "warning"), rows))
+
+    # Show the scan with the most nodules.
+    scan = max(info["scans"], key=lambda scan: len(scan["positives"]))
+    caption = (f"Scan {scan['seriesuid']}: axial, coronal and sagittal plane through its largest "
+               "nodule. Red: the lungs. Green: nodule outline plus 2 mm. "
+               "Radiological view: the patient's left is on the right.")
+    items.append(lungaug.Figure(caption, scan["volume"].replace(".npy", ".png")))
+    return items
 
 
-def find_annotations(scans):
-    """annotations.csv in the scans' folder, or in the nearest folder above it. Raises Refusal."""
-    for folder in (scans.resolve(), *scans.resolve().parents):
-        if (folder / "annotations.csv").is_file():
-            return folder / "annotations.csv"
-    raise Refusal(scans, "no annotations.csv in it or above it", "give it with --annotations")
+FEW_NODULES = 10
 
 
-def prepare(sources, annotations, folder, parameters, arguments):
-    """Make every source's record, in --workers processes; raises the first Refusal under --strict."""
-    step = lungaug.progress("scans", len(sources))
-    workers = min(arguments.workers, len(sources) or 1)
-    with ProcessPoolExecutor(workers, initializer=signal.signal, initargs=(signal.SIGINT, signal.SIG_IGN)) as pool:
-        jobs = [pool.submit(prepare_one, source, annotations.get(source.seriesuid, []), folder, parameters)
-                for source in sources]
-        try:
-            for done, (source, job) in enumerate(zip(sources, jobs), 1):
-                if arguments.strict and job.result():
-                    raise job.result()
-                step(done, f"left out: {source.seriesuid}" if job.result() else source.seriesuid)
-        except BrokenExecutor:
-            raise Refusal(folder, "a process was killed, perhaps for want of memory", "give fewer --workers") from None
-        finally:
-            pool.shutdown(cancel_futures=True)
+def counted(count, noun):
+    """1 scan, 2 scans, 1,186 nodules"""
+    return f"{count:,} {noun}" if count == 1 else f"{count:,} {noun}s"
 
 
-def gather(records, folder, parameters, arguments):
-    """Write dataset.json of what all parts left, and say which scans are left out."""
-    left_out = [record for record in records if "reason" in record]
-    for row in left_out:
-        print(f"left out: {row['reason'].removeprefix('lungaug: ')}")
-    records = [record for record in records if "reason" not in record]
-    check(records, arguments.scans or "the synthetic scans", "none can be used", "see the reasons above")
-    splits = split_patients([record["patient"] for record in records], arguments.seed)
-    scans = [record | {"split": splits[record["patient"]]} for record in records]
-    lungaug.write(folder / "dataset.json", {
-        "parameters": parameters, "preset": arguments.preset, "synthetic": arguments.scans is None,
-        "table_1": table_1(scans), "left_out": left_out, "scans": scans})
+def print_summary(dataset):
+    """Print Table 1, and a sentence on the scans."""
+    info = dataset.info
+    lungaug.print_table(*table_1_item(info))
+    for split, rows in dataset.positives.items():
+        if len(rows) == 0:
+            print(f"warning: the {split} set has no nodule")
+        elif len(rows) < FEW_NODULES:
+            print(f"warning: the {split} set has few nodules: {len(rows)}")
+
+    with_nodules = [scan for scan in info["scans"] if scan["positives"]]
+    n_nodules = sum(len(scan["positives"]) for scan in with_nodules)
+    print(f"{counted(n_nodules, 'nodule')} in {counted(len(with_nodules), 'scan')}; the thesis "
+          "counts 1,020 in LUNA16.")
+    litres = [scan["litres"] for scan in info["scans"]]
+    print(f"{len(litres)} scans, {len(info['skipped'])} skipped; lungs of {min(litres):.1f} to "
+          f"{max(litres):.1f} litres. One picture per scan in {dataset.folder}.")
 
 
 def main():
-    arguments = lungaug.parse(__doc__.split("\n")[0], "preprocessing")
-    run, synthetic = arguments.run, arguments.scans is None
-    lungaug.settle(arguments, "preprocessing", "demo" if synthetic else "thesis")
-    print(f"Preset {arguments.preset}: {'synthetic scans' if synthetic else 'your scans'}.", flush=True)
-    lungaug.pick_device(arguments.device)       # the next stages': better told now than in hours
-    check(arguments.cube in CUBES, "--cube", arguments.cube, f"one of {', '.join(map(str, CUBES))} is wanted")
-    scans, folder = arguments.scans or run / "scans", run / "prepared"
-    check(synthetic or scans.is_dir(), scans, "is no folder", "give the folder that holds the scans with --scans")
-    begun, do = folder / "parameters.json", "run python preprocessing.py with the --scans it had, or give another --run"
-    with lungaug.refusing(begun, do):
-        if synthetic and begun.exists():
-            check(lungaug.read(begun, do)["scans"] == "synthetic", begun, "your scans, not synthetic ones", do)
-    if synthetic and not (scans / "annotations.csv").exists():
-        run.mkdir(parents=True, exist_ok=True)
-        lungaug.stage("tests/phantom.py", "--run", run, "--seed", arguments.seed, "--workers", arguments.workers)
-    table = arguments.annotations or find_annotations(scans)
-    annotations, sources = read_annotations(table), find_scans(scans)
-    check(any(source.seriesuid in annotations for source in sources), table, "no series of the scans in it",
-          "a MetaImage's series UID is its file's name, a DICOM file's is its tag")
-    origin = "synthetic" if synthetic else str(scans.resolve())
-    parameters = {"scans": origin, "annotations": zlib.crc32(table.read_bytes()),
-                  **{key: getattr(arguments, key) for key in ("cube", "negatives", "max_slice_mm", "seed")}}
-    part, parts = map(int, arguments.part.split("/"))
-    with lungaug.alone(folder, f"part {part} of {parts}"):
-        lungaug.claim(folder, parameters, arguments.overwrite)
-        mine = sources[part - 1::parts]
-        if arguments.overwrite:
-            records = (f"{scan_name(source.seriesuid)}.json" for source in mine)
-            lungaug.discard(folder, "dataset.json", "options.json", *records)
-        prepare(mine, annotations, folder, parameters, arguments)
-        records = [read_record(source, folder, parameters) for source in sources]
-        if not all(records):
-            print(f"This part is done; {records.count({})} scans are other parts'. The last part writes dataset.json.")
-            return
-        gather(records, folder, parameters, arguments)
-    dataset = open_dataset(run)
-    items = page(dataset)
-    lungaug.print_table(*items[1])      # Table 1
-    litres = [scan["litres"] for scan in dataset.info["scans"]]
-    print(f"{len(litres)} scans, {len(dataset.info['left_out'])} left out; lungs of {min(litres):.1f} to "
-          f"{max(litres):.1f} litres. Pictures in {folder}: one a scan.")
-    lungaug.record_stage(folder, arguments, items)
+    options = lungaug.parse(__doc__.split("\n")[0], "preprocessing")
+    synthetic = options.scans is None
+    lungaug.apply_preset(options, "preprocessing", "demo" if synthetic else "thesis")
+    kind = "synthetic scans" if synthetic else "your scans"
+    print(f"Preset {options.preset}: {kind}.", flush=True)
+    # The next stages need the device: say now, not in hours, that it is not available.
+    lungaug.pick_device(options.device)
+
+    sources, annotations, parameters = find_data(options)
+    folder = options.run / "prepared"
+    if not prepare_part(sources, annotations, parameters, folder, options):
+        return
+
+    dataset = open_dataset(options.run, to_train=False)
+    print_summary(dataset)
+    lungaug.save_page(folder, options, page(dataset))
+
+
+# Appendix: file formats. 2 Dataset: LUNA16's MetaImage, LIDC-IDRI's DICOM, the annotations
+
+def is_metaimage(path):
+    return path.suffix.lower() in (".mhd", ".mha")
+
+
+def find_scans(folder):
+    """Every scan in a tree of folders, as Sources in the order of their series UIDs. Raises
+    Refusal.
+
+    A MetaImage's series UID is its file's name, as in LUNA16. DICOM files belong together by their
+    SeriesInstanceUID, in whatever folder they are. Other files are ignored: masks and what an
+    operating system leaves are counted in a line.
+    """
+    paths, ignored = files_below(folder)
+    sources = []
+    series = defaultdict(list)      # series UID → (path, tags) of its files
+    for path in paths:
+        # Opening a pipe would wait for somebody to write to it.
+        if path.is_fifo():
+            continue
+        if is_metaimage(path):
+            sources.append(Source(path.stem, path.stem, (path,)))
+        elif path.is_file():
+            tags = read_tags(path, ["SeriesInstanceUID", "PatientID", "Modality", "SOPInstanceUID"])
+            if is_ct_slice(tags):
+                series[str(tags["SeriesInstanceUID"])].append((path, tags))
+
+    for uid, slices in series.items():
+        sources.append(dicom_source(uid, slices))
+
+    check(sources, folder, "no MetaImage and no DICOM file in it",
+          "give the folder of the scans with --scans")
+    sources, n_masks = resolve_doubles(sources)
+    ignored["lung masks"] += n_masks
+    print_ignored(ignored)
+    return sources
+
+
+MASKS = "seg-lungs"     # how the name of LUNA16's folder of lung masks begins
+SYSTEM_FOLDERS = ("__macosx", ".trashes", ".spotlight-v100", "$recycle.bin",
+                  "system volume information")
+SYSTEM_FILES = (".ds_store", "thumbs.db", "desktop.ini")
+
+
+def files_below(folder):
+    """Every file in a tree of folders, in the order of their paths, and counts of those ignored.
+
+    Links to folders are followed, each folder once. A folder that may not be read is named.
+    """
+    def say_unreadable(error):
+        print(lungaug.printable(f"ignored: {error.filename}: {error.strerror}"))
+
+    paths = []
+    ignored = {"lung masks": 0, "files of an operating system": 0}
+    seen = set()
+    for root, folders, names in os.walk(folder, followlinks=True, onerror=say_unreadable):
+        # Go down into each folder once: a link may lead back up.
+        real = os.path.realpath(root)
+        if real in seen:
+            folders.clear()
+            continue
+        seen.add(real)
+        folders.sort()
+
+        kind = kind_of_folder(root, folder)
+        for name in names:
+            if kind == "masks":
+                ignored["lung masks"] += is_metaimage(Path(name))
+            elif kind == "system" or is_system_file(name):
+                ignored["files of an operating system"] += 1
+            else:
+                paths.append(Path(root) / name)
+    return sorted(paths), ignored
+
+
+def kind_of_folder(root, folder):
+    """"masks" in LUNA16's folder of lung masks, "system" in one of an operating system, else ""."""
+    for part in Path(root).relative_to(folder).parts:
+        if part.lower().startswith(MASKS):
+            return "masks"
+        if part.lower() in SYSTEM_FOLDERS:
+            return "system"
+    return ""
+
+
+def is_system_file(name):
+    """Whether macOS or Windows left this file: ._x.mhd holds what macOS knows of x.mhd."""
+    return name.startswith("._") or name.lower() in SYSTEM_FILES
+
+
+def print_ignored(ignored):
+    """Say in one line how many files of each kind are ignored."""
+    counts = [f"{count:,} {kind}" for kind, count in ignored.items() if count]
+    if counts:
+        print(f"ignored: {', '.join(counts)}")
+
+
+def dicom_source(uid, slices):
+    """A DICOM series as a Source; slices: (path, tags) of its files.
+
+    A file that is there twice is taken once. Files that differ are all taken, for geometry to
+    decide: some programs give every slice the same SOPInstanceUID.
+    """
+    _, first_tags = slices[0]
+    patient = str(first_tags.get("PatientID") or "") or uid
+    first_of = {}       # SOPInstanceUID, or the path where there is none → the first file
+    files = []
+    repeated = []
+    for path, tags in slices:
+        first = first_of.setdefault(str(tags.get("SOPInstanceUID") or path), path)
+        if first != path and same_bytes([first], [path]):
+            repeated.append(path)
+        else:
+            files.append(path)
+
+    if repeated:
+        print(lungaug.printable(f"ignored: {len(repeated)} files of series {uid} that are there "
+                                f"twice, such as {repeated[0]}"))
+    return Source(uid, patient, tuple(files))
+
+
+# The same scan twice
+
+def resolve_doubles(sources):
+    """One Source for each series UID, in their order, and how many lung masks were dropped."""
+    of_uid = defaultdict(list)
+    for source in sources:
+        of_uid[source.seriesuid].append(source)
+
+    kept = []
+    n_masks = 0
+    for uid in sorted(of_uid):
+        candidates = of_uid[uid]
+        if len(candidates) > 1:
+            scans = [source for source in candidates if not holds_a_mask(source)]
+            n_masks += len(candidates) - len(scans) if scans else 0
+            candidates = scans or candidates
+        kept.append(choose_double(candidates))
+    return kept, n_masks
+
+
+def choose_double(candidates):
+    """The first of several Sources of one series UID; a conflict where another one differs."""
+    first, *others = candidates
+    for other in others:
+        if not (same_bytes(first.files, other.files) or same_scan(first, other)):
+            return first._replace(conflict=other.files[0])
+        print(lungaug.printable(f"ignored: {other.files[0]} is the same scan as {first.files[0]}"))
+    return first
+
+
+def same_bytes(files, other_files):
+    """Whether two lists of files have the same contents, file by file; raw data count with them."""
+    if len(files) != len(other_files):
+        return False
+    for path, other in zip(files, other_files):
+        # Two headers may be alike and name data that differ.
+        if is_metaimage(path) and path.suffix.lower() != ".mha":
+            return False
+        if path.stat().st_size != other.stat().st_size:
+            return False
+        if lungaug.file_crc32(path, "") != lungaug.file_crc32(other, ""):
+            return False
+    return True
+
+
+def same_scan(source, other):
+    """Whether two Sources hold the same HU at the same places; False where one cannot be read."""
+    try:
+        one = read_source(source)
+        two = read_source(other)
+    except Refusal:
+        return False
+    if one.hu.shape != two.hu.shape or not np.array_equal(one.hu, two.hu):
+        return False
+    differences = (one.spacing - two.spacing, one.origin - two.origin,
+                   one.direction - two.direction)
+    return not any(exceeds(np.abs(difference), 0).any() for difference in differences)
+
+
+def holds_a_mask(source):
+    """Whether a MetaImage holds a few small whole numbers, as a mask does; a CT never does."""
+    try:
+        hu = read_source(source).hu
+    except Refusal:
+        return False
+    return hu.min() >= 0 and hu.max() < 16
+
+
+def is_ct_slice(tags):
+    """Whether a file's tags are those of a CT image: not of a radiograph, not of a report."""
+    modality = tags.get("Modality") or "CT"
+    return bool(tags.get("SeriesInstanceUID")) and modality == "CT"
+
+
+def read_scan(path):
+    """A Scan from a MetaImage header (.mhd, .mha) or a folder that holds one DICOM series.
+
+    Raises Refusal.
+    """
+    path = Path(path)
+    if path.is_dir():
+        sources = find_scans(path)
+    else:
+        sources = [Source(path.stem, path.stem, (path,))]
+    check(len(sources) == 1, path, f"{len(sources)} scans in it", "name the folder of one")
+    return read_source(sources[0])
+
+
+def read_source(source):
+    """A Source's Scan. Whatever a broken file makes a reader raise becomes one Refusal."""
+    path = source.files[0]
+    check(source.conflict is None, path, f"differs from {source.conflict}, of the same series UID",
+          "keep the right one of them")
+    with lungaug.refuse_on_error(path, "replace the file"):
+        if is_metaimage(path):
+            scan = read_metaimage(source)
+        else:
+            scan = read_dicom(source)
+    check_geometry(scan, path)
+    return scan
+
+
+def check_geometry(scan, path):
+    """Raise Refusal unless a Scan's voxels, spacing and direction can be those of a scan."""
+    check(min(scan.hu.shape) > 1, path, f"{scan.hu.shape} voxels",
+          "at least two voxels along each of three axes are expected")
+    check((scan.spacing > 1e-3).all() and (scan.spacing < 100).all(), path,
+          f"spacing {scan.spacing}", "only spacings from 0.001 to 100 mm are supported")
+
+    lengths = np.linalg.norm(scan.direction, axis=0)
+    determinant = abs(np.linalg.det(scan.direction))
+    check(not exceeds(np.abs(lengths - 1), 0).any() and determinant > 0.5, path,
+          f"direction {scan.direction.T.ravel()}",
+          "three axes of length 1 that span the space are expected")
+
+
+def to_hu(values, path):
+    """Values as int16 HU, or as float32 where they have fractions. Raises Refusal."""
+    if values.dtype == np.int16:
+        return values
+    # NaN fails this comparison, too.
+    check((np.abs(values) < 1e12).all(), path, "NaN or infinite voxels, or some above 10¹²",
+          "replace the file")
+
+    values = np.clip(values, -32768, 32767)
+    whole = values.astype(np.int16)
+    return whole if (whole == values).all() else values.astype(np.float32)
+
+
+# MetaImage
+
+ELEMENTS = {"MET_CHAR": "i1", "MET_UCHAR": "u1", "MET_SHORT": "i2", "MET_USHORT": "u2",
+            "MET_INT": "i4", "MET_UINT": "u4", "MET_LONG": "i4", "MET_ULONG": "u4",
+            "MET_FLOAT": "f4", "MET_DOUBLE": "f8"}
+SYNONYMS = {"Position": "Offset", "Origin": "Offset", "Rotation": "TransformMatrix",
+            "Orientation": "TransformMatrix", "ElementByteOrderMSB": "BinaryDataByteOrderMSB"}
+DEFAULTS = {"NDims": "3", "Offset": "0 0 0", "TransformMatrix": "1 0 0 0 1 0 0 0 1",
+            "HeaderSize": "0", "BinaryData": "True", "BinaryDataByteOrderMSB": "False",
+            "CompressedData": "False", "ElementNumberOfChannels": "1"}
+SUPPORTED = {"NDims": ["3"], "BinaryData": ["True"], "ElementNumberOfChannels": ["1"],
+             "ElementType": list(ELEMENTS)}
+MAX_HEADER_LINES = 1000
+MAX_LINE = 4096             # bytes
+MAX_SIDE = 4096
+MAX_VOXELS = 2 ** 29        # twice a whole body at 512 × 512
+
+
+def metaimage_header(path):
+    """A MetaImage's keys and values, as text, and the byte at which LOCAL data would begin.
+
+    They begin after ElementDataFile, which is the last key. Raises Refusal.
+    """
+    keys = dict(DEFAULTS)
+    with path.open("rb") as file:
+        for _ in range(MAX_HEADER_LINES):
+            line = file.readline(MAX_LINE)
+            if not line:
+                break
+            key, _, value = os.fsdecode(line).partition("=")
+            key = key.strip()
+            keys[SYNONYMS.get(key, key)] = value.strip()
+
+            if key == "ElementDataFile":
+                keys.setdefault("ElementSpacing", keys.get("ElementSize", ""))
+                return keys, file.tell()
+    raise Refusal(path, "no ElementDataFile in its header",
+                  "replace the file: it is truncated, or not a MetaImage")
+
+
+def metaimage_numbers(keys, key, count, path):
+    """The `count` numbers of a key, as an array. Raises Refusal."""
+    numbers = np.array(keys.get(key, "").split(), float)
+    check(len(numbers) == count and (abs(numbers) < 1e6).all(), path, f"{key} = {keys.get(key)}",
+          f"expected {count} numbers below a million")
+    return numbers
+
+
+def metaimage_size(keys, path):
+    """DimSize as a shape (z, y, x). Raises Refusal."""
+    size = reverse_axes(metaimage_numbers(keys, "DimSize", 3, path))
+    is_whole = (size % 1 == 0).all() and size.min() >= 1
+    is_small = size.max() <= MAX_SIDE and size.prod() <= MAX_VOXELS
+    check(is_whole and is_small, path, f"DimSize = {keys['DimSize']}",
+          f"expected three whole numbers from 1 to {MAX_SIDE:,}, and at most {MAX_VOXELS:,} voxels")
+    return size.astype(int)
+
+
+def is_true(text):
+    """Whether MetaImage takes a value for true."""
+    return text[:1] in ("T", "t", "1")
+
+
+def metaimage_data(keys, path, header_end):
+    """The file that holds the voxels, and the byte at which they begin. Raises Refusal."""
+    # Some programs write ./x.raw for the file beside the header.
+    name = re.sub(r"^(\./|\.\\)", "", keys["ElementDataFile"])
+    check(Path(name).name == name, path, f"ElementDataFile = {name}",
+          "only LOCAL or a file beside the header is supported")
+    if name.upper() == "LOCAL":
+        return path, header_end
+
+    data = path.with_name(name)
+    check(data.is_file(), data, "not found", f"{path.name} names it as its data")
+    return data, int(keys["HeaderSize"])
+
+
+def read_metaimage(source):
+    """MetaImage: header and data in one file (.mha, LOCAL) or in two (.mhd), compressed or not.
+
+    Either byte order is read. TransformMatrix lists the x, y and z index axes one after the other:
+    it is direction, transposed. Raises Refusal.
+    """
+    path, = source.files
+    keys, header_end = metaimage_header(path)
+    for key, accepted in SUPPORTED.items():
+        check(keys.get(key) in accepted, path, f"{key} = {keys.get(key)}",
+              f"only {', '.join(accepted)} is supported")
+
+    shape = metaimage_size(keys, path)
+    spacing = metaimage_numbers(keys, "ElementSpacing", 3, path)
+    origin = metaimage_numbers(keys, "Offset", 3, path)
+    direction = metaimage_numbers(keys, "TransformMatrix", 9, path).reshape(3, 3).T
+
+    # Read the voxels.
+    data, start = metaimage_data(keys, path, header_end)
+    byte_order = ">" if is_true(keys["BinaryDataByteOrderMSB"]) else "<"
+    element = np.dtype(ELEMENTS[keys["ElementType"]]).newbyteorder(byte_order)
+    size = int(shape.prod()) * element.itemsize
+    raw = read_voxels(data, start, size, is_true(keys["CompressedData"]))
+    hu = to_hu(np.frombuffer(raw, element).reshape(shape), data)
+    return Scan(source.seriesuid, hu, spacing, origin, direction)
+
+
+def read_voxels(path, start, size, compressed):
+    """The `size` bytes of a MetaImage's voxels, from the byte `start` on. Raises Refusal.
+
+    start −1: the last bytes of the file. The file must hold them all, and not more.
+    """
+    with path.open("rb") as file:
+        file_size = file.seek(0, os.SEEK_END)
+        if start == -1:
+            start = file_size - size
+        check(0 <= start <= file_size, path,
+              f"{file_size:,} bytes, and voxels from byte {start:,} on", "fix HeaderSize")
+        file.seek(start)
+
+        # Ask for one byte more than there should be, to see whether there are more.
+        if compressed:
+            # 47 accepts zlib's own header and gzip's.
+            raw = zlib.decompressobj(wbits=47).decompress(file.read(), size + 1)
+        else:
+            raw = file.read(min(size, file_size) + 1)
+
+    count = f"{len(raw):,}" if len(raw) < size else f"more than {size:,}"
+    check(len(raw) == size, path, f"{count} bytes of voxels",
+          f"DimSize and ElementType make {size:,}: fix the header or replace the data")
+    return raw
+
+
+# DICOM
+
+class SliceHeader(NamedTuple):
+    """What the geometry of a DICOM slice needs of its tags."""
+    path: Path
+    position: np.ndarray        # (x, y, z) of the first pixel's centre, mm, LPS
+    orientation: np.ndarray     # (6,): the direction along a row, then down a column
+    pixel_spacing: np.ndarray   # (2,): between rows, then between columns, mm
+    shape: np.ndarray           # (2,): rows, columns
+
+
+class Stray(NamedTuple):
+    """An object that carries a series' UID and is no slice of its volume."""
+    path: Path
+    reason: str             # what it is, in a few words
+    header: SliceHeader     # None where it has no geometry
+
+
+GEOMETRY = {"ImagePositionPatient": 3, "ImageOrientationPatient": 6, "PixelSpacing": 2,
+            "Rows": 1, "Columns": 1}        # tag → how many numbers it holds
+ENHANCED = (pydicom.uid.EnhancedCTImageStorage, pydicom.uid.LegacyConvertedEnhancedCTImageStorage)
+MULTI_FRAME = "an Enhanced CT object, many slices in one file"
+
+
+def read_tags(path, names):
+    """{name: value} of the named tags of a DICOM file; {} where it is damaged or not DICOM."""
+    try:
+        with lungaug.refuse_on_error(path, ""):
+            tags = pydicom.dcmread(path, stop_before_pixels=True, specific_tags=list(names))
+            return {name: tags[name].value for name in names if name in tags}
+    except Refusal:
+        # Without tags the caller ignores the file, or names the tags that it lacks.
+        return {}
+
+
+def slice_header(path, tags):
+    """A DICOM file's SliceHeader, from its tags. Raises Refusal, which names the missing ones."""
+    remedy = "replace the file, or remove it"
+    values = {}
+    missing = []
+    for name, count in GEOMETRY.items():
+        with lungaug.refuse_on_error(path, remedy):
+            numbers = np.array(tags.get(name), float).ravel()
+        values[name] = numbers
+        if numbers.size != count or not (abs(numbers) < 1e6).all():
+            missing.append(name)
+    check(not missing, path, f"no {', no '.join(missing)}", remedy)
+    return SliceHeader(
+        path=path,
+        position=values["ImagePositionPatient"],
+        orientation=values["ImageOrientationPatient"],
+        pixel_spacing=values["PixelSpacing"],
+        shape=np.concatenate([values["Rows"], values["Columns"]]),
+    )
+
+
+def plane_of(header):
+    """What the slices of one volume have in common: orientation, pixel spacing and size, (10,)"""
+    return np.hstack([header.orientation, header.pixel_spacing, header.shape])
+
+
+def group_by_plane(headers):
+    """Lists of SliceHeaders whose planes agree, the largest first.
+
+    Planes are compared, not rounded: 1.8204999 and 1.8205001 mm agree, though they round apart.
+    """
+    groups = []
+    for header in headers:
+        plane = plane_of(header)
+        for group in groups:
+            if not exceeds(np.abs(plane - plane_of(group[0])), 0).any():
+                group.append(header)
+                break
+        else:
+            groups.append([header])
+    return sorted(groups, key=len, reverse=True)
+
+
+def why_no_slice(tags):
+    """What a DICOM object is that cannot be a slice, in a few words; "" where it may be one.
+
+    A CT image that lacks a tag may: it is a damaged slice, and must not be passed over.
+    """
+    kind = pydicom.uid.UID(str(tags.get("SOPClassUID") or pydicom.uid.CTImageStorage))
+    if kind in ENHANCED:
+        return MULTI_FRAME
+    if not tags or all(tags.get(name) for name in GEOMETRY):
+        return ""
+
+    if not (tags.get("Rows") and tags.get("Columns")):
+        return "without an image"
+    if kind != pydicom.uid.CTImageStorage:
+        return f"{kind.name}, not CT"
+    return "a localizer" if "LOCALIZER" in (tags.get("ImageType") or []) else ""
+
+
+def has_pixels(path):
+    """Whether a DICOM file has pixels; they are not read. Raises Refusal."""
+    with lungaug.refuse_on_error(path, "replace the file, or remove it"):
+        return "PixelData" in pydicom.dcmread(path, defer_size=1024, specific_tags=["PixelData"])
+
+
+def read_headers(paths):
+    """The SliceHeaders and the Strays among a series' files. Raises Refusal at a damaged slice."""
+    headers = []
+    strays = []
+    for path in paths:
+        tags = read_tags(path, ["SOPClassUID", "ImageType", *GEOMETRY])
+        reason = why_no_slice(tags)
+        if reason:
+            strays.append(Stray(path, reason, None))
+            continue
+
+        header = slice_header(path, tags)
+        if has_pixels(path):
+            headers.append(header)
+        else:
+            strays.append(Stray(path, "without pixels", header))
+    return headers, strays
+
+
+def turned(header, other):
+    """Whether two slices have different orientations."""
+    return exceeds(np.abs(header.orientation - other.orientation), 0).any()
+
+
+def plane_difference(header, other):
+    """In what the plane of a slice differs from another's, in a few words."""
+    differences = []
+    if turned(header, other):
+        differences.append("another orientation, as of a localizer")
+    if (header.shape != other.shape).any():
+        differences.append(f"{pair_text(header.shape)} pixels, not {pair_text(other.shape)}")
+    if exceeds(np.abs(header.pixel_spacing - other.pixel_spacing), 0).any():
+        differences.append(f"in-plane pixel spacing {pair_text(header.pixel_spacing)} mm, "
+                           f"not {pair_text(other.pixel_spacing)}")
+    return ", ".join(differences)
+
+
+def pair_text(pair):
+    """0.7 × 0.8: what a slice has between or of its rows, then columns."""
+    return f"{pair[0]:g} × {pair[1]:g}"
+
+
+def slices_of_volume(headers, folder):
+    """Those SliceHeaders that make a volume, and Strays: the largest group of one plane, the rest.
+
+    A localizer may carry the series' own UID: a few files of another orientation are strays, and
+    so is one in twenty, or a single one, of another size or pixel spacing. Raises Refusal where
+    there are more.
+    """
+    largest, *rest = group_by_plane(headers)
+    check(len(largest) > 2, folder, f"{len(headers)} DICOM files, no three of one geometry",
+          "a CT series is expected")
+
+    strays = []
+    for group in rest:
+        difference = plane_difference(group[0], largest[0])
+        if turned(group[0], largest[0]):
+            are_few = len(group) < len(largest) / 4
+        else:
+            are_few = len(group) <= max(1, len(largest) / 20)
+        check(are_few, group[0].path, f"{difference}, as {len(group)} of {len(headers)} files",
+              "keep one kind")
+        strays += [Stray(header.path, difference, header) for header in group]
+    return largest, strays
+
+
+def sort_slices(headers, normal):
+    """The SliceHeaders in the order of their positions along the normal."""
+    return sorted(headers, key=lambda header: header.position @ normal)
+
+
+def most_frequent(steps):
+    """The step among `steps` (n, 3) with which most of them agree; (3,), 0 where there are none."""
+    if len(steps) == 0:
+        return np.zeros(3)
+    disagreeing = [exceeds(np.abs(steps - step), 0).any(1).sum() for step in steps]
+    return steps[np.argmin(disagreeing)]
+
+
+def even_step(positions, normal, folder):
+    """The step (x, y, z) in mm from one slice to the next. Raises Refusal at a missing or double
+    slice.
+
+    positions: (n, 3), in order.
+    """
+    steps = np.diff(positions, axis=0)
+    # Of a series that was copied whole into itself, every second step is 0.
+    advancing = steps[steps @ normal > 0.01]
+    usual = np.median(advancing, axis=0) if len(advancing) else np.zeros(3)
+    mean = steps.mean(0)
+
+    distance = usual @ normal
+    is_even = np.abs((steps - usual) @ normal).max() < distance / 2
+    is_straight = np.abs(np.cumsum(steps - mean, axis=0)).max() < distance / 4
+    if not (is_even and is_straight):
+        # Name a step that the files hold; between two kinds of them the median holds neither.
+        usual = most_frequent(advancing)
+        worst = np.abs(steps - usual).max(1).argmax()
+        place = positions[worst].round(3).tolist()
+        actual = steps[worst].round(3).tolist()
+        expected = usual.round(3).tolist()
+        raise Refusal(folder, f"the slice after {place} mm lies {actual} on, not {expected}",
+                      "slices must lie evenly along a line: "
+                      "restore the missing ones, keep one of each")
+    return mean
+
+
+def slice_spacing(step, headers):
+    """The distance between slices in mm, from the step between their positions."""
+    # Positions are decimal strings: 1.8, not 1.7999999999999.
+    return round(float(np.linalg.norm(step)), 6)
+
+
+def third_axis(step, spacing, normal):
+    """The unit vector from one slice to the next: the normal, unless the gantry was tilted."""
+    axis = step / spacing
+    # The positions' decimals alone are not a tilt.
+    return normal if np.allclose(axis, normal, atol=1e-4) else axis
+
+
+def check_slices(headers, strays):
+    """Raise Refusal, which says what a series holds, where it holds no slices."""
+    if headers or not strays:
+        return
+    path, reason, _ = strays[0]
+    if reason == MULTI_FRAME:
+        remedy = "convert it to one file per slice, as dcm4che's emf2sf does, or to MetaImage"
+    else:
+        remedy = "a CT series is expected"
+    raise Refusal(path, reason, remedy)
+
+
+def blame_stray(refusal, strays, first):
+    """The Refusal of uneven slices, which names a stray that may be the missing slice.
+
+    first: SliceHeader of the volume.
+    """
+    for path, reason, header in strays:
+        if header is not None and not turned(header, first):
+            return Refusal(path, f"{reason}; without it {refusal.problem}", refusal.remedy)
+    return refusal
+
+
+def read_dicom(source):
+    """The volume of a series: its slices by position along their normal   [rule_2_dicom_geometry]
+
+    Geometry says which files belong together. Spacing along z comes from the positions, not from
+    SliceThickness. Under a gantry tilt the third index axis is not normal to the slices; direction
+    says so, and resampling honours it. Raises Refusal; a missing or double slice is named by its
+    place.
+    """
+    # Choose and sort the slices.
+    folder = source.files[0].parent
+    headers, strays = read_headers(source.files)
+    check_slices(headers, strays)
+    headers, others = slices_of_volume(headers, folder)
+    strays += others
+    along_row, down_column = headers[0].orientation.reshape(2, 3)
+    normal = np.cross(along_row, down_column)
+    headers = sort_slices(headers, normal)
+
+    # Measure the distance between them.
+    positions = np.array([header.position for header in headers])
+    try:
+        step = even_step(positions, normal, folder)
+    except Refusal as refusal:
+        raise blame_stray(refusal, strays, headers[0]) from None
+    between_slices = slice_spacing(step, headers)
+
+    # Build the scan. Its x axis runs along a row, its y axis down a column.
+    first = headers[0]
+    along_row, down_column = first.orientation.reshape(2, 3)
+    across_slices = third_axis(step, between_slices, normal)
+    between_rows, between_columns = first.pixel_spacing
+    return Scan(
+        seriesuid=source.seriesuid,
+        hu=np.stack([slice_hu(header.path) for header in headers]),
+        spacing=np.array([between_columns, between_rows, between_slices]),
+        origin=first.position,
+        direction=np.stack([along_row, down_column, across_slices], axis=1),
+        ignored=tuple(f"{stray.path.name}: {stray.reason}" for stray in strays),
+    )
+
+
+def rescale(stored, slope, intercept):
+    """HU = slope · stored + intercept   [rule_2_rescale]; stored: (y, x)"""
+    return float(slope) * stored + float(intercept)
+
+
+def slice_hu(path):
+    """A slice's HU (y, x), by its own slope and intercept; int16 where all are whole."""
+    remedy = "replace the file, or install what pydicom asks for"
+    with lungaug.refuse_on_error(path, remedy):
+        tags = pydicom.dcmread(path)
+        stored = tags.pixel_array
+        check(stored.ndim == 2, path, f"{stored.shape} pixels", "expected one value per pixel")
+        return to_hu(rescale(stored, tags.RescaleSlope, tags.RescaleIntercept), path)
+
+
+# Annotations
+
+COLUMNS = ["seriesuid", "coordX", "coordY", "coordZ", "diameter_mm"]
+
+
+def read_annotations(path):
+    """LUNA16's annotations.csv: series UID → its nodules (x, y, z, diameter), mm, LPS, each once.
+
+    Columns are found by their names, in any order, beside others. A table that a spreadsheet wrote
+    is read, too: with semicolons or tabs, decimal commas, a byte order mark. Raises Refusal.
+    """
+    lines = []
+    places = None       # known after the first row
+    width = 0
+    with lungaug.refuse_on_error(path, "give LUNA16's annotations.csv"):
+        text = Path(path).read_text(encoding="utf-8-sig")
+        delimiter = delimiter_of(text)
+        rows = csv.reader(io.StringIO(text, newline=""), delimiter=delimiter)
+        for row in rows:
+            # A line without a cell that holds something is no row.
+            if not any(cell.strip() for cell in row):
+                continue
+            if places is None:
+                places = column_places(row, path)
+                width = len(row)
+                continue
+
+            line = f"{path}, line {rows.line_num}"
+            check(not any(cell.strip() for cell in row[width:]), line, delimiter.join(row),
+                  f"expected {width} columns, as in the first row")
+            uid, nodule = read_annotation(row, places, delimiter, line)
+            lines.append((rows.line_num, uid, nodule))
+
+    if places is None:
+        column_places([], path)
+    check_diameters(lines, path)
+    return nodules_of_series(lines, path)
+
+
+def delimiter_of(text):
+    """What parts the columns of a table: that of , ; and tab which its first row has most of."""
+    first_row = next((line for line in text.splitlines() if line.strip()), "")
+    return max(",;\t", key=first_row.count)
+
+
+def column_places(head, path):
+    """Where each of COLUMNS stands in the table's first row. Raises Refusal."""
+    names = [cell.strip().lower() for cell in head]
+    missing = [column for column in COLUMNS if column.lower() not in names]
+    problem = f"no column {', '.join(missing)}"
+    if head:
+        problem += f", but {', '.join(cell.strip() for cell in head)}"
+    check(not missing, path, problem, f"expected {','.join(COLUMNS)}")
+    return [names.index(column.lower()) for column in COLUMNS]
+
+
+MAX_DIAMETER = 100      # mm; LUNA16's largest nodule measures 32 mm
+
+
+def check_diameters(lines, path):
+    """Raise Refusal, which names every row whose diameter cannot be a nodule's.
+
+    lines: (line number, series UID, (x, y, z, diameter)).
+    """
+    bad = []
+    for number, _, nodule in lines:
+        diameter = nodule[3]
+        if diameter <= 0 or exceeds(diameter, MAX_DIAMETER):
+            bad.append(f"line {number} of {diameter:g} mm")
+    check(not bad, path, f"diameters: {'; '.join(bad)}",
+          f"expected a diameter above 0 and at most {MAX_DIAMETER} mm")
+
+
+def nodules_of_series(lines, path):
+    """Series UID → its nodules, each once; one line names the rows that repeat an earlier one."""
+    nodules = defaultdict(dict)     # series UID → nodule → the line that it stands in
+    repeated = []
+    for number, uid, nodule in lines:
+        first = nodules[uid].setdefault(nodule, number)
+        if first != number:
+            repeated.append(f"line {number} repeats line {first}")
+
+    if repeated:
+        print(lungaug.printable(f"{path}: each nodule is taken once: {'; '.join(repeated)}"))
+    return {uid: list(found) for uid, found in nodules.items()}
+
+
+def read_annotation(row, places, delimiter, line):
+    """A row of annotations.csv: series UID and (x, y, z, diameter). Raises Refusal.
+
+    places: where each of COLUMNS stands in a row.
+    """
+    expected = "expected a series UID, coordinates and a diameter, in mm"
+    check(max(places) < len(row), line, delimiter.join(row), expected)
+    uid, *cells = [row[place].strip() for place in places]
+
+    # Some tables name the file in place of the series.
+    uid = re.sub(r"\.(mhd|mha)$", "", uid, flags=re.IGNORECASE)
+
+    # A comma is a decimal one where it does not part the columns.
+    if delimiter != ",":
+        cells = [cell.replace(",", ".") for cell in cells]
+    with lungaug.refuse_on_error(line, "expected numbers"):
+        numbers = tuple(float(cell) for cell in cells)
+    is_valid = uid and (np.abs(numbers) < 1e6).all()
+    check(is_valid, line, delimiter.join(row), expected)
+    return uid, numbers
 
 
 if __name__ == "__main__":

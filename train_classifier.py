@@ -2,13 +2,14 @@
 
     python train_classifier.py --run runs/demo       # after train_gan.py
 
-The GAN generates cubes, its critic scores them, the best are selected (4.3); then three classifiers are trained
-(4.4, 5.2): on real data with conventional augmentation, on real and generated data mixed, on generated data alone.
-Leaves <run>/classifiers: generated/positive.npy and negative.npy; samples.png; checkpoint.pt and log.jsonl of real,
-mixed and fake.
+The GAN generates cubes, its critic scores them, the best are selected (4.3); then three classifiers
+are trained (4.4, 5.2): on real data with conventional augmentation, on real and generated data
+mixed, on generated data alone. Leaves <run>/classifiers: generated/positive.npy and negative.npy;
+samples.png; checkpoint.pt and log.jsonl of real, mixed and fake.
 """
 
-import zlib
+import math
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -17,22 +18,29 @@ import lungaug
 import preprocessing
 from losses import classifier_loss
 from lungaug import check
-from models import LATENT, Classifier, Critic, Generator, conditional_latent
+from models import Classifier, Critic, Generator, draw_latent
+
 
 ARMS = ("real", "mixed", "fake")
+CLASS_NAMES = {1: "positive", 0: "negative"}
 BETAS = (0.9, 0.999)    # 4.4.1   [num_4_4_adam]
-SPARE = 16              # rejected samples kept for the pictures
+BATCH = 64              # cubes generated at a time
+REJECTED = 16           # rejected cubes that are kept for the pictures
 
 
-# 4.2 Conventional augmentation: the eight flips of each positive; no noise, which would blur the Hounsfield scale
+# 4.2 Conventional augmentation: the eight flips of each positive, and no noise, which would blur
+# the Hounsfield scale
 
 def conventional_positives(dataset, split):
-    """Every positive of a split with each of its eight flips   [rule_4_2_flips]: rows (8n, 4), flips (8n,)"""
+    """Every positive of a split with its eight flips   [rule_4_2_flips]
+
+    Returns rows (8n, 4) and flips (8n,).
+    """
     return preprocessing.with_flips(dataset.positives[split])
 
 
 def no_flips(rows):
-    """The rows (n, 4) as they are, with the flip that is none: rows, flips (n,)"""
+    """The rows (n, 4) as they are, with the flip 0, which is none: rows, flips (n,)"""
     return rows, np.zeros(len(rows), int)
 
 
@@ -41,145 +49,314 @@ def no_flips(rows):
 def select(scores, probabilities, score_threshold, class_probability):
     """f(x) ≥ threshold and ŷ(class) ≥ p: real enough, and surely of its class   [rule_4_3_select]
 
-    scores f(x), probabilities ŷ of the wanted class: (n,). Returns bool (n,). A critic loss below some threshold, as
-    the thesis says it, is a score above one: the loss is −f(x).
+    scores f(x), probabilities ŷ of the requested class: (n,). Returns bool (n,). The thesis asks
+    for a critic loss below some threshold; the loss is −f(x), so the score is above one.
     """
-    return (scores >= score_threshold) & (probabilities >= class_probability)
+    is_real_enough = scores >= score_threshold
+    is_sure = probabilities >= class_probability
+    return is_real_enough & is_sure
 
 
 def score_reals(critic, dataset, label, device, most=2048):
-    """Critic scores of the training reals of one class, evenly chosen where there are more than `most`: (n,)"""
-    rows, flips = conventional_positives(dataset, "train") if label == 1 else no_flips(dataset.negatives["train"])
-    chosen = np.unique(np.linspace(0, len(rows) - 1, most).astype(int))
-    return lungaug.predict(lambda x: critic(x)[0], lambda part: preprocessing.read_cubes(
-        dataset, rows[chosen[part]], flips[chosen[part]]), len(chosen), device)
+    """Critic scores f(x) of the real training cubes of one class, (n,).
+
+    Positives are scored with their flips. Where there are more than `most` cubes, that many of them
+    are scored, evenly chosen: they are enough for a quantile.
+    """
+    if label == 1:
+        rows, flips = conventional_positives(dataset, "train")
+    else:
+        rows, flips = no_flips(dataset.negatives["train"])
+    chosen = lungaug.evenly(len(rows), most)
+    rows = rows[chosen]
+    flips = flips[chosen]
+
+    def read_cubes(numbers):
+        return preprocessing.read_cubes(dataset, rows[numbers], flips[numbers])
+
+    def score(cubes):
+        return critic(cubes)[0]
+
+    return lungaug.predict(score, read_cubes, len(rows), device)
+
+
+def to_stored_hu(cubes):
+    """Cubes (n, 1, c, c, c) in [-1, 1], on any device, as int16 HU (n, c, c, c)."""
+    hu = preprocessing.denormalize(cubes[:, 0].cpu().numpy())
+    return np.rint(hu).astype(np.int16)
+
+
+def best_rejected(rejected, scores, cubes):
+    """The list of (score, cube) with these cubes added, best score first, at most REJECTED long.
+
+    It is cut after every batch, because a GAN of few epochs may have thousands of cubes rejected.
+    """
+    pairs = [*rejected, *zip(scores, cubes)]
+    pairs.sort(key=lambda pair: -pair[0])
+    return pairs[:REJECTED]
+
+
+class Generated(NamedTuple):
+    """What `generate` made of one class; cubes are int16 HU (n, c, c, c)."""
+    accepted: np.ndarray
+    rejected: np.ndarray    # those of the rejected that scored best, at most REJECTED
+    rate: float             # accepted per attempt
 
 
 @torch.no_grad()
-def generate(generator, critic, label, wanted, threshold, arguments, device):
-    """Generate cubes of a class, score them, keep those that pass, until `wanted`   [rule_4_3_generate_score_select]
+def generate(generator, critic, label, requested, threshold, options, device):
+    """Generate cubes of a class, score them, select   [rule_4_3_generate_score_select]
 
-    Returns cubes, int16 HU (n, c, c, c), n < wanted where --attempts runs out; the best-scored of the rejected, for the
-    pictures of a GAN that delivers none; and the acceptance rate.
+    requested: how many cubes to accept; after --attempts times as many it ends with fewer.
+    threshold: the lowest score f(x) that passes. Returns Generated; its rejected cubes are for the
+    pictures of a GAN of which few or none pass.
     """
-    noise = lungaug.torch_stream(arguments.seed, "generate", label)
-    kept, spare, attempts = [], [], 0
-    step = lungaug.progress(f"generated {'negatives' if label == 0 else 'positives'}", wanted)
-    while sum(map(len, kept)) < wanted and attempts < wanted * arguments.attempts:
-        labels = torch.full((min(64, wanted * arguments.attempts - attempts),), label)
-        latent = conditional_latent(torch.randn(len(labels), LATENT, generator=noise), labels)
+    noise = lungaug.torch_stream(options.seed, "generate", label)
+    progress = lungaug.Progress(f"generated {CLASS_NAMES[label]}s", requested)
+    limit = requested * options.attempts
+    batches = []            # of accepted cubes
+    rejected = []           # (score, cube), best score first
+    n_accepted = 0
+    attempts = 0
+
+    while n_accepted < requested and attempts < limit:
+        # Generate. z is drawn on the CPU, so that it is the same for every device.
+        labels = torch.full((min(BATCH, limit - attempts),), label)
+        latent = draw_latent(labels, noise)
         cubes = generator(latent.to(device))
-        scores, logits = critic(cubes)
-        chosen = select(scores, logits.softmax(1)[:, label], threshold, arguments.class_probability).cpu()
-        cubes = np.rint(preprocessing.denormalize(cubes[:, 0].cpu().numpy())).astype(np.int16)
-        kept.append(cubes[chosen.numpy()])
         attempts += len(labels)
-        step(min(wanted, sum(map(len, kept))), f"{attempts} attempts")
-        spare += [(float(score), cube) for score, cube, taken in zip(scores, cubes, chosen) if not taken]
-        spare = sorted(spare, key=lambda pair: -pair[0])[:SPARE]
-    kept = np.concatenate(kept)
-    rejected = np.array([cube for _, cube in spare], np.int16).reshape(-1, *kept.shape[1:])
-    return kept[:wanted], rejected, len(kept) / attempts
+
+        # Score.
+        scores, logits = critic(cubes)
+        probabilities = logits.softmax(1)[:, label]
+        passes = select(scores, probabilities, threshold, options.class_probability)
+
+        # Select.
+        scores = scores.cpu().numpy()
+        passes = passes.cpu().numpy()
+        hu = to_stored_hu(cubes)
+        batches.append(hu[passes])
+        n_accepted += int(passes.sum())
+        rejected = best_rejected(rejected, scores[~passes], hu[~passes])
+        progress.update(min(requested, n_accepted), f"{attempts} attempts")
+
+    # The last batch may have brought more than were requested.
+    accepted = np.concatenate(batches)[:requested]
+    rejected_cubes = [cube for _, cube in rejected]
+    rejected_cubes = np.array(rejected_cubes, np.int16).reshape(-1, *accepted.shape[1:])
+    return Generated(accepted, rejected_cubes, n_accepted / attempts)
 
 
 def load_gan(run, dataset, device):
-    """Generator and critic from <run>/gan/checkpoint.pt, trained on this dataset. Raises Refusal."""
+    """Generator and critic of <run>/gan/checkpoint.pt, trained on this dataset. Raises Refusal."""
     path = run / "gan" / "checkpoint.pt"
-    state = lungaug.load_checkpoint(path, f"run python train_gan.py --run {run} first", prepared=dataset.fingerprint)
-    with lungaug.refusing(path, "train the GAN again with --overwrite"):
-        networks = [build(state["settings"]["cube"], state["settings"]["width"]) for build in (Generator, Critic)]
-        for network, name in zip(networks, ("generator", "critic")):
-            network.load_state_dict(state[name])
-    return [network.eval().requires_grad_(False).to(device) for network in networks]
+    remedy = f"run python train_gan.py --run {run} first"
+    state = lungaug.load_checkpoint(path, remedy, prepared=dataset.fingerprint)
+
+    with lungaug.refuse_on_error(path, "train the GAN again with --overwrite"):
+        cube = state["settings"]["cube"]
+        width = state["settings"]["width"]
+        generator = Generator(cube, width)
+        generator.load_state_dict(state["generator"])
+        critic = Critic(cube, width)
+        critic.load_state_dict(state["critic"])
+
+    generator.eval().requires_grad_(False).to(device)
+    critic.eval().requires_grad_(False).to(device)
+    return generator, critic
 
 
-def generate_classes(run, dataset, arguments, device):
-    """Generate each class as often as there are real positives counted with flips, once a run.
+def generate_class(label, networks, folder, dataset, options, device):
+    """Generate one class and save its cubes. Returns its row of generated.json.
 
-    Returns {"positive": {"wanted", "accepted", "rate", "score_threshold"}, "negative": …}.
+    networks: generator and critic; folder: for <class>.npy and <class>_rejected.npy.
     """
-    folder, wanted = run / "classifiers" / "generated", 8 * len(dataset.positives["train"])
+    generator, critic = networks
+    name = CLASS_NAMES[label]
+
+    # Score the real cubes of the class: a generated one must reach a quantile of their scores.
+    real_scores = score_reals(critic, dataset, label, device)
+    threshold = float(np.quantile(real_scores, options.score_quantile))
+
+    # Request, of either class, as many cubes as there are real positives with their flips.
+    positives, _ = conventional_positives(dataset, "train")
+    requested = len(positives)
+    generated = generate(generator, critic, label, requested, threshold, options, device)
+
+    # Save them.
+    lungaug.write(folder / f"{name}.npy", generated.accepted)
+    lungaug.write(folder / f"{name}_rejected.npy", generated.rejected)
+
+    row = {"requested": requested, "accepted": len(generated.accepted), "rate": generated.rate,
+           "score_threshold": threshold}
+    print_class(name, row, options)
+    return row
+
+
+def print_class(name, row, options):
+    """Say how many cubes of a class passed, and what to change where they are too few."""
+    print(f"Generated {name}s: {row['accepted']} of {row['requested']} requested, acceptance rate "
+          f"{row['rate']:.1%} (score ≥ {row['score_threshold']:.2f}, "
+          f"class probability ≥ {options.class_probability}).", flush=True)
+    if row["accepted"] < row["requested"]:
+        print(f"  Too few passed within {options.attempts} attempts per requested cube. Train the "
+              f"GAN longer, or lower --score-quantile (now {options.score_quantile}) or "
+              "--class-probability.", flush=True)
+
+
+def generated_settings(run, dataset, options):
+    """What generated cubes depend on: options, the prepared data, the GAN."""
+    remedy = f"run python train_gan.py --run {run} first"
+    settings = lungaug.settings_of(options, "generated")
+    settings["prepared"] = dataset.fingerprint
+    settings["gan_crc32"] = lungaug.file_crc32(run / "gan" / "checkpoint.pt", remedy)
+    return settings
+
+
+def is_whole(folder, checksums):
+    """Whether each file of {name: CRC-32} exists in the folder and is as it was written."""
+    for name, crc32 in checksums.items():
+        path = folder / name
+        if not path.exists() or lungaug.file_crc32(path, "") != crc32:
+            return False
+    return True
+
+
+def read_generated(folder, settings, remedy):
+    """The classes that generated.json records; None where it or a file of cubes is missing.
+
+    Raises Refusal where they were made with other settings.
+    """
     path = folder / "generated.json"
-    asked = {key: getattr(arguments, key) for key in ("seed", "score_quantile", "class_probability", "attempts")}
-    gan = lungaug.read(run / "gan" / "checkpoint.pt", f"run python train_gan.py --run {run} first")
-    asked |= {"prepared": dataset.fingerprint, "gan_crc32": zlib.crc32(gan)}
-    if path.exists():
-        do = f"give the same options, or python train_classifier.py --run {run} --overwrite: it keeps the GAN"
-        with lungaug.refusing(path, do):
-            found = lungaug.read(path, do)
-            lungaug.same_settings(path, found["settings"], asked, do)
-            if all((folder / name).exists() and zlib.crc32(lungaug.read(folder / name, "")) == crc
-                   for name, crc in found["files"].items()):
-                return found["classes"]
-    path.unlink(missing_ok=True)        # so that a kill leaves no old record beside new cubes
-    generator, critic = load_gan(run, dataset, device)
-    classes, files = {}, {}
-    for label, name in ((1, "positive"), (0, "negative")):
-        threshold = float(np.quantile(score_reals(critic, dataset, label, device), arguments.score_quantile))
-        cubes, spare, rate = generate(generator, critic, label, wanted, threshold, arguments, device)
-        for kind, array in ((f"{name}.npy", cubes), (f"{name}_rejected.npy", spare)):
-            lungaug.write(folder / kind, array)
-            files[kind] = zlib.crc32(lungaug.read(folder / kind, ""))
-        classes[name] = {"wanted": wanted, "accepted": len(cubes), "rate": rate, "score_threshold": threshold}
-        print(f"Generated {name}s: {len(cubes)} of {wanted} wanted, acceptance rate {rate:.1%} "
-              f"(score ≥ {threshold:.2f}, class probability ≥ {arguments.class_probability}).", flush=True)
-        if len(cubes) < wanted:
-            print(f"  The GAN does not deliver within --attempts {arguments.attempts} for each one wanted. Train it "
-                  f"longer, or lower --score-quantile (now {arguments.score_quantile}) or --class-probability.",
-                  flush=True)
-    lungaug.write(path, {"settings": asked, "classes": classes, "files": files})
+    if not path.exists():
+        return None
+
+    with lungaug.refuse_on_error(path, remedy):
+        record = lungaug.read_json(path, remedy)
+        lungaug.require_settings(path, record["settings"], settings, remedy)
+        return record["classes"] if is_whole(folder, record["files"]) else None
+
+
+def generate_classes(run, dataset, options, device):
+    """Generate each class, unless an earlier command with the same settings did.
+
+    Returns {"positive": {"requested", "accepted", "rate", "score_threshold"}, "negative": …}.
+    """
+    folder = run / "classifiers" / "generated"
+    path = folder / "generated.json"
+    settings = generated_settings(run, dataset, options)
+    remedy = (f"give the same options, or run python train_classifier.py --run {run} --overwrite, "
+              "which keeps the GAN")
+    classes = read_generated(folder, settings, remedy)
+    if classes is not None:
+        return classes
+
+    # Remove the record first, so that a kill leaves no old record beside new cubes.
+    path.unlink(missing_ok=True)
+
+    # Generate. The checksums let the next command see whether the files are still whole.
+    networks = load_gan(run, dataset, device)
+    classes = {}
+    checksums = {}
+    for label, name in CLASS_NAMES.items():
+        classes[name] = generate_class(label, networks, folder, dataset, options, device)
+        for file in (f"{name}.npy", f"{name}_rejected.npy"):
+            checksums[file] = lungaug.file_crc32(folder / file, "")
+
+    lungaug.write(path, {"settings": settings, "classes": classes, "files": checksums})
     return classes
 
 
-def draw_samples(folder, dataset, count=16):
-    """samples.png: middle axial slices, a row each: real and generated positives, real and generated negatives.
+def open_generated(run, dataset, name):
+    """Generated cubes of a run, by the name of their file: int16 HU (n, c, c, c), not in memory."""
+    path = run / "classifiers" / "generated" / f"{name}.npy"
+    return preprocessing.open_array(path, dataset.cube)
 
-    Where fewer were accepted, the best-scored of the rejected follow, and then black.
+
+def middle_slices(cubes, count):
+    """The middle axial slices of cubes (n, c, c, c), n ≤ count, then black: (count, c, c)."""
+    side = cubes.shape[-1]
+    slices = np.full((count, side, side), -1, np.float32)
+    slices[:len(cubes)] = cubes[:, side // 2]
+    return slices
+
+
+def draw_samples(run, dataset, count=16):
+    """Draw samples.png: middle axial slices, one row each.
+
+    The rows are real and generated positives, real and generated negatives. Where fewer cubes were
+    accepted, the rejected with the best scores follow, and then black.
     """
-    middles = []
-    for name, rows in (("positive", dataset.positives["train"]), ("negative", dataset.negatives["train"])):
-        real = preprocessing.read_cubes(dataset, rows[np.linspace(0, len(rows) - 1, count).astype(int)])[:, 0]
-        files = (folder / "generated" / f"{name}{kind}.npy" for kind in ("", "_rejected"))
-        made = np.concatenate([preprocessing.open_array(file, dataset.cube)[:count] for file in files])
-        made = preprocessing.normalize(made[:count])
-        made = np.concatenate([made, -np.ones((count - len(made), *made.shape[1:]), np.float32)])
-        middles += [real[:, dataset.cube // 2], made[:, dataset.cube // 2]]
-    sheet = lungaug.tile(lungaug.grey(np.concatenate(middles)), count)
-    lungaug.write(folder / "samples.png", lungaug.png(sheet, 48 // dataset.cube or 1))
+    sheet_rows = []
+    for name, rows in (("positive", dataset.positives["train"]),
+                       ("negative", dataset.negatives["train"])):
+        # Real cubes, evenly chosen.
+        chosen = rows[lungaug.evenly(len(rows), count)]
+        real = preprocessing.read_cubes(dataset, chosen)[:, 0]
+        sheet_rows.append(middle_slices(real, count))
+
+        # Generated cubes, the first ones.
+        accepted = open_generated(run, dataset, name)[:count]
+        rejected = open_generated(run, dataset, f"{name}_rejected")
+        generated = np.concatenate([accepted, rejected])[:count]
+        sheet_rows.append(middle_slices(preprocessing.normalize(generated), count))
+
+    sheet = lungaug.tile(lungaug.grey(np.concatenate(sheet_rows)), count)
+    pixels = lungaug.png(sheet, lungaug.zoom(dataset.cube, 48))
+    lungaug.write(run / "classifiers" / "samples.png", pixels)
 
 
 # 4.4, 5.2 Lung nodule detection classifier: its three data sets
 
 class Pool:
-    """Cubes of one class to train on: real ones (rows and flips of a dataset), then generated ones (int16 HU)."""
+    """Cubes of one class to train on, numbered: real ones first, then generated ones.
 
-    def __init__(self, dataset, rows, flips, generated):
-        self.dataset, self.rows, self.flips, self.generated = dataset, rows, flips, generated
+    real: rows (m, 4) and flips (m,) of the dataset; generated: int16 HU (n, c, c, c). Either may be
+    missing.
+    """
+
+    def __init__(self, dataset, real=None, generated=None):
+        if real is None:
+            real = no_flips(np.zeros((0, 4), np.int32))
+        if generated is None:
+            generated = np.zeros((0, dataset.cube, dataset.cube, dataset.cube), np.int16)
+
+        self.dataset = dataset
+        self.rows, self.flips = real
+        self.generated = generated
 
     def __len__(self):
         return len(self.rows) + len(self.generated)
 
-    def read(self, chosen):
-        """Cubes (n, 1, c, c, c) in [-1, 1] at the numbers `chosen` (n,), each below len(self); real ones first."""
-        real = chosen[chosen < len(self.rows)]
-        made = self.generated[chosen[chosen >= len(self.rows)] - len(self.rows)]
-        return np.concatenate([preprocessing.read_cubes(self.dataset, self.rows[real], self.flips[real]),
-                               preprocessing.normalize(made)[:, None]])
+    def read(self, numbers):
+        """The cubes of these numbers, (n,): (n, 1, c, c, c) in [-1, 1], the real ones first."""
+        is_real = numbers < len(self.rows)
+        real = numbers[is_real]
+        real_cubes = preprocessing.read_cubes(self.dataset, self.rows[real], self.flips[real])
+
+        generated = numbers[~is_real] - len(self.rows)
+        generated_cubes = preprocessing.normalize(self.generated[generated])[:, None]
+        return np.concatenate([real_cubes, generated_cubes])
 
 
 def arm_pools(arm, run, dataset):
-    """Real; real and generated positives, real negatives; generated alone   [rule_5_2_arms]: positives and negatives"""
-    positives, negatives = conventional_positives(dataset, "train"), no_flips(dataset.negatives["train"])
-    none, no_cubes = no_flips(positives[0][:0]), np.zeros((0, *[dataset.cube] * 3), np.int16)
+    """The positives and the negatives of an arm, a Pool each   [rule_5_2_arms]
 
-    def generated(name):
-        return preprocessing.open_array(run / "classifiers" / "generated" / f"{name}.npy", dataset.cube)
-
+    real: real cubes. mixed: real and generated positives, real negatives. fake: generated ones.
+    """
+    real_positives = conventional_positives(dataset, "train")
+    real_negatives = no_flips(dataset.negatives["train"])
     if arm == "real":
-        return Pool(dataset, *positives, no_cubes), Pool(dataset, *negatives, no_cubes)
+        return Pool(dataset, real_positives), Pool(dataset, real_negatives)
+
+    generated_positives = open_generated(run, dataset, "positive")
     if arm == "mixed":
-        return Pool(dataset, *positives, generated("positive")), Pool(dataset, *negatives, no_cubes)
-    return Pool(dataset, *none, generated("positive")), Pool(dataset, *none, generated("negative"))
+        return Pool(dataset, real_positives, generated_positives), Pool(dataset, real_negatives)
+
+    generated_negatives = open_generated(run, dataset, "negative")
+    positives = Pool(dataset, generated=generated_positives)
+    negatives = Pool(dataset, generated=generated_negatives)
+    return positives, negatives
 
 
 # 4.4.1 Training
@@ -192,117 +369,274 @@ def learning_rate(epoch, early, late, decay):
 def balanced_batches(positives, negatives, size, rng):
     """Numbers of an epoch's batches, half positive, half negative   [rule_4_4_balanced]
 
-    An epoch passes over the positives once, in a new order; as many negatives are drawn from all of them.
+    positives, negatives: how many there are. An epoch passes over the positives once, in a new
+    order; as many negatives are drawn from all of them.
     """
     order = rng.permutation(positives)
-    for i in range(0, positives, size // 2):
-        part = order[i:i + size // 2]
-        yield part, rng.integers(negatives, size=len(part))
+    for start in range(0, positives, size // 2):
+        positive_numbers = order[start:start + size // 2]
+        negative_numbers = rng.integers(negatives, size=len(positive_numbers))
+        yield positive_numbers, negative_numbers
 
 
 def f1_score(labels, predictions):
     """F1 = 2·TP/(2·TP + FP + FN); labels, predictions (n,) of 0 and 1; 0 where the ratio is 0/0"""
-    hits = (labels * predictions).sum()
-    return float(2 * hits / max(1, labels.sum() + predictions.sum()))
+    true_positives = (labels * predictions).sum()
+    return float(2 * true_positives / max(1, labels.sum() + predictions.sum()))
 
 
 def validate(classifier, dataset, device):
     """F1 and cross-entropy on the validation set, positives with their flips.
 
-    The loss is the mean of the two classes' means, to compare with that of the balanced training batches.
+    The loss is the mean of the two classes' means, to compare with that of the balanced batches.
     """
     rows, flips, labels = preprocessing.labelled(dataset, "validation")
-    logits = torch.from_numpy(lungaug.predict(
-        classifier, lambda part: preprocessing.read_cubes(dataset, rows[part], flips[part]), len(rows), device))
+
+    def read_cubes(numbers):
+        return preprocessing.read_cubes(dataset, rows[numbers], flips[numbers])
+
+    logits = lungaug.predict(classifier, read_cubes, len(rows), device)
+    f1 = f1_score(labels, logits.argmax(1))
+
+    # A class without cubes has no mean: a validation set may be without nodules.
+    logits = torch.from_numpy(logits)
     truth = torch.from_numpy(labels)
-    losses = [classifier_loss(logits[truth == y], truth[truth == y]).item() for y in (0, 1) if (labels == y).any()]
-    return f1_score(labels, logits.argmax(1).numpy()), float(np.mean(losses))
+    class_losses = []
+    for label in (0, 1):
+        of_class = truth == label
+        if of_class.any():
+            class_losses.append(classifier_loss(logits[of_class], truth[of_class]).item())
+
+    return f1, float(np.mean(class_losses))
 
 
-def settings(arguments):
-    """What a checkpoint must agree on with the command that resumes it."""
-    names = ("seed", "batch_size", "learning_rate", "late_learning_rate", "decay_epoch")
-    return {name: getattr(arguments, name) for name in names}
+class Trainer:
+    """All that training a classifier changes: the network, its optimizer, the randomness, the best.
 
-
-def train_arm(arm, run, dataset, arguments, delivered, device):
-    """Train one classifier and keep the epoch of the best validation F1, ties by the lower loss   [rule_5_2_best_kept]
-
-    Every epoch is a checkpoint, so that a stopped run goes on and ends with the same bytes.
+    A checkpoint is its `state`, as in train_gan.py. classes: what was generated, as
+    `generate_classes` returns it; None for the arm real, which does not depend on it.
     """
-    a, folder, path = arguments, run / "classifiers" / arm, run / "classifiers" / arm / "checkpoint.pt"
-    positives, negatives = arm_pools(arm, run, dataset)
-    if arm != "real" and not len(positives.generated) or not len(negatives):
-        print(f"{arm}: no generated {'negatives' if len(positives.generated) else 'positives'} to train on; left out.")
-        for old in (path, folder / "log.jsonl"):    # an older GAN's classifier is not this one's
-            old.unlink(missing_ok=True)
-        return
-    torch.manual_seed(int(lungaug.stream(a.seed, "classifier weights").integers(2 ** 62)))      # the arms start alike
-    classifier, draws = Classifier(dataset.cube).to(device), lungaug.stream(a.seed, "classifier batches", arm)
-    optimizer = torch.optim.Adam(classifier.parameters(), a.learning_rate, BETAS)
-    epoch, best = 0, {"f1": -1.0, "loss": float("inf"), "epoch": -1, "classifier": None}
-    asked = settings(a) | {"delivered": delivered, "prepared": dataset.fingerprint}
+
+    def __init__(self, arm, options, dataset, classes, device):
+        self.arm = arm
+        self.options = options
+        self.device = device
+        self.epoch = 0
+        self.best = {"f1": -1.0, "loss": math.inf, "epoch": -1, "classifier": None}
+
+        # A checkpoint must agree with the command that resumes it on these. `epochs` is not among
+        # them, for a training may be made longer.
+        self.settings = lungaug.settings_of(options, "classifiers")
+        self.settings["generated"] = classes
+        self.settings["prepared"] = dataset.fingerprint
+
+        # Build the network. The arms start with the same weights: they differ in their data alone.
+        lungaug.seed_weights(options.seed, "classifier weights")
+        self.classifier = Classifier(dataset.cube).to(device)
+        parameters = self.classifier.parameters()
+        self.optimizer = torch.optim.Adam(parameters, options.learning_rate, BETAS)
+
+        # Seed what is drawn during the training.
+        self.draws = lungaug.stream(options.seed, "classifier batches", arm)
+
+    def state(self):
+        """The checkpoint: numbers, lists, and tensors."""
+        return {
+            "settings": self.settings,
+            "epochs": self.options.epochs,
+            "epoch": self.epoch,
+            "best": self.best,
+            "classifier": self.classifier.state_dict(),
+            "optimizer": self.optimizer.state_dict(),
+            "draws": self.draws.bit_generator.state,
+        }
+
+    def restore(self, state):
+        """Continue from a checkpoint."""
+        self.epoch = state["epoch"]
+        # Take the values and keep our own keys: pickle stores a string once and refers to it when
+        # the same object comes again, so other string objects would give a checkpoint other bytes.
+        self.best = self.best | state["best"]
+        self.classifier.load_state_dict(state["classifier"])
+        self.optimizer.load_state_dict(state["optimizer"])
+        self.draws.bit_generator.state = state["draws"]
+
+
+def read_batch(pools, numbers, device):
+    """A batch's cubes (n, 1, c, c, c) in [-1, 1] and labels (n,), positives first.
+
+    pools, numbers: those of the positives and of the negatives.
+    """
+    positives, negatives = pools
+    positive_numbers, negative_numbers = numbers
+    cubes = np.concatenate([positives.read(positive_numbers), negatives.read(negative_numbers)])
+    labels = np.repeat([1, 0], [len(positive_numbers), len(negative_numbers)])
+    return torch.from_numpy(cubes).to(device), torch.from_numpy(labels).to(device)
+
+
+def train_epoch(trainer, pools):
+    """One pass over the positives, each batch with as many negatives. Returns the mean loss.
+
+    pools: the positives and the negatives, as `arm_pools` returns them.
+    """
+    options = trainer.options
+    positives, negatives = pools
+
+    # Set this epoch's learning rate.
+    rate = learning_rate(trainer.epoch, options.learning_rate, options.late_learning_rate,
+                         options.decay_epoch)
+    for group in trainer.optimizer.param_groups:
+        group["lr"] = rate
+
+    losses = []
+    batches = balanced_batches(len(positives), len(negatives), options.batch_size, trainer.draws)
+
+    def read(numbers):
+        return read_batch(pools, numbers, trainer.device)
+
+    for cubes, labels in lungaug.read_ahead(read, batches):
+        # Step down the gradient.
+        loss = classifier_loss(trainer.classifier(cubes), labels)
+        trainer.optimizer.zero_grad()
+        loss.backward()
+        trainer.optimizer.step()
+        losses.append(loss.item())
+
+    trainer.epoch += 1
+    return float(np.mean(losses))
+
+
+def keep_best(trainer, f1, loss):
+    """Keep the weights of the best validation F1, ties by the lower loss   [rule_5_2_best_kept]
+
+    f1, loss: of the epoch that has just ended. Of epochs with both equal, the first is kept.
+    """
+    best = trainer.best
+    is_better = f1 > best["f1"]
+    is_better_tie = f1 == best["f1"] and loss < best["loss"]
+    if is_better or is_better_tie:
+        # Copy the weights: the next step of the optimizer changes them in place.
+        state = trainer.classifier.state_dict()
+        weights = {name: tensor.cpu().clone() for name, tensor in state.items()}
+        trainer.best = {"f1": f1, "loss": loss, "epoch": trainer.epoch, "classifier": weights}
+
+
+def resume(trainer, folder):
+    """Bring a new Trainer to the checkpoint in the folder, where there is one."""
+    path = folder / "checkpoint.pt"
     if path.exists():
-        state = lungaug.load_checkpoint(path, "", **asked)
-        with lungaug.refusing(path, "start again with --overwrite"):
-            epoch, best = state["epoch"], best | state["best"]      # our own keys: pickle tells copies of a word apart
-            classifier.load_state_dict(state["classifier"])
-            optimizer.load_state_dict(state["optimizer"])
-            draws.bit_generator.state = state["draws"]
-    lungaug.rewind_log(folder / "log.jsonl", epoch)
-    step = lungaug.progress(f"{arm} epochs", a.epochs)
-    while epoch < a.epochs:
-        for group in optimizer.param_groups:
-            group["lr"] = learning_rate(epoch, a.learning_rate, a.late_learning_rate, a.decay_epoch)
-        losses = []
-        for some, others in balanced_batches(len(positives), len(negatives), a.batch_size, draws):
-            cubes = torch.from_numpy(np.concatenate([positives.read(some), negatives.read(others)])).to(device)
-            labels = torch.from_numpy(np.repeat([1, 0], [len(some), len(others)])).to(device)
-            loss = classifier_loss(classifier(cubes), labels)
-            optimizer.zero_grad()
-            loss.backward()
-            optimizer.step()
-            losses.append(loss.item())
-        epoch += 1
-        f1, loss = validate(classifier, dataset, device)
-        check(np.isfinite(loss), path, f"a loss that is no number in epoch {epoch}",
-              "start again with a lower --learning-rate and --overwrite")
-        if (f1, -loss) > (best["f1"], -best["loss"]):
-            weights = {name: tensor.cpu().clone() for name, tensor in classifier.state_dict().items()}
-            best = {"f1": f1, "loss": loss, "epoch": epoch, "classifier": weights}
-        lungaug.append_log(folder / "log.jsonl", {"epoch": epoch, "train_loss": float(np.mean(losses)),
-                                                  "validation_loss": loss, "validation_f1": f1})
-        lungaug.write(path, {
-            "settings": asked, "epochs": a.epochs, "epoch": epoch, "best": best, "classifier": classifier.state_dict(),
-            "optimizer": optimizer.state_dict(), "draws": draws.bit_generator.state})
-        step(epoch, f"loss {np.mean(losses):.3f}, validation F1 {f1:.3f}")
+        state = lungaug.load_checkpoint(path, "", **trainer.settings)
+        with lungaug.refuse_on_error(path, "start over with --overwrite"):
+            trainer.restore(state)
+
+    lungaug.rewind_log(folder / "log.jsonl", trainer.epoch)
+
+
+def train(trainer, pools, dataset, folder):
+    """Train, validate, keep the best, log, save.
+
+    Every epoch is a checkpoint, so that a stopped run resumes and ends with the same bytes.
+    """
+    epochs = trainer.options.epochs
+    progress = lungaug.Progress(f"{trainer.arm} epochs", epochs)
+    while trainer.epoch < epochs:
+        # Train.
+        train_loss = train_epoch(trainer, pools)
+
+        # Validate.
+        f1, loss = validate(trainer.classifier, dataset, trainer.device)
+        check(math.isfinite(loss), folder / "checkpoint.pt",
+              f"the loss is NaN or infinite in epoch {trainer.epoch}",
+              "start over with a lower --learning-rate and --overwrite")
+
+        # Keep the best.
+        keep_best(trainer, f1, loss)
+
+        # Log.
+        row = {"epoch": trainer.epoch, "train_loss": train_loss, "validation_loss": loss,
+               "validation_f1": f1}
+        lungaug.append_log(folder / "log.jsonl", row)
+        progress.update(trainer.epoch, f"loss {train_loss:.3f}, validation F1 {f1:.3f}")
+
+        # Save.
+        lungaug.write(folder / "checkpoint.pt", trainer.state())
+
+
+def missing_class(arm, pools):
+    """Of which class an arm lacks cubes, "positives" or "negatives"; None where it has both."""
+    positives, negatives = pools
+    if arm != "real" and len(positives.generated) == 0:
+        return "positives"
+    if len(negatives) == 0:
+        return "negatives"
+    return None
+
+
+def train_arm(arm, run, dataset, options, classes, device):
+    """Train one arm's classifier, or skip it where there is nothing to train on.
+
+    classes: what was generated, as `generate_classes` returns it; None for the arm real.
+    """
+    folder = run / "classifiers" / arm
+    pools = arm_pools(arm, run, dataset)
+    missing = missing_class(arm, pools)
+    if missing:
+        print(f"{arm}: no generated {missing} to train on; skipped.", flush=True)
+        # Remove the classifier of an earlier GAN, so that it is not taken for this one's.
+        lungaug.remove(folder, "checkpoint.pt", "log.jsonl")
+        return
+
+    trainer = Trainer(arm, options, dataset, classes, device)
+    resume(trainer, folder)
+    train(trainer, pools, dataset, folder)
+
+    positives, negatives = pools
+    best = trainer.best
     print(f"{arm}: {len(positives)} positives, {len(negatives)} negatives; "
           f"best validation F1 {best['f1']:.3f}, at epoch {best['epoch']}.", flush=True)
 
 
+# 4.3 on the page, and the command
+
+def page(classes):
+    """What the report shows of section 4.3."""
+    rows = []
+    for name, row in classes.items():
+        numbers = (row["requested"], row["accepted"], row["rate"], row["score_threshold"])
+        rows.append((name, *map(lungaug.format_number, numbers)))
+    head = ("class", "requested", "accepted", "acceptance rate", "score at least")
+    return [
+        lungaug.Heading("4.3 Generative augmentation"),
+        lungaug.Table("Requested and accepted samples.", head, rows),
+        lungaug.Figure("Middle axial slices, one row each: real, generated positives; real, "
+                       "generated negatives. Rejected ones follow where fewer were accepted.",
+                       "samples.png"),
+    ]
+
+
 def main():
-    arguments = lungaug.parse(__doc__.split("\n")[0], "train_classifier")
-    run = arguments.run
+    options = lungaug.parse(__doc__.split("\n")[0], "train_classifier")
+    run = options.run
     dataset = preprocessing.open_dataset(run)
-    lungaug.settle(arguments, "train_classifier", dataset.info["preset"])
-    device = lungaug.pick_device(arguments.device)
-    print(f"Preset {arguments.preset}, cube {dataset.cube}, on {device}.", flush=True)
-    with lungaug.alone(run / "classifiers", "training"):
-        if arguments.overwrite:
-            load_gan(run, dataset, device)      # or a Refusal, before anything is lost
-            lungaug.discard(run / "classifiers", "*/checkpoint.pt", "*/log.jsonl", "*/generated.json", "options.json")
-        generated = generate_classes(run, dataset, arguments, device)
-        draw_samples(run / "classifiers", dataset)
+    lungaug.apply_preset(options, "train_classifier", dataset.info["preset"])
+    device = lungaug.pick_device(options.device)
+    print(f"Preset {options.preset}, cube {dataset.cube}, on {device}.", flush=True)
+
+    folder = run / "classifiers"
+    with lungaug.lock(folder, "training"):
+        if options.overwrite:
+            # Load the GAN first: where it cannot be used, nothing may be lost.
+            load_gan(run, dataset, device)
+            lungaug.remove(folder, "*/checkpoint.pt", "*/log.jsonl", "*/generated.json",
+                           "options.json")
+
+        classes = generate_classes(run, dataset, options, device)
+        draw_samples(run, dataset)
         for arm in ARMS:
-            train_arm(arm, run, dataset, arguments, generated if arm != "real" else None, device)
-    rows = [(name, *map(lungaug.shown, (row["wanted"], row["accepted"], row["rate"], row["score_threshold"])))
-            for name, row in generated.items()]
-    head = ("class", "wanted", "accepted", "acceptance rate", "score at least")
-    lungaug.record_stage(run / "classifiers", arguments, [
-        "4.3 Generative augmentation",
-        ("Samples wanted, and those that passed the selection.", head, rows),
-        ("Middle axial slices, a row each: real, generated positives; real, generated negatives. Rejected ones follow "
-         "where fewer were accepted.", "samples.png")])
+            generated = None if arm == "real" else classes
+            train_arm(arm, run, dataset, options, generated, device)
+
+    lungaug.save_page(folder, options, page(classes))
 
 
 if __name__ == "__main__":

@@ -1,53 +1,96 @@
 """GAN training: section 4.1, the auxiliary classifier Wasserstein GAN with gradient penalty.
 
-    python train_gan.py                              # nothing prepared yet: synthetic scans first, then the demo preset
-    python train_gan.py --run runs/luna16            # the thesis preset on your prepared scans
-    python train_gan.py --run runs/demo --epochs 900 # goes on from the checkpoint, to epoch 900
+    python train_gan.py                              # without prepared scans: synthetic ones first
+    python train_gan.py --run runs/luna16            # the thesis preset, on your prepared scans
+    python train_gan.py --run runs/demo --epochs 900 # resume from the checkpoint, up to epoch 900
+    torchrun --nproc-per-node 2 -- train_gan.py --run runs/luna16   # on two GPUs
 
-An epoch is five critic iterations and one generator iteration. Leaves <run>/gan: checkpoint.pt, log.jsonl (every term
-of every epoch) and progression.png (a fixed z through the training); `python evaluate.py` draws figure 7, the loss
-curves, at any time. Stopped at any time, the same command goes on from the checkpoint and ends with the same bytes.
+An epoch is five critic iterations and one generator iteration. Leaves <run>/gan: checkpoint.pt,
+log.jsonl (every term of every epoch) and progression.png (a fixed z through the training);
+`python evaluate.py` draws figure 7, the loss curves, at any time. Stopped at any time, the same
+command resumes from the checkpoint and ends with the same bytes.
 """
 
+import itertools
+import math
+import os
 import time
 
 import numpy as np
 import torch
+from torch import distributed
 
 import lungaug
 import preprocessing
 from losses import critic_loss, generator_loss
 from lungaug import check
-from models import LATENT, Critic, Generator, conditional_latent
+from models import Critic, Generator, draw_latent, memory_layout
+
 
 BETAS = (0.0, 0.9)      # 4.1.1   [num_4_1_adam]
-FIXED = 4               # samples of each class drawn from the z that stays fixed
-MOMENTS = 8             # times that they are drawn through the training, and once before
-PROBE = 3               # epochs from which the time left is foretold
-STATUS = "W {wasserstein:.2f}, class accuracy {real_accuracy:.2f} on reals, {fake_accuracy:.2f} on fakes"
+FIXED = 4               # samples of each class whose z stays fixed
+MOMENTS = 8             # pictures of them during the training, besides the one before it
+PROBE = 3               # epochs from which the remaining time is estimated
+STATUS = ("W {wasserstein:.2f}, class accuracy {real_accuracy:.2f} on reals, "
+          "{fake_accuracy:.2f} on fakes")
 
 
-# 4.1.1 Training: α, real batches, z, labels, ε
+# 4.1.1 Training: α, real batches, labels, ε (z is drawn in models.py)
 
 def auxiliary_scale(epoch, epochs, early, late):
-    """α = 1 at the beginning, 10 at the end: late from the last quarter on   [rule_4_1_alpha]; epoch counts from 0"""
+    """α = 1 at the beginning, 10 from the last quarter of the epochs   [rule_4_1_alpha]
+
+    epoch counts from 0; early, late: the two values.
+    """
     return early if epoch < 0.75 * epochs else late
 
 
-def draw_batch(dataset, count, rng):
-    """Training cubes, half positive with a random flip each, half negative as they are   [rule_4_1_balanced_batch]
+def decayed_rate(epoch, epochs, rate, start):
+    """η·min(1, (1 − e/E)/(1 − s)): linear to 0 from the share s of E epochs on   [rule_4_1_decay]
 
-    Returns cubes (count, 1, c, c, c) in [-1, 1] and labels (count,), positives first.
+    epoch e counts from 0; rate: η; start: s, where 1, the thesis', lets η stay as it is.
     """
-    labels = (np.arange(count) < count // 2).astype(np.int64)
-    rows = [part["train"][rng.integers(len(part["train"]), size=n)]
-            for part, n in ((dataset.positives, labels.sum()), (dataset.negatives, count - labels.sum()))]
-    return preprocessing.read_cubes(dataset, np.concatenate(rows), rng.integers(8, size=count) * labels), labels
+    elapsed = epoch / epochs
+    if elapsed <= start:
+        return rate
+    return rate * (1 - elapsed) / (1 - start)
 
 
-def draw_latent(labels, noise):
-    """z ~ 𝒩(0, 1), the labels' one-hot in front   [rule_3_3_1_latent]; labels (n,), noise: a Generator → (n, 128)"""
-    return conditional_latent(torch.randn(len(labels), LATENT, generator=noise).to(labels.device), labels)
+def draw_batch(dataset, count, rng):
+    """Training cubes, half positive, flipped at random, half negative   [rule_4_1_balanced_batch]
+
+    Returns cubes (count, 1, c, c, c) in [-1, 1] and labels (count,) int64, positives first.
+    """
+    n_positives = count // 2
+    n_negatives = count - n_positives
+    all_positives = dataset.positives["train"]
+    all_negatives = dataset.negatives["train"]
+
+    # Draw rows and flips. A negative has the flip 0, which is none.
+    positives = all_positives[rng.integers(len(all_positives), size=n_positives)]
+    negatives = all_negatives[rng.integers(len(all_negatives), size=n_negatives)]
+    flips = rng.integers(8, size=count)
+    flips[n_positives:] = 0
+
+    cubes = preprocessing.read_cubes(dataset, np.concatenate([positives, negatives]), flips)
+    labels = np.repeat(np.array([1, 0], np.int64), [n_positives, n_negatives])
+    return cubes, labels
+
+
+def read_batches(options, dataset, first_epoch):
+    """The batches of reals of every critic iteration from an epoch on, read ahead: cubes, labels.
+
+    Each is drawn from a generator that depends on the seed, the epoch and the iteration alone, so
+    that a training that is resumed, with whatever number of threads, gets the same ones.
+    """
+    epochs = range(first_epoch, options.epochs)
+    iterations = itertools.product(epochs, range(options.critic_iterations))
+
+    def read(epoch_and_iteration):
+        rng = lungaug.stream(options.seed, "gan batches", *epoch_and_iteration)
+        return draw_batch(dataset, options.batch_size, rng)
+
+    return lungaug.read_ahead(read, iterations)
 
 
 def draw_labels(count, noise, device):
@@ -56,220 +99,449 @@ def draw_labels(count, noise, device):
 
 
 def draw_epsilon(count, noise, device):
-    """ε ~ U[0, 1], one a sample   [rule_3_3_1_epsilon]; (count,)"""
+    """ε ~ U[0, 1], one draw per sample   [rule_3_3_1_epsilon]; (count,)"""
     return torch.rand(count, generator=noise).to(device)
 
 
 # 4.1.1 What training changes; a checkpoint
 
 class Trainer:
-    """All that training changes: two networks, their optimizers, the randomness. A checkpoint is its `state`."""
+    """All that training changes: two networks, their optimizers, the randomness.
 
-    def __init__(self, arguments, cube, device):
-        self.arguments, self.device, self.epoch, self.moments = arguments, device, 0, []
-        torch.manual_seed(int(lungaug.stream(arguments.seed, "gan weights").integers(2 ** 62)))
-        layout = dict(device=device, memory_format=torch.channels_last_3d)
-        self.generator = Generator(cube, arguments.width).to(**layout)
-        self.critic = Critic(cube, arguments.width).to(**layout)
-        self.generator_step, self.critic_step = (torch.optim.Adam(network.parameters(), arguments.learning_rate, BETAS)
-                                                 for network in (self.generator, self.critic))
-        self.noise = lungaug.torch_stream(arguments.seed, "gan noise")
-        self.draws = lungaug.stream(arguments.seed, "gan batches")
+    A checkpoint is its `state`. options: those of train_gan.py; dataset: of preprocessing.
+    """
+
+    def __init__(self, options, dataset, device):
+        self.options = options
+        self.device = device
+        self.epoch = 0
+        self.moments = []       # (epoch, cubes) of the fixed z
+
+        # A checkpoint must agree with the command that resumes it on these. `epochs` is not among
+        # them, for a training may be made longer, nor is `micro_batch`, which saves memory only.
+        self.settings = lungaug.settings_of(options, "gan")
+        self.settings["cube"] = dataset.cube
+        self.settings["prepared"] = dataset.fingerprint
+
+        # Build the networks.
+        allow_tf32(options.precision)
+        lungaug.seed_weights(options.seed, "gan weights")
+        layout = {"device": device, "memory_format": memory_layout(device)}
+        self.generator = Generator(dataset.cube, options.width).to(**layout)
+        self.critic = Critic(dataset.cube, options.width).to(**layout)
+        self.generator_optimizer = adam(self.generator, options.learning_rate)
+        self.critic_optimizer = adam(self.critic, options.learning_rate)
+
+        # What an iteration draws; each seeds it anew.
+        self.noise = torch.Generator()
+        self.seed_iteration(0)
+
+        # Draw the z that stays fixed: negatives, then positives.
         self.fixed_labels = torch.arange(2).repeat_interleave(FIXED).to(device)
-        self.fixed_latent = draw_latent(self.fixed_labels, lungaug.torch_stream(arguments.seed, "gan fixed z"))
+        fixed_noise = lungaug.torch_stream(options.seed, "gan fixed z")
+        self.fixed_latent = draw_latent(self.fixed_labels, fixed_noise)
 
-    def parts(self):
-        return {name: getattr(self, name) for name in ("generator", "critic", "generator_step", "critic_step")}
+    def seed_iteration(self, iteration):
+        """Seed `noise`, from which an iteration draws y, z and ε.
+
+        iteration: its number in the epoch; the generator's follows the critic's. The seed depends
+        on the run's seed, the epoch and this number alone: a checkpoint needs no state of `noise`.
+        """
+        seed = lungaug.seed_number(self.options.seed, "gan noise", self.epoch, iteration)
+        self.noise.manual_seed(seed)
 
     def state(self):
-        return {"settings": settings(self.arguments), "epochs": self.arguments.epochs, "epoch": self.epoch,
-                "moments": self.moments, "noise": self.noise.get_state(), "draws": self.draws.bit_generator.state,
-                **{name: part.state_dict() for name, part in self.parts().items()}}
+        """The checkpoint: numbers, lists, and tensors."""
+        return {
+            "settings": self.settings,
+            "epochs": self.options.epochs,
+            "epoch": self.epoch,
+            "moments": self.moments,
+            "generator": self.generator.state_dict(),
+            "critic": self.critic.state_dict(),
+            "generator_optimizer": self.generator_optimizer.state_dict(),
+            "critic_optimizer": self.critic_optimizer.state_dict(),
+        }
 
     def restore(self, state):
-        self.epoch, self.moments = state["epoch"], state["moments"]
-        self.noise.set_state(state["noise"])
-        self.draws.bit_generator.state = state["draws"]
-        for name, part in self.parts().items():
-            part.load_state_dict(state[name])
+        """Continue from a checkpoint."""
+        self.epoch = state["epoch"]
+        self.moments = state["moments"]
+        self.generator.load_state_dict(state["generator"])
+        self.critic.load_state_dict(state["critic"])
+        self.generator_optimizer.load_state_dict(state["generator_optimizer"])
+        self.critic_optimizer.load_state_dict(state["critic_optimizer"])
 
 
-def settings(arguments):
-    """What a checkpoint must agree on with the command that resumes it."""
-    names = ("seed", "cube", "width", "batch_size", "learning_rate", "penalty_scale", "auxiliary_scale",
-             "late_auxiliary_scale", "critic_iterations", "precision", "prepared")
-    return {name: getattr(arguments, name, None) for name in names}
+def adam(network, learning_rate):
+    return torch.optim.Adam(network.parameters(), learning_rate, BETAS)
+
+
+# 4.1.1 Several processes, and micro-batches
+
+def join_processes(name):
+    """Join the processes that torchrun started, if it started this one. Returns the torch.device.
+
+    name: of --device. Under torchrun each process takes a GPU of its own.
+    """
+    device = lungaug.pick_device(name)
+    if "LOCAL_RANK" not in os.environ:
+        return device
+
+    if device.type == "cuda":
+        device = lungaug.pick_device(f"cuda:{os.environ['LOCAL_RANK']}")
+        torch.cuda.set_device(device)
+    distributed.init_process_group("nccl" if device.type == "cuda" else "gloo")
+    return device
+
+
+def process_place():
+    """This process' number, from 0 on, and how many there are. The first alone writes files."""
+    if distributed.is_available() and distributed.is_initialized():
+        return distributed.get_rank(), distributed.get_world_size()
+    return 0, 1
+
+
+def wait_for_all():
+    """Wait until every process has come here."""
+    _, n_processes = process_place()
+    if n_processes > 1:
+        distributed.barrier()
+
+
+def sum_over_processes(gradients, terms):
+    """Add up, in place, gradients over all processes; returns the sums of the terms, by name."""
+    # One long vector is sent once.
+    together = torch.cat([gradient.flatten() for gradient in gradients])
+    distributed.all_reduce(together)
+    sizes = [gradient.numel() for gradient in gradients]
+    for gradient, part in zip(gradients, together.split(sizes)):
+        gradient.copy_(part.view_as(gradient))
+
+    values = torch.tensor(list(terms.values()), dtype=torch.float64, device=together.device)
+    distributed.all_reduce(values)
+    return dict(zip(terms, values.tolist()))
+
+
+def allow_tf32(precision):
+    """Let a GPU round the factors of products to TF32's 10 bits, or not, as --precision says.
+
+    Left alone, PyTorch rounds those of convolutions, and not those of matrices.
+    """
+    allowed = precision != "float32"
+    torch.backends.cudnn.allow_tf32 = allowed
+    torch.backends.cuda.matmul.allow_tf32 = allowed
+
+
+def autocast(trainer):
+    """Autocast to bfloat16 under --precision bfloat16; weights and optimizers stay float32."""
+    enabled = trainer.options.precision == "bfloat16"
+    return torch.autocast(trainer.device.type, torch.bfloat16, enabled=enabled)
+
+
+def micro_batches(count, size):
+    """Slices of `size` samples, the last perhaps shorter, that cover `count`."""
+    return [slice(start, min(start + size, count)) for start in range(0, count, size)]
+
+
+def accumulate(loss_of, count, size, network):
+    """Add up the gradients of a loss in a network over micro-batches of `size` samples.
+
+    This saves memory, and shares a batch among processes. loss_of(samples): the loss of a slice of
+    the batch, a named tuple with `total`. Each term is a mean over its samples, so a micro-batch
+    counts with its share of the `count` samples. Without a size there is one for each process.
+    Returns the whole batch's terms, numbers by name.
+    """
+    process, n_processes = process_place()
+    slices = micro_batches(count, size or math.ceil(count / n_processes))
+
+    # Take this process' share of the micro-batches.
+    means = {}
+    for samples in slices[process::n_processes]:
+        share = (samples.stop - samples.start) / count
+        terms = loss_of(samples)
+        (share * terms.total).backward()
+
+        for name, value in terms._asdict().items():
+            means[name] = means.get(name, 0) + share * value.item()
+
+    if n_processes > 1:
+        gradients = [parameter.grad for parameter in network.parameters()]
+        means = sum_over_processes(gradients, means)
+    return means
 
 
 # 4.1.1 An iteration of the critic, one of the generator, an epoch
 
-def half_precision(trainer):
-    """Autocast to bfloat16 under --precision bfloat16; weights and optimizers stay float32."""
-    return torch.autocast(trainer.device.type, torch.bfloat16, enabled=trainer.arguments.precision == "bfloat16")
-
-
-def parts_of(count, most):
-    """Slices of at most `most` samples that cover `count` (a micro-batch each), with their share of the batch."""
-    return [(slice(i, min(i + most, count)), (min(i + most, count) - i) / count) for i in range(0, count, most)]
-
-
-def mean_of_parts(parts):
-    """The batch's loss terms from its micro-batches' (share, terms): each term is a mean, so the shares weigh it."""
-    return {key: sum(share * getattr(terms, key).item() for share, terms in parts) for key in parts[0][1]._fields}
-
 
 def critic_iteration(trainer, real, labels, scale):
-    """One Adam step of the critic down L_f, on fresh z; the generator stays as it is   [rule_4_1_critic_step]
+    """One Adam step of the critic down L_f, on fresh z   [rule_4_1_critic_step]
 
-    real: (n, 1, c, c, c) in [-1, 1]; labels: (n,); scale: α. Returns the terms of L_f, numbers by name.
+    The generator stays as it is. real: (n, 1, c, c, c) in [-1, 1]; labels: (n,); scale: α. Returns
+    the terms of L_f by name.
     """
-    a, device, parts = trainer.arguments, trainer.device, []
-    fake_labels = draw_labels(len(real), trainer.noise, device)
-    latent, epsilon = draw_latent(fake_labels, trainer.noise), draw_epsilon(len(real), trainer.noise, device)
-    trainer.critic_step.zero_grad()
-    for part, share in parts_of(len(real), a.micro_batch or len(real)):
-        with half_precision(trainer):
+    options = trainer.options
+
+    # Draw y_fake, z and ε.
+    fake_labels = draw_labels(len(real), trainer.noise, trainer.device)
+    latent = draw_latent(fake_labels, trainer.noise)
+    epsilon = draw_epsilon(len(real), trainer.noise, trainer.device)
+
+    def loss_of(samples):
+        with autocast(trainer):
             with torch.no_grad():
-                fake = trainer.generator(latent[part]).float()
-            terms = critic_loss(trainer.critic, real[part], labels[part], fake, fake_labels[part], epsilon[part],
-                                a.penalty_scale, scale)
-        (share * terms.total).backward()
-        parts.append((share, terms))
-    trainer.critic_step.step()
-    return mean_of_parts(parts)
+                fake = trainer.generator(latent[samples]).float()
+            return critic_loss(trainer.critic, real[samples], labels[samples], fake,
+                               fake_labels[samples], epsilon[samples], options.penalty_scale, scale)
+
+    # Step down the gradient.
+    trainer.critic_optimizer.zero_grad()
+    terms = accumulate(loss_of, len(real), options.micro_batch, trainer.critic)
+    trainer.critic_optimizer.step()
+    return terms
 
 
 def generator_iteration(trainer, count, scale):
-    """One Adam step of the generator down L_G, on fresh z; the critic stays as it is   [rule_4_1_generator_step]
+    """One Adam step of the generator down L_G, on fresh z   [rule_4_1_generator_step]
 
-    count: samples; scale: α. Returns the terms of L_G, numbers by name.
+    The critic stays as it is. count: samples; scale: α. Returns the terms of L_G by name.
     """
-    a, parts = trainer.arguments, []
+    # Draw y and z.
     labels = draw_labels(count, trainer.noise, trainer.device)
     latent = draw_latent(labels, trainer.noise)
-    trainer.generator_step.zero_grad()
+
+    def loss_of(samples):
+        with autocast(trainer):
+            fake = trainer.generator(latent[samples])
+            return generator_loss(trainer.critic, fake, labels[samples], scale)
+
+    # Step down the gradient; the critic's own gradients are not needed.
+    trainer.generator_optimizer.zero_grad()
     trainer.critic.requires_grad_(False)
-    for part, share in parts_of(count, a.micro_batch or count):
-        with half_precision(trainer):
-            terms = generator_loss(trainer.critic, trainer.generator(latent[part]), labels[part], scale)
-        (share * terms.total).backward()
-        parts.append((share, terms))
+    terms = accumulate(loss_of, count, trainer.options.micro_batch, trainer.generator)
     trainer.critic.requires_grad_(True)
-    trainer.generator_step.step()
-    return mean_of_parts(parts)
+    trainer.generator_optimizer.step()
+    return terms
 
 
-def train_epoch(trainer, dataset):
-    """Five critic iterations, fresh reals at each, then one of the generator   [rule_4_1_five_to_one]
+def mean_terms(iterations):
+    """The mean of each term over several iterations; iterations: of numbers by name."""
+    count = len(iterations)
+    return {name: sum(terms[name] for terms in iterations) / count for name in iterations[0]}
 
-    Returns the epoch's row of the log.
+
+def set_learning_rate(trainer):
+    """Give both optimizers this epoch's learning rate."""
+    options = trainer.options
+    rate = decayed_rate(trainer.epoch, options.epochs, options.learning_rate, options.decay_start)
+    for optimizer in (trainer.generator_optimizer, trainer.critic_optimizer):
+        for group in optimizer.param_groups:
+            group["lr"] = rate
+
+
+def train_epoch(trainer, batches):
+    """Five critic iterations on fresh reals, then one of the generator   [rule_4_1_five_to_one]
+
+    batches: the iterator of `read_batches`. Returns the epoch's row of the log.
     """
-    a = trainer.arguments
-    scale = auxiliary_scale(trainer.epoch, a.epochs, a.auxiliary_scale, a.late_auxiliary_scale)
-    rounds = []
-    for _ in range(a.critic_iterations):
-        batch = draw_batch(dataset, a.batch_size, trainer.draws)
-        real, labels = (torch.from_numpy(part).to(trainer.device) for part in batch)
-        rounds.append(critic_iteration(trainer, real, labels, scale))
-    generator = generator_iteration(trainer, a.batch_size, scale)
+    options = trainer.options
+    set_learning_rate(trainer)
+    scale = auxiliary_scale(trainer.epoch, options.epochs, options.auxiliary_scale,
+                            options.late_auxiliary_scale)
+
+    # Criticize.
+    iterations = []
+    for iteration in range(options.critic_iterations):
+        cubes, labels = next(batches)
+        real = torch.from_numpy(cubes).to(trainer.device)           # (n, 1, c, c, c)
+        real_labels = torch.from_numpy(labels).to(trainer.device)   # (n,)
+        trainer.seed_iteration(iteration)
+        iterations.append(critic_iteration(trainer, real, real_labels, scale))
+
+    # Generate.
+    trainer.seed_iteration(options.critic_iterations)
+    generator_terms = generator_iteration(trainer, options.batch_size, scale)
+
     trainer.epoch += 1
-    critic = {key: sum(terms[key] for terms in rounds) / len(rounds) for key in rounds[0]}
-    return {"epoch": trainer.epoch, "alpha": scale, "critic": critic, "generator": generator}
+    return {"epoch": trainer.epoch, "alpha": scale, "critic": mean_terms(iterations),
+            "generator": generator_terms}
 
 
-def is_finite(row):
-    return all(np.isfinite(value) for terms in (row["critic"], row["generator"]) for value in terms.values())
+def check_finite(row, path):
+    """Raise Refusal where a loss term of an epoch is NaN or infinite: training cannot recover."""
+    terms = [*row["critic"].values(), *row["generator"].values()]
+    check(all(math.isfinite(term) for term in terms), path,
+          f"a loss is NaN or infinite in epoch {row['epoch']}",
+          "start over with a lower --learning-rate and --overwrite")
 
 
 # 4.1.1 A fixed z through the training
 
 @torch.no_grad()
 def sample_fixed(trainer):
-    """Keep G(z), z fixed, in `moments`   [rule_4_1_fixed_z]: uint8 (2·FIXED, c, c, c), negatives first"""
+    """Keep G(z), z fixed, in `moments`   [rule_4_1_fixed_z]
+
+    Each moment's cubes are uint8 grey, (2·FIXED, c, c, c), negatives first.
+    """
+    # Generate two at a time, which takes little memory.
     cubes = torch.cat([trainer.generator(z) for z in trainer.fixed_latent.split(2)])
-    trainer.moments.append((trainer.epoch, torch.from_numpy(lungaug.grey(cubes[:, 0].float().cpu().numpy()))))
+    pixels = lungaug.grey(cubes[:, 0].float().cpu().numpy())
+    trainer.moments.append((trainer.epoch, torch.from_numpy(pixels)))
 
 
 def draw_progression(folder, trainer):
-    """progression.png, of the fixed z: a row a moment, the middle slice of each sample."""
-    images = [cube[cube.shape[0] // 2].numpy() for _, cubes in trainer.moments for cube in cubes]
-    sheet = lungaug.tile(images, 2 * FIXED)
-    lungaug.write(folder / "progression.png", lungaug.png(sheet, 96 // images[0].shape[0] or 1))
+    """Draw progression.png: the middle slice of each sample of the fixed z, one row per moment."""
+    middle_slices = []
+    for _, cubes in trainer.moments:
+        side = cubes.shape[-1]
+        middle_slices += list(cubes[:, side // 2].numpy())
+
+    sheet = lungaug.tile(middle_slices, 2 * FIXED)
+    lungaug.write(folder / "progression.png", lungaug.png(sheet, lungaug.zoom(side, 96)))
 
 
-# Start, go on, stop
+# Start, resume, stop
 
-def load_or_start(folder, arguments, cube, device):
+def start_or_resume(folder, options, dataset, device):
     """A Trainer at its checkpoint, or a new one where there is none or under --overwrite."""
-    trainer, path = Trainer(arguments, cube, device), folder / "checkpoint.pt"
-    if arguments.overwrite:
-        lungaug.discard(folder, "checkpoint.pt", "log.jsonl", "options.json")
+    trainer = Trainer(options, dataset, device)
+    path = folder / "checkpoint.pt"
+    process, _ = process_place()
+    if options.overwrite and process == 0:
+        lungaug.remove(folder, "checkpoint.pt", "log.jsonl", "options.json")
+    wait_for_all()
+
     if path.exists():
-        state = lungaug.load_checkpoint(path, "", **settings(arguments))
-        with lungaug.refusing(path, "start again with --overwrite"):
+        state = lungaug.load_checkpoint(path, "", **trainer.settings)
+        with lungaug.refuse_on_error(path, "start over with --overwrite"):
             trainer.restore(state)
-    lungaug.rewind_log(folder / "log.jsonl", trainer.epoch)
+
+    if process == 0:
+        lungaug.rewind_log(folder / "log.jsonl", trainer.epoch)
     return trainer
 
 
 def warn_of_hours(seconds):
     """Say so, after the first epochs, where the rest will take more than an hour."""
     if seconds > 3600:
-        print(f"This will take about {lungaug.duration(seconds)}: fewer --epochs, a smaller --width or --preset demo "
-              "shorten it; stopped at any time, the same command, without --overwrite, goes on.", flush=True)
+        print(f"Estimated time: {lungaug.format_duration(seconds)}. To shorten it, give fewer "
+              "--epochs, a smaller --width or --preset demo. You can stop at any time; the same "
+              "command, without --overwrite, resumes.", flush=True)
 
 
 def train(trainer, dataset, folder):
-    """Draw, criticise five times, generate, log, save; a checkpoint every --checkpoint-minutes and at the end."""
-    a = trainer.arguments
-    begun, started = trainer.epoch, time.monotonic()
-    step, saved = lungaug.progress("epochs", a.epochs), started
-    moments = {round(a.epochs * i / MOMENTS) for i in range(MOMENTS + 1)}
-    if trainer.epoch == 0:
+    """Draw, criticize five times, generate, log, save.
+
+    A checkpoint is written every --checkpoint-minutes and at the end, by the first process alone.
+    """
+    epochs = trainer.options.epochs
+    process, _ = process_place()
+    progress = lungaug.Progress("epochs", epochs)
+    moments = {round(epochs * i / MOMENTS) for i in range(MOMENTS + 1)}
+    first_epoch = trainer.epoch
+    batches = read_batches(trainer.options, dataset, first_epoch)
+    start = time.monotonic()
+    last_save = start
+
+    if trainer.epoch == 0 and process == 0:
         sample_fixed(trainer)
-    while trainer.epoch < a.epochs:
-        row = train_epoch(trainer, dataset)
-        check(is_finite(row), folder / "log.jsonl", f"a loss that is no number in epoch {trainer.epoch}",
-              "start again with a lower --learning-rate and --overwrite")
+
+    while trainer.epoch < epochs:
+        # Draw, criticize, generate.
+        row = train_epoch(trainer, batches)
+
+        check_finite(row, folder / "log.jsonl")
+        if process > 0:
+            continue
+
+        # Log.
         lungaug.append_log(folder / "log.jsonl", row)
+        progress.update(trainer.epoch, STATUS.format(**row["critic"]))
+        if trainer.epoch == first_epoch + PROBE:
+            seconds_per_epoch = (time.monotonic() - start) / PROBE
+            warn_of_hours(seconds_per_epoch * (epochs - trainer.epoch))
+
+        # Picture the fixed z.
         if trainer.epoch in moments:
             sample_fixed(trainer)
             draw_progression(folder, trainer)
-        step(trainer.epoch, STATUS.format(**row["critic"]))
-        if trainer.epoch == begun + PROBE:
-            warn_of_hours((time.monotonic() - started) / PROBE * (a.epochs - trainer.epoch))
-        if time.monotonic() - saved > 60 * a.checkpoint_minutes or trainer.epoch == a.epochs:
+
+        # Save.
+        minutes = (time.monotonic() - last_save) / 60
+        if minutes > trainer.options.checkpoint_minutes or trainer.epoch == epochs:
             lungaug.write(folder / "checkpoint.pt", trainer.state())
-            saved = time.monotonic()
+            last_save = time.monotonic()
+
+
+def summary(path):
+    """A sentence on the Wasserstein estimate: the peak and the last of its means over 20 epochs."""
+    with lungaug.refuse_on_error(path, "start over with --overwrite"):
+        estimates = [row["critic"]["wasserstein"] for row in lungaug.read_log(path)]
+        count = min(20, len(estimates))
+        means = np.convolve(estimates, np.full(count, 1 / count), "valid")
+    return (f"Wasserstein estimate, mean of {count} epochs: "
+            f"peak {max(means):.2f}, now {means[-1]:.2f}.")
+
+
+def prepare_first(run, seed):
+    """Run preprocessing.py where its data are not complete."""
+    if not (run / "prepared" / "dataset.json").exists():
+        print(f"Preprocessing is not finished for {run}; running it now.", flush=True)
+        lungaug.run_script("preprocessing.py", "--run", run, "--seed", seed or 0)
+
+
+def check_shares(options):
+    """Raise Refusal where a batch has fewer micro-batches than there are processes."""
+    _, n_processes = process_place()
+    size = options.micro_batch or math.ceil(options.batch_size / n_processes)
+    count = len(micro_batches(options.batch_size, size))
+    check(count >= n_processes, "torchrun",
+          f"a batch has fewer micro-batches, {count}, than there are processes, {n_processes}",
+          "give a smaller --nproc-per-node or --micro-batch, or a larger --batch-size")
+
+
+def train_in(folder, options, dataset, device):
+    """Train in a folder that this process, or the first of several, has locked."""
+    trainer = start_or_resume(folder, options, dataset, device)
+    process, n_processes = process_place()
+    if process == 0:
+        place = f"{n_processes} processes, {device}" if n_processes > 1 else device
+        print(f"Preset {options.preset}, cube {dataset.cube}, width {options.width}, on {place}; "
+              f"epochs {trainer.epoch} to {options.epochs}.", flush=True)
+    train(trainer, dataset, folder)
+    if process == 0:
+        draw_progression(folder, trainer)
 
 
 def main():
-    arguments = lungaug.parse(__doc__.split("\n")[0], "train_gan")
-    run = arguments.run
-    if not (run / "prepared" / "dataset.json").exists():
-        print(f"The scans of {run} are not all prepared: this first.", flush=True)
-        lungaug.stage("preprocessing.py", "--run", run, "--seed", arguments.seed or 0)
-    dataset = preprocessing.open_dataset(run)
-    lungaug.settle(arguments, "train_gan", dataset.info["preset"])
-    arguments.cube, arguments.prepared = dataset.cube, dataset.fingerprint
-    device = lungaug.pick_device(arguments.device)
+    options = lungaug.parse(__doc__.split("\n")[0], "train_gan")
+    run = options.run
     folder = run / "gan"
-    with lungaug.alone(folder, "training"):
-        trainer = load_or_start(folder, arguments, dataset.cube, device)
-        print(f"Preset {arguments.preset}, cube {dataset.cube}, width {arguments.width}, on {device}; "
-              f"epochs {trainer.epoch} to {arguments.epochs}.", flush=True)
-        train(trainer, dataset, folder)
-        draw_progression(folder, trainer)
-    with lungaug.refusing(folder / "log.jsonl", "start again with --overwrite"):
-        estimates = [row["critic"]["wasserstein"] for row in lungaug.read_log(folder / "log.jsonl")]
-        count = min(20, len(estimates))
-        means = np.convolve(estimates, np.full(count, 1 / count), "valid")
-    print(f"Wasserstein estimate, mean of {count} epochs: peak {max(means):.2f}, now {means[-1]:.2f}. "
-          f"Picture: {folder / 'progression.png'}; python evaluate.py --run {run} draws the curves, figure 7.")
-    lungaug.record_stage(folder, arguments, [
-        "4.1 Wasserstein GAN: samples through the training",
-        ("The same z from the start of the training (top) to its end: four negatives, then four positives, each the "
-         "middle axial slice.", "progression.png")])
+    # Without --device it is auto in either preset, and which preset holds is known only later.
+    device = join_processes(options.device or "auto")
+    process, _ = process_place()
+    if process == 0:
+        prepare_first(run, options.seed)
+    wait_for_all()
+
+    dataset = preprocessing.open_dataset(run)
+    lungaug.apply_preset(options, "train_gan", dataset.info["preset"])
+    check_shares(options)
+    if process > 0:
+        train_in(folder, options, dataset, device)
+        return
+
+    with lungaug.lock(folder, "training"):
+        train_in(folder, options, dataset, device)
+
+    print(f"{summary(folder / 'log.jsonl')} Picture: {folder / 'progression.png'}; "
+          f"python evaluate.py --run {run} draws the curves, figure 7.")
+    lungaug.save_page(folder, options, [
+        lungaug.Heading("4.1 Wasserstein GAN: samples through the training"),
+        lungaug.Figure("The same z from the start of the training (top) to its end: four "
+                       "negatives, then four positives, each the middle axial slice.",
+                       "progression.png"),
+    ])
 
 
 if __name__ == "__main__":

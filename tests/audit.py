@@ -1,178 +1,415 @@
 """The audit: every equation, number and rule of the thesis by its id, with the verdict of its tests.
 
-    python lungaug.py audit                              # or python tests/audit.py
-    python lungaug.py audit --wrong one_epsilon_a_batch  # with a published mistake in place: which checks catch it?
-    python tests/audit.py --markdown                     # README's audit table
+    python lungaug.py audit                                  # or python tests/audit.py
+    python lungaug.py audit --wrong one_epsilon_per_batch    # with a published mistake in place
+    python tests/audit.py --write                            # README's tables
 
-An id stands in brackets behind its formula, first in the docstring of the function that implements it; its tests are
-named test_<id>__<property>. Exit status 1 where an id has no test or fails one.
+An id stands in brackets behind its formula in the docstring of the function that implements it,
+in a comment behind or above a constant, or in the source of an option. Its tests are named
+test_<id>__<property>. Exit status 1 where an id has no test or fails one.
 """
 
 import argparse
 import ast
+import io
+import os
 import re
-import shutil
 import subprocess
 import sys
 import tempfile
+import tokenize
 import xml.etree.ElementTree
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import NamedTuple
 
+
 ROOT = Path(__file__).resolve().parent.parent
-FILES = ("preprocessing.py", "models.py", "losses.py", "train_gan.py", "train_classifier.py", "evaluate.py",
-         "lungaug.py")
-TABLES = {"num_table_1": [2, 1, 5]} | {f"num_table_{n}": [5, 2, n] for n in (2, 3, 4, 5)}      # the section of each
+sys.path.insert(0, str(ROOT))
+
+import lungaug
+import wrong_versions
+
+
+FILES = tuple(f"{module}.py" for module in wrong_versions.MODULES)
 ID = r"(?:eq|rule|num)_[0-9a-z_]+"
-LEFT_OUT = (    # section, what it says, and why no code follows it
-    ("1.1", "1.4% of the samples are positive", "follows from Table 1: 8,160 of 589,290"),
-    ("1.1", "rotations as conventional augmentation", "the thesis itself flips only (2.1.6, 4.2)"),
-    ("1.3.1", "some network approximates any function", "says that one exists: nothing to run"),
-    ("1.3.1, 1.3.2, 1.3.3", "batch normalization; residual networks converge faster; GAN training is unstable",
-     "experience told, no rule; no norm over a batch is used"),
-    ("1.3.6, 1.3.7", "what [10] and [11] measured", "other data, other networks: background"),
-    ("2", "7371 lesions marked by one reader or more, 888 scans",
-     "counts of LIDC-IDRI and LUNA16: however many scans there are, are read"),
-    ("2", "nodules of 3 mm or more, marked by 3 of 4 readers",
-     "LUNA16's annotations.csv is made so, and taken as it is"),
-    ("2.1.2", "HU of air, water, cancellous bone and lung", "reasons for the range [-1000, 400], not steps"),
-    ("2.1.3", "OpenCV", "scipy.ndimage does the same in three dimensions, and is here already"),
-    ("4.1.1", "α is raised once both networks have stabilized",
-     "a judgement by eye: three quarters of the epochs, rule_4_1_alpha"),
-    ("5.3", "the distance flattened out around 70", "hangs on the lost width and on 20,000 epochs on LUNA16"),
-    ("5.3", "the fake-trained classifier converges at once and tests badly; the mixed one is like the critic",
-     "observations of that run; figure 8 and Tables 3–5 show yours"),
-    ("6", "larger networks; nodule size, texture and malignancy as conditions", "proposals, not done in the thesis"),
+EVERY_ID = "eq_ or rule_ or num_"       # pytest's -k for all tests of the audit
+
+# The sections of the ids that do not begin with theirs.
+SECTIONS = {
+    "num_table_1": [2, 1, 5],
+    "num_table_2": [5, 2, 2],
+    "num_table_3": [5, 2, 3],
+    "num_table_4": [5, 2, 4],
+    "num_table_5": [5, 2, 5],
+}
+
+
+class WithoutCode(NamedTuple):
+    """A statement of the thesis that no code follows, and why."""
+    section: str
+    says: str
+    reason: str
+
+
+WITHOUT_CODE = (
+    WithoutCode("1.1", "1.4% of the samples are positive",
+                "follows from Table 1: 8,160 of 589,290"),
+    WithoutCode("1.1", "rotations as conventional augmentation",
+                "the thesis itself only flips (2.1.6, 4.2)"),
+    WithoutCode("1.3.1", "some network approximates any function",
+                "says that one exists: there is nothing to run"),
+    WithoutCode("1.3.1, 1.3.2, 1.3.3",
+                "batch normalization; residual networks converge faster; GAN training is unstable",
+                "reports of experience, no rule; no norm over a batch is used"),
+    WithoutCode("1.3.6, 1.3.7", "what [10] and [11] measured",
+                "background: other data, other networks"),
+    WithoutCode("2", "7371 lesions marked by at least one reader, 888 scans",
+                "counts of LIDC-IDRI and LUNA16: the program reads as many scans as it is given"),
+    WithoutCode("2", "nodules of at least 3 mm, marked by 3 of 4 readers",
+                "LUNA16's annotations.csv was made so, and is taken as it is"),
+    WithoutCode("2.1.2", "HU of air, water, cancellous bone and lung",
+                "reasons for the range [-1000, 400], not steps"),
+    WithoutCode("2.1.3", "OpenCV",
+                "scipy.ndimage does the same in three dimensions, and is needed anyway"),
+    WithoutCode("4.1.1", "α is raised once both networks have stabilized",
+                "a judgement by eye: here after three quarters of the epochs, rule_4_1_alpha"),
+    WithoutCode("5.3", "the distance flattened out around 70",
+                "depends on the lost width and on 20,000 epochs on LUNA16"),
+    WithoutCode("5.3", "the fake-trained classifier converges at once and tests badly; "
+                       "the mixed one is like the critic",
+                "observations of that run; figure 8 and Tables 3–5 show yours"),
+    WithoutCode("6", "larger networks; nodule size, texture and malignancy as conditions",
+                "proposals, not carried out in the thesis"),
 )
 
 
+# Where the ids stand
+
 class Entry(NamedTuple):
-    """An id, its formula or rule in words, and where it is: file.function, or file.CONSTANT."""
+    """An id, its formula or rule in words, and where it stands: file.function or file.CONSTANT."""
     id: str
     formula: str
     where: str
 
 
-def entries(root=ROOT):
-    """Every Entry of the seven files and of tests/test_background.py, in the order of the sections."""
-    found = []
+def entries():
+    """Every Entry of the seven files and of tests/test_background.py, in the thesis' order."""
+    every = []
     for name in (*FILES, "tests/test_background.py"):
-        text, stem, constant = (root / name).read_text(), Path(name).stem, ""
-        for node in ast.walk(ast.parse(text)):
-            if isinstance(node, (ast.FunctionDef, ast.ClassDef)) and (doc := ast.get_docstring(node)):
-                found += [Entry(id, " ".join(formula.split()).strip(" ;,.:"), f"{stem}.{node.name}")
-                          for formula, id in re.findall(rf"([^\n\[]*(?:\[[^\n\[\]]*\][^\n\[]*)*)\[({ID})\]", doc)]
-        for line in text.splitlines():      # constants, rows of tables, and the rows of PRESETS
-            constant = name[1] if (name := re.match(r"([A-Z_0-9]+) = ", line)) else constant
-            if mark := re.search(rf"^(.*\S) +#.*\[({ID})\]", line):
-                found.append(Entry(mark[2], mark[1].strip(" ,"), f"{stem}.{constant}"))
-            elif (mark := re.match(rf'    Preset\("(\w+)", "([\w-]+)", ([\w.-]+), .*\[({ID})\]', line)):
-                found.append(Entry(mark[4], f"{mark[2]} = {mark[3]}", f"lungaug.PRESETS ({mark[1]})"))
-
-    def section(entry):
-        return TABLES.get(entry.id) or [int(n) for n in re.findall(r"_(\d)(?=_)", entry.id)]
-
-    return sorted(found, key=section)
+        path = ROOT / name
+        text = path.read_text(encoding="utf-8")
+        every += docstring_entries(path.stem, text)
+        every += constant_entries(path.stem, text)
+    every += option_entries()
+    return sorted(every, key=section_of)
 
 
-def tests(root=ROOT):
+def section_of(entry):
+    """The section of an id as numbers, to sort by: eq_3_3_1_critic_loss → [3, 3, 1]."""
+    if entry.id in SECTIONS:
+        return SECTIONS[entry.id]
+    return [int(number) for number in re.findall(r"_(\d)(?=_)", entry.id)]
+
+
+def docstring_entries(stem, text):
+    """The entries in docstrings: the formula is what leads up to the id in its paragraph."""
+    every = []
+    for node in ast.walk(ast.parse(text)):
+        if not isinstance(node, (ast.FunctionDef, ast.ClassDef)):
+            continue
+        for paragraph in (ast.get_docstring(node) or "").split("\n\n"):
+            # Splitting at a pattern in parentheses gives formula, id, formula, id, …, the rest.
+            pieces = re.split(rf"\[({ID})\]", paragraph)
+            for index in range(1, len(pieces), 2):
+                formula = pieces[index - 1]
+                # What follows another id on its line belongs to that one.
+                if index > 1 and "\n" in formula:
+                    formula = formula.split("\n", 1)[1]
+                every.append(Entry(pieces[index], in_one_line(formula), f"{stem}.{node.name}"))
+    return every
+
+
+def in_one_line(formula):
+    """A formula with single spaces, without the marks that join it to its neighbours."""
+    return " ".join(formula.split()).strip(" ;,.:")
+
+
+def constant_entries(stem, text):
+    """The entries in comments behind or above a constant, or a row of a table of constants."""
+    units = constant_units(text)
+    lines = text.splitlines()
+    every = []
+    for token in tokenize.generate_tokens(io.StringIO(text).readline):
+        if token.type != tokenize.COMMENT:
+            continue
+
+        # A comment on a line of its own belongs to the code below.
+        line = token.start[0]
+        while line < len(lines) and re.match(r"\s*(#|$)", lines[line - 1]):
+            line += 1
+
+        around = [unit for unit in units if unit.first <= line <= unit.last]
+        for id in re.findall(rf"\[({ID})\]", token.string):
+            if around:
+                innermost = around[-1]
+                every.append(Entry(id, innermost.text, f"{stem}.{innermost.name}"))
+    return every
+
+
+class Unit(NamedTuple):
+    """What an id in a comment can belong to: a constant, or a row of a table of constants."""
+    name: str       # the constant's
+    text: str
+    first: int      # line
+    last: int
+
+
+def constant_units(text):
+    """The Units of a file, each constant before its rows."""
+    units = []
+    for node in ast.parse(text).body:
+        if not isinstance(node, ast.Assign) or not isinstance(node.targets[0], ast.Name):
+            continue
+        name = node.targets[0].id
+        units.append(Unit(name, ast.unparse(node), node.lineno, node.end_lineno))
+        units += rows_of(name, node.value)
+    return units
+
+
+def rows_of(name, table):
+    """The rows of a table: the items of a dictionary, the tuples or calls of a tuple."""
+    rows = []
+    if isinstance(table, ast.Dict):
+        for key, value in zip(table.keys, table.values):
+            row_text = f"{ast.unparse(key)}: {ast.unparse(value)}"
+            rows.append(Unit(name, row_text, key.lineno, value.end_lineno))
+    elif isinstance(table, (ast.Tuple, ast.List)):
+        for row in table.elts:
+            # A tuple of plain numbers is no table.
+            if not isinstance(row, ast.Constant):
+                rows.append(Unit(name, ast.unparse(row), row.lineno, row.end_lineno))
+    return rows
+
+
+def option_entries():
+    """The entries in the sources of options; the value is the thesis'."""
+    return [Entry(id, f"{option.name} = {option.thesis}",
+                  f"lungaug.OPTIONS ({', '.join(option.stages)})")
+            for option in lungaug.OPTIONS for id in re.findall(rf"\[({ID})\]", option.source)]
+
+
+# The tests of an id
+
+def test_files():
+    return sorted((ROOT / "tests").glob("test_*.py"))
+
+
+def test_names(path):
+    """The names of a file's tests that belong to an id."""
+    tree = ast.parse(path.read_text(encoding="utf-8"))
+    return [node.name for node in tree.body
+            if isinstance(node, ast.FunctionDef) and re.match(f"test_{ID}$", node.name)]
+
+
+def id_of(test):
+    """test_eq_1_3_5_interpolate__ends → eq_1_3_5_interpolate; None for a test without an id."""
+    if not re.match(f"test_{ID}", test):
+        return None
+    return test.removeprefix("test_").split("[")[0].split("__")[0]
+
+
+def tests():
     """id → the names of its tests, by reading the test files."""
-    named = {}
-    for path in sorted((root / "tests").glob("test_*.py")):
-        for test in re.findall(rf"^def (test_{ID})\b", path.read_text(), re.M):
-            named.setdefault(test.removeprefix("test_").split("__")[0], []).append(test)
-    return named
+    by_id = {}
+    for path in test_files():
+        for name in test_names(path):
+            by_id.setdefault(id_of(name), []).append(name)
+    return by_id
 
 
-def notes(readme):
-    """id → "choice" or "erratum", by the tables of README that name it."""
-    parts = re.split(r"^## ", readme, flags=re.M)
-    marked = {}
-    for title, note in (("Choices", "choice"), ("Errata", "erratum")):
-        for part in parts:
-            if part.startswith(title):
-                marked |= {id: note for id in re.findall(rf"`(?:test_)?({ID})`", part)}
-    return marked
+def run(root, paths, select=EVERY_ID, stop=False, wrong=""):
+    """Run tests: {name: passed}. A skipped test has not passed.
+
+    root: the tree to run them in; paths: the test files; select: pytest's -k; stop: at the first
+    failure; wrong: the name of a published mistake to put in place.
+    """
+    with tempfile.TemporaryDirectory() as folder:
+        report = Path(folder) / "report.xml"
+        command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "-k", select,
+                   f"--junitxml={report}", *map(str, paths)]
+        if stop:
+            command.append("-x")
+        environment = os.environ | {"LUNGAUG_WRONG": wrong}
+        subprocess.run(command, cwd=root, env=environment, capture_output=True)
+
+        # pytest writes no report where it could not begin.
+        if not report.exists():
+            return {}
+        passed = {}
+        for case in xml.etree.ElementTree.parse(report).iter("testcase"):
+            problems = [case.find(kind) for kind in ("failure", "error", "skipped")]
+            passed[case.get("name")] = all(problem is None for problem in problems)
+        return passed
 
 
-def markdown(root=ROOT):
-    """README's audit table."""
-    named, marked = tests(root), notes((root / "README.md").read_text())
-    lines = ["| id | equation, number or rule | where | tests | note |", "| --- | --- | --- | --- | --- |"]
-    for entry in entries(root):
-        formula = entry.formula.replace("|", "\\|")
-        count, note = len(named.get(entry.id, [])), marked.get(entry.id, "")
-        lines.append(f"| `{entry.id}` | {formula} | `{entry.where}` | {count} | {note} |")
-    lines += [f"| {section} | {says} | left out | | {why} |" for section, says, why in LEFT_OUT]
+def verdicts(select=EVERY_ID, wrong=""):
+    """Run the audit's tests, two processes at a time: id → {test: passed}."""
+    words = select.split(" or ")
+    paths = [path for path in test_files()
+             if any(word in name for name in test_names(path) for word in words)]
+
+    # The longest file goes first, so that it is not waited for at the end.
+    paths.sort(key=lambda path: path.stat().st_size, reverse=True)
+    with ThreadPoolExecutor(2) as pool:
+        results = list(pool.map(lambda path: run(ROOT, [path], select, wrong=wrong), paths))
+
+    by_id = {}
+    for result in results:
+        for name, passed in result.items():
+            if id_of(name):
+                by_id.setdefault(id_of(name), {})[name] = passed
+    return by_id
+
+
+# README's tables
+
+WRITE = "python tests/audit.py --write"
+
+
+def readme():
+    return (ROOT / "README.md").read_text(encoding="utf-8")
+
+
+def markdown(head, rows):
+    """A table in Markdown."""
+    lines = [f"| {' | '.join(head)} |", f"|{' --- |' * len(head)}"]
+    for row in rows:
+        # A bar would end the cell, and <name …> would be taken for HTML.
+        cells = [re.sub("<(?=[a-z])", "&lt;", cell.replace("|", "\\|")) for cell in row]
+        lines.append(f"| {' | '.join(cells)} |")
     return "\n".join(lines)
 
 
-def run(root, paths, select="eq_ or rule_ or num_", stop=False):
-    """{test name: passed} of the tests that `select` names in these files of the tree `root`; `stop` at a failure."""
-    with tempfile.TemporaryDirectory() as folder:
-        report = Path(folder) / "report.xml"
-        subprocess.run([sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "-k", select,
-                        f"--junitxml={report}", *(["-x"] if stop else []), *paths], cwd=root, capture_output=True)
-        if not report.exists():
-            return {}
-        cases = xml.etree.ElementTree.parse(report).iter("testcase")
-        return {case.get("name"): not any(case.find(bad) is not None for bad in ("failure", "error", "skipped"))
-                for case in cases}
+def options_table():
+    """README's table of options."""
+    head = ("stage", "option", "thesis", "demo", "range", "what it is", "source")
+    rows = []
+    for option in lungaug.OPTIONS:
+        stages = "all" if option.stages == lungaug.STAGES else ", ".join(option.stages)
+        rows.append((stages, f"`{option.name}`", default_cell(option, option.thesis),
+                     default_cell(option, option.demo), range_cell(option), option.help,
+                     option.source))
+    return markdown(head, rows)
 
 
-def verdicts(root=ROOT, select="eq_ or rule_ or num_"):
-    """id → {test name: passed}, from running the tests, two processes at a time."""
-    paths = sorted(map(str, (root / "tests").glob("test_*.py")), key=lambda path: "preprocessing" not in path)
-    paths = [path for path in paths
-             if re.search(rf"^def test_(?:{select.replace(' or ', '|')})", Path(path).read_text(), re.M)]
-    with ThreadPoolExecutor(2) as pool:
-        parts = list(pool.map(lambda path: run(root, [path], select), paths))
-    found = {}
-    for name, passed in (item for part in parts for item in part.items()):
-        if name.startswith(("test_eq_", "test_rule_", "test_num_")):
-            found.setdefault(re.sub(r"^test_|\[.*", "", name).split("__")[0], {})[name] = passed
-    return found
+def default_cell(option, value):
+    """An option's default value as text; empty where it has none."""
+    # The default of --workers depends on the machine, and README shall not.
+    if value is None or option.name == "--workers":
+        return ""
+    if option.kind is bool:
+        return "on" if value else "off"
+    return f"{value:g}" if option.kind is float else str(value)
 
 
-def copy_tree(folder, root=ROOT):
-    """A copy of the program and its tests, to change."""
-    for name in (*FILES, "README.md", "requirements.txt"):
-        shutil.copy(root / name, folder)
-    shutil.copytree(root / "tests", Path(folder) / "tests", ignore=shutil.ignore_patterns("__pycache__"))
-    return Path(folder)
+def range_cell(option):
+    """The values that an option takes, as text."""
+    if option.choices:
+        return ", ".join(map(str, option.choices))
+    if option.low is None:
+        return ""
+    if option.high == lungaug.NO_LIMIT:
+        return f"from {option.low:g}"
+    return f"{option.low:g} to {option.high:g}"
+
+
+def notes():
+    """id → "choice" or "erratum", by the tables of README that name it."""
+    by_id = {}
+    for part in re.split(r"^## ", readme(), flags=re.M):
+        for title, note in (("Choices", "choice"), ("Errata", "erratum")):
+            if part.startswith(title):
+                by_id |= dict.fromkeys(re.findall(rf"`(?:test_)?({ID})`", part), note)
+    # A test's name in full has its property behind the id.
+    return {name.split("__")[0]: note for name, note in by_id.items()}
+
+
+def audit_table():
+    """README's audit table."""
+    head = ("id", "equation, number or rule", "where", "tests", "note")
+    tests_of = tests()
+    note_of = notes()
+    rows = [(f"`{entry.id}`", entry.formula, f"`{entry.where}`",
+             str(len(tests_of.get(entry.id, []))), note_of.get(entry.id, ""))
+            for entry in entries()]
+    rows += [(row.section, row.says, "no code", "", row.reason) for row in WITHOUT_CODE]
+    return markdown(head, rows)
+
+
+TABLES = {"options": options_table, "audit": audit_table}
+
+
+def with_tables(text):
+    """README's text with each table between its marks made anew."""
+    for name, make in TABLES.items():
+        begin = f"<!-- table: {name} -->\n"
+        if text.count(begin) != 1:
+            raise ValueError(f"README.md: the line {begin.strip()} must stand there once")
+        before, after = text.split(begin)
+        _, end, after = after.partition("<!-- end -->")
+        if not end:
+            raise ValueError(f"README.md: no <!-- end --> after {begin.strip()}")
+        text = f"{before}{begin}\n{make()}\n\n{end}{after}"
+    return text
+
+
+# The command
+
+def print_verdicts(results, only_bad):
+    """Print a line per id and per failed test; returns how many ids are not ok."""
+    bad = 0
+    for entry in entries():
+        of_id = results.get(entry.id, {})
+        failed = [name for name, passed in of_id.items() if not passed]
+        verdict = "ok"
+        if not of_id:
+            verdict = "no test"
+        elif failed:
+            verdict = "FAILS"
+
+        if verdict != "ok":
+            bad += 1
+        if verdict != "ok" or not only_bad:
+            print(f"{verdict:<8}{entry.id:<40}{entry.where}")
+        for name in failed:
+            print(f"        {name}")
+    return bad
 
 
 def main():
-    from wrong_versions import WRONG, put
-
-    parser = argparse.ArgumentParser(prog="python lungaug.py audit", description=__doc__.split("\n")[0])
-    parser.add_argument("--wrong", choices=sorted(WRONG), metavar="NAME",
-                        help=f"a mistake to put in place: {', '.join(sorted(WRONG))}")
-    parser.add_argument("--markdown", action="store_true", help="print README's table instead")
-    arguments = parser.parse_args()
-    if arguments.markdown:
-        print(markdown())
+    parser = argparse.ArgumentParser(prog="python lungaug.py audit",
+                                     description=__doc__.split("\n")[0])
+    parser.add_argument("--wrong", choices=sorted(wrong_versions.WRONG), metavar="NAME",
+                        help="a published mistake to put in place: "
+                             f"{', '.join(sorted(wrong_versions.WRONG))}")
+    parser.add_argument("--write", action="store_true", help="write README's tables instead")
+    options = parser.parse_args()
+    if options.write:
+        (ROOT / "README.md").write_text(with_tables(readme()), encoding="utf-8")
         return 0
-    with tempfile.TemporaryDirectory() as folder:
-        root = ROOT
-        if arguments.wrong:
-            root = copy_tree(folder)
-            print(put(arguments.wrong, root))
-        found = verdicts(root)
-    bad = 0
-    for entry in entries():
-        results = found.get(entry.id, {})
-        verdict = "no test" if not results else "ok" if all(results.values()) else "FAILS"
-        bad += verdict != "ok"
-        if verdict != "ok" or not arguments.wrong:
-            print(f"{verdict:<8}{entry.id:<40}{entry.where}")
-        for name in [name for name, passed in results.items() if not passed]:
-            print(f"        {name}")
-    caught = " The mistake is caught." if arguments.wrong and bad else ""
-    print(f"{len(entries())} ids, {sum(map(len, found.values()))} tests: {bad} ids not ok.{caught}")
+
+    if options.wrong:
+        print(wrong_versions.show(options.wrong), flush=True)
+    results = verdicts(wrong=options.wrong or "")
+    bad = print_verdicts(results, only_bad=bool(options.wrong))
+
+    count = sum(len(of_id) for of_id in results.values())
+    print(f"{len(entries())} ids, {count} tests: {bad} ids not ok.")
+    if options.wrong and bad:
+        print("The mistake is caught.")
     return 1 if bad else 0
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    lungaug.command(main)

@@ -21,10 +21,13 @@ from pathlib import Path
 import numpy as np
 from scipy import ndimage
 
+
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
+import lungaug
 import preprocessing
 from preprocessing import clip_hu, coarse_lungs, find_scans, lung_mask, prepare_scan, read_source, reorient
+
 
 PARAMETERS = {"cube": 48, "negatives": 655, "max_slice_mm": 2.5, "seed": 0}
 ALL = 888
@@ -134,4 +137,4 @@ def main():
 
 
 if __name__ == "__main__":
-    main()
+    lungaug.command(main)

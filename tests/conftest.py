@@ -1,6 +1,9 @@
-"""The tests import the stages from the folder above, and the synthetic scans from this one."""
+"""The tests import the stages from the folder above, and the synthetic scans from this one.
 
-import re
+LUNGAUG_WRONG=<name> puts a mistake of wrong_versions.py in place, before any test is imported.
+"""
+
+import os
 import sys
 from pathlib import Path
 from types import SimpleNamespace
@@ -8,10 +11,17 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 
-sys.path[:0] = [str(Path(__file__).resolve().parent.parent), str(Path(__file__).resolve().parent)]
+
+TESTS = Path(__file__).resolve().parent
+sys.path[:0] = [str(TESTS.parent), str(TESTS)]
 
 import lungaug
 import preprocessing
+
+
+if os.environ.get("LUNGAUG_WRONG"):
+    import wrong_versions
+    wrong_versions.install(os.environ["LUNGAUG_WRONG"])
 
 
 @pytest.fixture
@@ -19,11 +29,16 @@ def dataset(tmp_path):
     """Two volumes on disk, 12³ cubes: positives all in the first, negatives all in the second."""
     scans = []
     for i in range(2):
-        np.save(tmp_path / f"{i}.npy", np.random.default_rng(i).integers(-1100, 500, (20, 24, 28)).astype(np.int16))
+        hu = np.random.default_rng(i).integers(-1100, 500, (20, 24, 28)).astype(np.int16)
+        np.save(tmp_path / f"{i}.npy", hu)
         scans.append({"volume": f"{i}.npy"})
-    rows = [np.array([(i, 10, 12, 14), (i, 3, 20, 9)], np.int32) for i in range(2)]
+
+    # A row is a volume and a cube's centre in it, (z, y, x).
+    positives = np.array([(0, 10, 12, 14), (0, 3, 20, 9)], np.int32)
+    negatives = np.array([(1, 10, 12, 14), (1, 3, 20, 9)], np.int32)
     preprocessing.open_array.cache_clear()
-    return preprocessing.Dataset(tmp_path, {"scans": scans}, 12, {"train": rows[0]}, {"train": rows[1]}, 0)
+    return preprocessing.Dataset(tmp_path, {"scans": scans}, 12, {"train": positives},
+                                 {"train": negatives}, 0)
 
 
 @pytest.fixture
@@ -38,8 +53,3 @@ def run(monkeypatch, capsys):
         return SimpleNamespace(status=stopped.value.code or 0, out=out, err=err)
     return call
 
-
-def in_one_line(done, *words):
-    """Whether a command ended with status 2 and, on stderr, one line alone, a Refusal's, that holds the words."""
-    assert done.status == 2 and re.fullmatch("lungaug: [^\n]+: [^\n]+ — [^\n]+\n", done.err), done.err
-    return all(word in done.err for word in words)

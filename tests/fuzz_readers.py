@@ -23,12 +23,16 @@ from pathlib import Path
 import numpy as np
 import pydicom
 
+
 sys.path[:0] = [str(Path(__file__).resolve().parent), str(Path(__file__).resolve().parent.parent)]
 
+import evaluate
 import lungaug
 import phantom
 import preprocessing
+import scan_files
 import train_gan
+
 
 NUMBERS = (b"0", b"-1", b"1e309", b"nan", b"inf", b"99999999999999999999", b"2147483648", b"-0.0", b"1e-320", b"0x10",
            b"", b"3.7")
@@ -118,7 +122,7 @@ def read_log(path):
 
 
 def read_report(path):
-    lungaug.report(path.parent.parent)
+    evaluate.draw_report(path.parent.parent)
 
 
 def make_targets(folder):
@@ -129,20 +133,21 @@ def make_targets(folder):
     places = {}
     for name, options in (("raw", {}), ("zraw", {"compressed": True}), ("mha", {"local": True})):
         (folder / name).mkdir()
-        places[name] = Path(phantom.write_metaimage(folder / name, scan, **options))
-    dicom = Path(phantom.write_dicom(folder / "dicom", scan))
+        places[name] = Path(scan_files.write_metaimage(folder / name, scan, **options))
+    dicom = Path(scan_files.write_dicom(folder / "dicom", scan))
     run = folder / "run"
     volume = np.random.default_rng(0).integers(-1000, 400, (30, 31, 32)).astype(np.int16)
     lungaug.write(run / "prepared" / "1.2.3.npy", volume)
     lungaug.write(run / "prepared" / "dataset.json", {"parameters": {"cube": 12}, "preset": "demo", "synthetic": True,
-                                                      "table_1": preprocessing.table_1([RECORD]), "left_out": [],
+                                                      "table_1": preprocessing.table_1([RECORD]), "skipped": [],
                                                       "scans": [RECORD]})
     lungaug.write(run / "prepared" / "1.2.3.json",
                   RECORD | {"fingerprint": lungaug.fingerprint([{"cube": 12}, RECORD])})
     lungaug.write(folder / "checkpoint.pt", {"epoch": 1, "weights": {"a": np.zeros(0).tolist()}, "draws": "{}"})
     for name in ("prepared", "gan", "classifiers", "evaluation"):
-        page = ["2 Dataset", ["Table.", ["a"], [["b"]]], ["A figure.", "x.png"], "This run", ["python a.py: 1 s"]]
-        lungaug.write(run / name / "options.json", {"page": page, "options": {"run": "r"}})
+        items = [lungaug.Heading("2 Dataset"), lungaug.Table("Table.", ["a"], [["b"]]),
+                 lungaug.Figure("A figure.", "x.png")]
+        lungaug.save_page(run / name, argparse.Namespace(run="r"), items)
     for epoch in range(1, 6):
         lungaug.append_log(folder / "log.jsonl", {"epoch": epoch, "loss": 0.5})
     head = ",".join(preprocessing.COLUMNS)
@@ -196,7 +201,7 @@ def main():
         targets = {name: target for name, target in targets.items() if arguments.only in (None, name)}
         for path, reader in targets.values():       # the valid files read, or there is nothing to learn
             assert attempt(path, reader, path.read_bytes()) is None, attempt(path, reader, path.read_bytes())
-        now = int(re.search(r"VmSize:\s+(\d+)", Path("/proc/self/status").read_text())[1]) * 1024
+        now = int(re.search(r"VmSize:\s+(\d+)", Path("/proc/self/status").read_text(encoding="utf-8"))[1]) * 1024
         resource.setrlimit(resource.RLIMIT_AS, (now + 2 ** 30, resource.RLIM_INFINITY))
         before = {path.parent: set(path.parent.iterdir()) for path, _ in targets.values()}
         for number in range(arguments.count):
@@ -221,4 +226,4 @@ def main():
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    lungaug.command(main)

@@ -4,168 +4,337 @@
     python tests/mutate.py --short       # every twelfth
     python tests/mutate.py --file losses.py
 
-The edits are made by syntax: a sign or an operator turned, a comparison's edge moved, a number changed, an axis or an
-index moved, mean for sum, a term dropped, a call to detach or flip taken out, a label swapped. A mutant survives if all
-tests of the audit that touch its file pass. EQUIVALENT names those that change nothing, by their line, with the reason.
-Exit status 1 where another survives.
+The edits are made by syntax: a sign or an operator turned, a comparison's edge moved, a number
+changed, mean for sum, a term dropped, a call to detach or flip removed, a pair swapped. Edited are
+the functions whose docstring has an audit id, and those named in MORE. A mutant survives if all
+tests of the audit that touch its file pass. EQUIVALENT names those that change nothing, with the
+reason. Exit status 1 where another survives, or where an entry of EQUIVALENT is stale.
 """
 
 import argparse
 import ast
 import copy
+import re
+import shutil
 import sys
 import tempfile
 from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import NamedTuple
 
 import audit
+import lungaug
 
-# The mathematics: file → the functions that are edited, and the test files that must notice.
-TARGETS = {
-    "losses.py": (None, ["test_losses.py", "test_background.py"]),
-    "models.py": (None, ["test_models.py"]),
-    "evaluate.py": (("nearest_neighbours", "nearest_training", "confusion_matrix", "ratio", "sensitivity",
-                     "specificity", "precision", "f1", "metrics"), ["test_evaluate.py"]),
-    "preprocessing.py": (("affine", "reorient", "grid", "resample", "line_weights", "interpolate_axes", "clip_hu",
-                          "normalize", "denormalize", "close_ball", "lung_mask", "nearest_voxel", "cut", "crop_cube",
-                          "meets_sphere", "draw_negatives", "split_patients", "flip", "all_flips", "with_flips",
-                          "slice_hu"), ["test_preprocessing.py", "test_readers.py"]),
-    "train_gan.py": (("auxiliary_scale", "draw_batch", "draw_latent", "draw_labels", "draw_epsilon", "critic_iteration",
-                      "generator_iteration", "train_epoch"), ["test_train_gan.py"]),
-    "train_classifier.py": (("select", "learning_rate", "balanced_batches", "f1_score"), ["test_train_classifier.py"]),
+
+# The files with mathematics, and the test files that must notice an edit.
+TESTS = {
+    "losses.py": ["test_losses.py", "test_background.py"],
+    "models.py": ["test_models.py"],
+    "evaluate.py": ["test_evaluate.py"],
+    "preprocessing.py": ["test_preprocessing.py", "test_readers.py"],
+    "train_gan.py": ["test_train_gan.py"],
+    "train_classifier.py": ["test_train_classifier.py"],
 }
-EQUIVALENT = {      # the changed line → why nothing changes
-    "models.conv: return nn.Conv3d(into, out, kernel, padding=kernel // (3))":
-        "kernels are 1 and 3: 0 and 1 either way",
-    "models.UpBlock: self.body = nn.Sequential(UpsampleConv3d(into, out, 3, padding=(2)), norm(out), activation(),":
-        "UpsampleConv3d's forward has a padding of its own",
-    "models.DownBlock: ConvDownsample3d(into, out, 3, padding=(2)), norm(out), activation())":
+
+# Functions and classes without an id that are edited, too.
+MORE = (
+    "models.conv",
+    "models.mean_of_shifts",
+    "models.UpsampleConv3d",
+    "models.ConvDownsample3d",
+    "models.at_least_float32",
+    "preprocessing.affine",
+    "preprocessing.index_axes",
+    "preprocessing.mirrored_axes",
+    "preprocessing.far_end",
+    "preprocessing.reorient",
+    "preprocessing.line_weights",
+    "preprocessing.border_labels",
+    "preprocessing.crop_cube",
+    "preprocessing.meets_sphere",
+    "preprocessing.with_flips",
+    "preprocessing.plane_of",
+    "preprocessing.sort_slices",
+    "preprocessing.slice_hu",
+    "train_gan.accumulate",
+    "train_gan.mean_terms",
+    "train_classifier.f1_score",
+    "evaluate.nearest_training",
+    "evaluate.ratio",
+    "evaluate.metrics",
+)
+
+# (file.function, kind of edit, what is edited) → why nothing changes. A number is named with the
+# argument that it is given to, if that has a name.
+EQUIVALENT = {
+    ("models.conv", "number", "2"): "kernels are 1 and 3: 0 and 1 either way",
+    ("models.UpBlock", "number", "padding=1"): "UpsampleConv3d's forward has a padding of its own",
+    ("models.DownBlock", "number", "padding=1"):
         "ConvDownsample3d's forward has a padding of its own",
-    "models.Classifier: for level in range(1, len(channels(cube, (2)))):":
+    ("models.Classifier", "number", "1"):
         "the width does not change how many levels there are",
-    "evaluate.nearest_neighbours: distances = cdist(np.reshape(queries, (len(queries), -(2))), np.reshape(references, (len(references), -1)))":
+    ("evaluate.nearest_neighbours", "number", "1"):
         "NumPy takes any negative side for what is left",
-    "evaluate.nearest_neighbours: distances = cdist(np.reshape(queries, (len(queries), -1)), np.reshape(references, (len(references), -(2))))":
-        "NumPy takes any negative side for what is left",
-    "evaluate.nearest_training: def nearest_training(queries, dataset, rows, flips, size=(129)):":
-        "the result is that of any size",
-    "train_classifier.f1_score: return float(2 * hits / max((2), labels.sum() + predictions.sum()))":
-        "where the sum is 1 there is no hit",
-    "preprocessing.reorient: order = max(itertools.permutations(range(3)), key=lambda p: np.abs(scan.direction[range(3), p]).mean())":
+    ("evaluate.nearest_training", "number", "size=128"): "the result is that of any size",
+    ("train_classifier.f1_score", "number", "1"): "where the sum is 1 there is no hit",
+    ("preprocessing.index_axes", "call", "sum → mean"):
         "a mean of three is largest where their sum is",
-    "preprocessing.reorient: back = (np.diag(axes) <= 0)":
-        "an axis across its own may be taken in either sense: far follows",
-    "preprocessing.close_ball: cross, cube = (ndimage.generate_binary_structure(3, n) for n in (1, (4)))":
+    ("preprocessing.mirrored_axes", "operator", "< → <="):
+        "an axis across its own may be taken in either sense: far_end follows",
+    ("preprocessing.close_ball", "number", "3"):
         "three axes have no fourth step: 3 is the whole cube already",
-    "preprocessing.lung_mask: labels, _ = ndimage.label(ndimage.binary_erosion(air, iterations=thin, border_value=(2)))":
-        "any value but 0 is true",
-    "preprocessing.interpolate_axes: @functools.lru_cache((3))": "what is kept in memory changes no result",
-    "preprocessing.cut: if ((low <= high)).all():": "where they are equal the slice is empty",
-    "preprocessing.draw_negatives: drawn = (lungs[rng.integers(len(lungs), size=count)] - rng.uniform(-1, 1, (count, 3)))":
-        "a uniform draw about 0 has no sign",
-    "preprocessing.draw_negatives: for _ in range((101)):": "a round more, where 100 find none",
-    "train_gan.train_epoch: critic = {key: sum(terms[key] for terms in rounds) / len(rounds) for key in rounds[(1)]}":
-        "the terms have the same names in each round",
+    ("preprocessing.lung_mask", "number", "border_value=1"): "any value but 0 is true",
+    ("preprocessing.lung_mask", "number", "0"):
+        "a component of one voxel is no quarter of a lung",
+    ("preprocessing.interpolate_axes", "number", "2"):
+        "what is kept in memory changes no result",
+    ("preprocessing.cut", "operator", "< → <="): "where they are equal the slice is empty",
+    ("preprocessing.draw_negatives", "sign", "-"): "a uniform draw about 0 has no sign",
+    ("preprocessing.draw_negatives", "operator", "+ → -"): "a uniform draw about 0 has no sign",
+    ("preprocessing.read_dicom", "number", "0"): "the slices of one volume share their plane",
+    ("preprocessing.draw_negatives", "number", "100"): "a round more, where 100 find none",
+    ("train_gan.mean_terms", "number", "0"): "the terms have the same names in each iteration",
+    ("train_gan.sample_fixed", "number", "2"): "a sample does not depend on those beside it",
 }
 
-SWAPS = {ast.Add: ast.Sub, ast.Sub: ast.Add, ast.Mult: ast.Div, ast.Div: ast.Mult, ast.FloorDiv: ast.Mult,
-         ast.Lt: ast.LtE, ast.LtE: ast.Lt, ast.Gt: ast.GtE, ast.GtE: ast.Gt, ast.Eq: ast.NotEq, ast.NotEq: ast.Eq,
-         ast.BitAnd: ast.BitOr, ast.BitOr: ast.BitAnd, ast.Pow: ast.Mult}
-CALLS = {"mean": "sum", "sum": "mean", "argmin": "argmax", "argmax": "argmin", "min": "max", "max": "min",
-         "floor": "ceil", "maximum": "minimum", "minimum": "maximum", "rand": "randn", "randn": "rand",
-         "binary_dilation": "binary_erosion", "log_softmax": "softmax"}
+OPERATORS = {
+    ast.Add: ("+", ast.Sub), ast.Sub: ("-", ast.Add),
+    ast.Mult: ("*", ast.Div), ast.Div: ("/", ast.Mult),
+    ast.FloorDiv: ("//", ast.Mult), ast.Pow: ("**", ast.Mult),
+    ast.BitAnd: ("&", ast.BitOr), ast.BitOr: ("|", ast.BitAnd),
+    ast.Lt: ("<", ast.LtE), ast.LtE: ("<=", ast.Lt),
+    ast.Gt: (">", ast.GtE), ast.GtE: (">=", ast.Gt),
+    ast.Eq: ("==", ast.NotEq), ast.NotEq: ("!=", ast.Eq),
+}
+CALLS = {
+    "mean": "sum", "sum": "mean", "argmin": "argmax", "argmax": "argmin", "min": "max",
+    "max": "min", "floor": "ceil", "maximum": "minimum", "minimum": "maximum", "rand": "randn",
+    "randn": "rand", "binary_dilation": "binary_erosion", "log_softmax": "softmax",
+}
+REMOVED = ("detach", "flip", "flatten", "transpose")
 
 
-def mutants_of(node):
-    """The wrong forms of one syntax node, each a new node."""
-    def changed(**fields):
-        other = copy.deepcopy(node)
-        for name, value in fields.items():
-            setattr(other, name, value)
-        return other
+# The wrong forms of a piece of syntax
 
-    if isinstance(node, ast.BinOp) and type(node.op) in SWAPS:
-        yield changed(op=SWAPS[type(node.op)]())
-        if isinstance(node.op, (ast.Add, ast.Sub)):
-            yield node.left     # a term dropped
-    elif isinstance(node, ast.Compare) and len(node.ops) == 1 and type(node.ops[0]) in SWAPS:
-        yield changed(ops=[SWAPS[type(node.ops[0])]()])
-    elif isinstance(node, ast.UnaryOp) and isinstance(node.op, (ast.USub, ast.Invert, ast.Not)):
-        yield node.operand
-    elif isinstance(node, ast.Constant) and type(node.value) in (int, float):
-        yield changed(value=node.value + 1)
-    elif isinstance(node, ast.Constant) and type(node.value) is bool:
-        yield changed(value=not node.value)
-    elif isinstance(node, ast.Attribute) and node.attr in CALLS:
-        yield changed(attr=CALLS[node.attr])
-    elif (isinstance(node, ast.Call) and isinstance(node.func, ast.Attribute)
-          and node.func.attr in ("detach", "flip", "flatten", "transpose")):
-        yield node.func.value   # the call taken out
-    elif isinstance(node, ast.Return) and isinstance(node.value, ast.Tuple) and len(node.value.elts) == 2:
-        yield changed(value=ast.Tuple(node.value.elts[::-1], ast.Load()))
+class Edit(NamedTuple):
+    """One edit of a syntax node: its kind and what is edited, as in EQUIVALENT, and the result."""
+    kind: str
+    what: str
+    node: ast.AST
 
 
-def mutants(path, functions):
-    """(what, source) of every mutant of a file; only within the named functions, if any are named."""
-    text = path.read_text()
-    tree = ast.parse(text)
-    lines = text.splitlines(keepends=True)
-    starts = [0]
-    for line in lines:
-        starts.append(starts[-1] + len(line.encode()))
-    data = text.encode()
-    for top in tree.body:
-        if not isinstance(top, (ast.FunctionDef, ast.ClassDef)) or top.name in ("main", "layer_table", "accuracy"):
+def changed(node, **fields):
+    """A copy of a syntax node with other values in some fields."""
+    new = copy.deepcopy(node)
+    for name, value in fields.items():
+        setattr(new, name, value)
+    return new
+
+
+def edits_of(node, name=""):
+    """The Edits of one syntax node; name: of the argument that it is given to."""
+    match node:
+        case ast.BinOp(op=op) if type(op) in OPERATORS:
+            symbol, other = OPERATORS[type(op)]
+            other_symbol, _ = OPERATORS[other]
+            yield Edit("operator", f"{symbol} → {other_symbol}", changed(node, op=other()))
+            if symbol in "+-":
+                yield Edit("term dropped", symbol, node.left)
+
+        case ast.Compare(ops=[op]) if type(op) in OPERATORS:
+            symbol, other = OPERATORS[type(op)]
+            other_symbol, _ = OPERATORS[other]
+            yield Edit("operator", f"{symbol} → {other_symbol}", changed(node, ops=[other()]))
+
+        case ast.UnaryOp(op=ast.USub() | ast.Invert() | ast.Not()):
+            symbol = {ast.USub: "-", ast.Invert: "~", ast.Not: "not"}[type(node.op)]
+            yield Edit("sign", symbol, node.operand)
+
+        case ast.Constant(value=bool(value)):
+            yield Edit("truth", f"{name}={value}" if name else str(value),
+                       changed(node, value=not value))
+
+        case ast.Constant(value=int(value) | float(value)):
+            yield Edit("number", f"{name}={value}" if name else str(value),
+                       changed(node, value=value + 1))
+
+        case ast.Attribute(attr=attribute) if attribute in CALLS:
+            other = CALLS[attribute]
+            yield Edit("call", f"{attribute} → {other}", changed(node, attr=other))
+
+        case ast.Call(func=ast.Attribute(attr=attribute)) if attribute in REMOVED:
+            yield Edit("call removed", attribute, node.func.value)
+
+        case ast.Return(value=ast.Tuple(elts=[first, second])):
+            swapped = ast.Tuple([second, first], ast.Load())
+            yield Edit("swapped", "return", changed(node, value=swapped))
+
+
+def argument_names(function):
+    """id of a node → the name of the argument that it is given to, or is the default of."""
+    names = {}
+    for node in ast.walk(function):
+        if isinstance(node, ast.keyword) and node.arg:
+            names[id(node.value)] = node.arg
+        if isinstance(node, ast.arguments):
+            with_default = node.args[len(node.args) - len(node.defaults):]
+            for argument, default in zip(with_default, node.defaults):
+                names[id(default)] = argument.arg
+    return names
+
+
+def is_only_shown(node):
+    """Whether this is a progress line, print or the text of an error: no mathematics."""
+    if not isinstance(node, ast.Call):
+        return isinstance(node, ast.JoinedStr)
+    function = ast.unparse(node.func)
+    return function in ("print", "progress.update", "Refusal")
+
+
+def nodes_to_edit(function):
+    """The syntax nodes of a function or class, without what is only shown."""
+    nodes = [function]
+    for child in ast.iter_child_nodes(function):
+        if not is_only_shown(child):
+            nodes += nodes_to_edit(child)
+    return nodes
+
+
+def put(tree, old, new):
+    """Put the node `new` in the place of the node `old`."""
+    for parent in ast.walk(tree):
+        for field, value in ast.iter_fields(parent):
+            if value is old:
+                setattr(parent, field, new)
+            elif isinstance(value, list):
+                for index, item in enumerate(value):
+                    if item is old:
+                        value[index] = new
+
+
+# The mutants of a file
+
+class Mutant(NamedTuple):
+    """A file with one edit."""
+    file: str
+    key: tuple      # as in EQUIVALENT: file.function, kind, what
+    line: int       # where the edit was made
+    source: str
+
+    def __str__(self):
+        function, kind, what = self.key
+        return f"{function} (line {self.line}): {kind} {what}"
+
+
+def edited_functions(file):
+    """{file.function: its syntax} of what is edited in a file, and the whole file's syntax."""
+    tree = ast.parse((audit.ROOT / file).read_text(encoding="utf-8"))
+    functions = {}
+    for node in tree.body:
+        if not isinstance(node, (ast.FunctionDef, ast.ClassDef)):
             continue
-        if functions and top.name not in functions:
-            continue
-        told = {id(node) for call in ast.walk(top)
-                if isinstance(call, ast.Call) and getattr(call.func, "id", "") == "step"
-                for node in ast.walk(call)}     # the progress line is no mathematics
-        for node in ast.walk(top):
-            if not hasattr(node, "end_col_offset") or id(node) in told:
-                continue
-            begin, end = starts[node.lineno - 1] + node.col_offset, starts[node.end_lineno - 1] + node.end_col_offset
-            for other in mutants_of(node):
-                new = ast.unparse(other)
-                new = new if isinstance(node, ast.stmt) else f"({new})"
-                if isinstance(node, ast.Attribute):
-                    new = new[1:-1]
-                line = data[starts[node.lineno - 1]:begin] + new.encode() + data[end:starts[node.end_lineno]]
-                what, changed = " ".join(line.decode().split()), data[:begin] + new.encode() + data[end:]
-                yield f"{path.stem}.{top.name}: {what}", changed.decode()
+        name = f"{Path(file).stem}.{node.name}"
+        documented = re.search(rf"\[{audit.ID}\]", ast.get_docstring(node) or "")
+        if documented or name in MORE:
+            functions[name] = node
+    return functions, tree
 
 
-def survives(job):
+def edits(functions):
+    """Every edit of some functions: (file.function, the syntax node, its Edit)."""
+    for name, function in functions.items():
+        names = argument_names(function)
+        for node in nodes_to_edit(function):
+            for edit in edits_of(node, names.get(id(node), "")):
+                yield name, node, edit
+
+
+def keys(file):
+    """What EQUIVALENT may name in a file: (file.function, kind, what)."""
+    functions, _ = edited_functions(file)
+    return {(name, edit.kind, edit.what) for name, _, edit in edits(functions)}
+
+
+def mutants(file):
+    """Every Mutant of a file."""
+    functions, tree = edited_functions(file)
+    every = []
+    for name, node, edit in edits(functions):
+        put(tree, node, edit.node)
+        source = ast.unparse(tree)
+        put(tree, edit.node, node)
+        every.append(Mutant(file, (name, edit.kind, edit.what), node.lineno, source))
+    return every
+
+
+def gone(names):
+    """Those of these file.function that are not edited in any file."""
+    edited = {name for file in TESTS for name in edited_functions(file)[0]}
+    return sorted(set(names) - edited)
+
+
+# Run the tests on each
+
+def copy_tree(folder):
+    """Copy the program and its tests to a folder."""
+    for name in (*audit.FILES, "README.md", "requirements.txt"):
+        shutil.copy(audit.ROOT / name, folder)
+    shutil.copytree(audit.ROOT / "tests", folder / "tests",
+                    ignore=shutil.ignore_patterns("__pycache__"))
+
+
+def survives(mutant):
     """Whether every test passes with the mutant in place."""
-    name, source, tests = job
     with tempfile.TemporaryDirectory() as folder:
-        root = audit.copy_tree(folder)
-        (root / name).write_text(source)
-        results = audit.run(root, [f"tests/{test}" for test in tests], stop=True)
+        root = Path(folder)
+        copy_tree(root)
+        (root / mutant.file).write_text(mutant.source, encoding="utf-8")
+        paths = [f"tests/{name}" for name in TESTS[mutant.file]]
+        results = audit.run(root, paths, stop=True)
     return bool(results) and all(results.values())
 
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--short", action="store_true", help="every twelfth mutant")
-    parser.add_argument("--file", choices=TARGETS, help="of one file")
-    arguments = parser.parse_args()
-    jobs = [(what, (name, source, tests)) for name, (functions, tests) in TARGETS.items()
-            if arguments.file in (None, name)
-            for what, source in mutants(audit.ROOT / name, functions)]
-    jobs = jobs[::12] if arguments.short else jobs
+    parser.add_argument("--file", choices=TESTS, help="of one file")
+    options = parser.parse_args()
+
+    # A list that names what is not there any more would be wrong in silence.
+    missing = gone([*MORE, *(function for function, _, _ in EQUIVALENT)])
+    if missing:
+        print(f"tests/mutate.py: MORE or EQUIVALENT names {', '.join(missing)}: "
+              "give the new name, or remove the entry")
+        return 1
+
+    files = [options.file] if options.file else list(TESTS)
+    every = [mutant for file in files for mutant in mutants(file)]
+    if options.short:
+        every = every[::12]
+
     alive = 0
+    used = set()
     with ThreadPoolExecutor(2) as pool:
-        for i, ((what, _), lives) in enumerate(zip(jobs, pool.map(survives, [job for _, job in jobs])), 1):
-            reason = EQUIVALENT.get(what)
-            alive += lives and not reason
-            if lives:
-                print(f"SURVIVES {what}" if not reason else f"equivalent {what}: {reason}", flush=True)
-            if i % 20 == 0:
-                print(f"{i}/{len(jobs)}", file=sys.stderr, flush=True)
-    print(f"{len(jobs)} mutants, {alive} survive.")
-    return 1 if alive else 0
+        for count, (mutant, lives) in enumerate(zip(every, pool.map(survives, every)), 1):
+            if lives and mutant.key in EQUIVALENT:
+                used.add(mutant.key)
+                print(f"equivalent {mutant}: {EQUIVALENT[mutant.key]}", flush=True)
+            elif lives:
+                alive += 1
+                print(f"SURVIVES {mutant}", flush=True)
+            if count % 20 == 0:
+                print(f"{count}/{len(every)}", file=sys.stderr, flush=True)
+
+    # Only the mutants that were run can show that an entry is needed.
+    stale = set()
+    if not options.short:
+        stems = [Path(file).stem for file in files]
+        stale = {key for key in EQUIVALENT if key[0].split(".")[0] in stems} - used
+    for key in sorted(stale):
+        print(f"STALE {', '.join(key)}: no mutant survives for this reason; remove the entry")
+    print(f"{len(every)} mutants, {alive} survive, {len(stale)} stale entries.")
+    return 1 if alive or stale else 0
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    lungaug.command(main)

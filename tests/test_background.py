@@ -18,6 +18,7 @@ from torch.nn import functional
 import losses
 import models
 
+
 tensor = partial(torch.tensor, dtype=torch.float64)
 
 

@@ -20,10 +20,11 @@ import torch
 import evaluate
 import lungaug
 import preprocessing
-from evaluate import Confusion, Metrics
+from evaluate import Confusion, Line, Metrics
+from helpers import CPU, as_set, cubes_of, eight, small_run, write_generated
 from lungaug import Refusal
 from models import Classifier, Critic
-from test_train_classifier import CPU, as_set, cubes_of, eight, small_run, write_generated
+
 
 THESIS = {      # section 5.2, as printed: TP, FP, FN, TN; sensitivity, specificity, precision, F1
     2: ((1583, 2776, 50, 113451), "0.969 0.976 0.363 0.528"),
@@ -233,7 +234,8 @@ def test_eq_5_2_f1__is_0_where_all_is_wrong_and_nan_where_there_is_nothing():
 def test_eq_5_2_f1__all_printed_metrics(table):
     """Tables 2–4: all printed metrics are their matrix' with three decimals, rounded, not cut off."""
     confusion, metrics = THESIS[table]
-    assert " ".join(map(lungaug.shown, evaluate.metrics(Confusion(*confusion)))) == metrics == printed(confusion)
+    ours = " ".join(map(lungaug.format_number, evaluate.metrics(Confusion(*confusion))))
+    assert ours == metrics == printed(confusion)
 
 
 def test_metrics__names_go_with_values():
@@ -245,8 +247,9 @@ def test_metrics__names_go_with_values():
 def test_metrics__0_of_0_is_nan_printed_as_a_dash_and_null_in_json():
     """What has no value is nan, – in a table and null in results.json."""
     nothing = Confusion(0, 0, 0, 0)
-    assert [lungaug.shown(value) for value in evaluate.metrics(nothing)] == ["–"] * 4
-    assert json.loads(json.dumps(evaluate.both(nothing), allow_nan=False))["metrics"] == dict.fromkeys(Metrics._fields)
+    assert [lungaug.format_number(value) for value in evaluate.metrics(nothing)] == ["–"] * 4
+    as_json = json.loads(json.dumps(evaluate.as_json(nothing), allow_nan=False))
+    assert as_json["metrics"] == dict.fromkeys(Metrics._fields)
 
 
 # The thesis' Tables 2–5
@@ -282,7 +285,8 @@ def test_num_table_5__erratum_its_precision_is_cut_off():
 
 def shown(table):
     """A table's metrics of the thesis' matrix, as our tables print them."""
-    return " ".join(lungaug.shown(evaluate.both(evaluate.TABLES[table][2])["metrics"][key]) for key in Metrics._fields)
+    metrics = evaluate.as_json(evaluate.TABLES[table][2])["metrics"]
+    return " ".join(lungaug.format_number(metrics[key]) for key in Metrics._fields)
 
 
 def test_num_table_1__erratum_two_test_samples_fewer_than_in_tables_2_to_5():
@@ -441,7 +445,7 @@ def trained_run(run, arms=("real", "mixed", "fake")):
         "settings": {"gan_crc32": zlib.crc32((run / "gan" / "checkpoint.pt").read_bytes())}, "classes": classes})
     for arm in arms:
         lungaug.write(run / "classifiers" / arm / "checkpoint.pt", {
-            "settings": made_from | {"delivered": None if arm == "real" else classes}, "epoch": 2, "epochs": 2,
+            "settings": made_from | {"generated": None if arm == "real" else classes}, "epoch": 2, "epochs": 2,
             "best": {"classifier": networks[arm].state_dict()}, "classifier": Classifier(6).state_dict()})
     return networks, dataset
 
@@ -475,7 +479,7 @@ def test_load_networks__what_is_missing_is_one_line(tmp_path, gone):
     _, dataset = trained_run(tmp_path)
     (tmp_path / gone).unlink()
     script = "train_gan" if "gan" in gone else "train_classifier"
-    with pytest.raises(Refusal, match=f"is not there — run python {script}"):
+    with pytest.raises(Refusal, match=f"not found — run python {script}"):
         evaluate.load_networks(tmp_path, dataset, CPU)
 
 
@@ -484,7 +488,7 @@ def test_load_networks__what_was_trained_on_other_data_is_refused(tmp_path, arm)
     """A network of another preparation may have been trained on what is the test set now."""
     _, dataset = trained_run(tmp_path)
     spoil(tmp_path / "classifiers" / arm / "checkpoint.pt", "prepared", 5)
-    with pytest.raises(Refusal, match=f"{arm}/checkpoint.pt: made with prepared 5"):
+    with pytest.raises(Refusal, match=f"{arm}/checkpoint.pt: was made with prepared 5"):
         evaluate.load_networks(tmp_path, dataset, CPU)
 
 
@@ -492,15 +496,15 @@ def test_load_networks__classifiers_of_another_gan_are_refused(tmp_path):
     """A GAN that was trained on since is not the one whose samples the classifiers saw."""
     _, dataset = trained_run(tmp_path)
     spoil(tmp_path / "gan" / "checkpoint.pt", "epoch", 3)
-    with pytest.raises(Refusal, match="generated.json: made with gan_crc32"):
+    with pytest.raises(Refusal, match="generated.json: was made with gan_crc32"):
         evaluate.load_networks(tmp_path, dataset, CPU)
 
 
 def test_load_networks__an_arm_of_other_samples_is_refused(tmp_path):
     """Two arms of one table saw the same generated samples."""
     _, dataset = trained_run(tmp_path)
-    spoil(tmp_path / "classifiers" / "mixed" / "checkpoint.pt", "delivered", {"positive": {"accepted": 4}})
-    with pytest.raises(Refusal, match="mixed/checkpoint.pt: made with delivered"):
+    spoil(tmp_path / "classifiers" / "mixed" / "checkpoint.pt", "generated", {"positive": {"accepted": 4}})
+    with pytest.raises(Refusal, match="mixed/checkpoint.pt: was made with generated"):
         evaluate.load_networks(tmp_path, dataset, CPU)
 
 
@@ -562,16 +566,16 @@ def test_ticks__are_round_even_and_within_the_range(kind):
 
 NAN = float("nan")
 LINES = {
-    "plain": [("a", [1, 2, 3], [0.5, 0.25, 1], None)],
-    "band": [("a", [1, 2, 3], np.array([1.0, 2, 3]), (np.array([0.0, 1, 2]), np.array([2.0, 3, 4])))],
-    "two": [("a", [1, 2], [0, 1], None), ("b", [2, 3], [5, 9], None)],
-    "nan": [("a", [1, 2, 3], [0.5, NAN, 1], None)],
-    "all nan": [("a", [1, 2, 3], [NAN] * 3, (np.array([NAN] * 3), np.array([NAN] * 3)))],
-    "infinite": [("a", [1, 2, 3], [0.5, float("inf"), -float("inf")], None)],
-    "constant": [("a", [1, 2, 3], [7, 7, 7], None)],
-    "one point": [("a", [1], [3.5], (np.array([3.5]), np.array([3.5])))],
-    "huge": [("a", [1, 2], [-1e30, 1e30], None)],
-    "tiny": [("a", [1, 2], [1e-13, 2e-13], None)],
+    "plain": [Line("a", [1, 2, 3], [0.5, 0.25, 1])],
+    "band": [Line("a", [1, 2, 3], np.array([1.0, 2, 3]), (np.array([0.0, 1, 2]), np.array([2.0, 3, 4])))],
+    "two": [Line("a", [1, 2], [0, 1]), Line("b", [2, 3], [5, 9])],
+    "nan": [Line("a", [1, 2, 3], [0.5, NAN, 1])],
+    "all nan": [Line("a", [1, 2, 3], [NAN] * 3, (np.array([NAN] * 3), np.array([NAN] * 3)))],
+    "infinite": [Line("a", [1, 2, 3], [0.5, float("inf"), -float("inf")])],
+    "constant": [Line("a", [1, 2, 3], [7, 7, 7])],
+    "one point": [Line("a", [1], [3.5], (np.array([3.5]), np.array([3.5])))],
+    "huge": [Line("a", [1, 2], [-1e30, 1e30])],
+    "tiny": [Line("a", [1, 2], [1e-13, 2e-13])],
 }
 
 
@@ -582,7 +586,7 @@ def test_curves__is_well_formed_with_finite_numbers(lines):
     tree = ElementTree.fromstring(evaluate.curves("t", lines, "x", "y"))
     curves = [node for node in tree.iter() if node.tag.endswith("polyline")]
     points = [tuple(map(float, point.split(","))) for curve in curves for point in curve.get("points").split()]
-    finite = sum(np.isfinite(np.asarray(y, float)).sum() for _, _, y, _ in lines)
+    finite = sum(np.isfinite(np.asarray(line.y, float)).sum() for line in lines)
     assert len(curves) == len(lines) and len(points) == finite
     words = [(float(node.get("x")), float(node.get("y"))) for node in tree.iter() if node.tag.endswith("text")]
     assert all(0 <= x <= 460 and 0 <= y <= 270 for x, y in points + words)
@@ -590,7 +594,7 @@ def test_curves__is_well_formed_with_finite_numbers(lines):
 
 def test_curves__higher_values_stand_higher_and_later_ones_to_the_right():
     """x grows to the right and y upwards, in proportion."""
-    tree = ElementTree.fromstring(evaluate.curves("t", [("a", [2, 3, 6], [5, 15, 45], None)], "x", "y"))
+    tree = ElementTree.fromstring(evaluate.curves("t", [Line("a", [2, 3, 6], [5, 15, 45])], "x", "y"))
     points, = (node.get("points") for node in tree.iter() if node.tag.endswith("polyline"))
     (x0, y0), (x1, y1), (x2, y2) = (map(float, point.split(",")) for point in points.split())
     assert x0 < x1 < x2 and y0 > y1 > y2
@@ -600,7 +604,7 @@ def test_curves__higher_values_stand_higher_and_later_ones_to_the_right():
 def test_curves__a_constant_stands_in_the_middle():
     """A curve that never changes is drawn halfway between those that fill the chart."""
     def heights(values):
-        tree = ElementTree.fromstring(evaluate.curves("t", [("a", [1, 2], values, None)], "x", "y"))
+        tree = ElementTree.fromstring(evaluate.curves("t", [Line("a", [1, 2], values)], "x", "y"))
         points, = (node.get("points") for node in tree.iter() if node.tag.endswith("polyline"))
         return [float(point.split(",")[1]) for point in points.split()]
 
@@ -610,8 +614,8 @@ def test_curves__a_constant_stands_in_the_middle():
 def test_curves__the_band_goes_out_along_its_top_and_back_along_its_bottom():
     """The shaded polygon is bounded by the two curves of the band, where they would be drawn themselves."""
     low, high = np.array([0.0, 1, 2]), np.array([5.0, 3, 4])
-    tree = ElementTree.fromstring(evaluate.curves("t", [("a", [1, 2, 3], low, (low, high)),
-                                                        ("b", [1, 2, 3], high, None)], "x", "y"))
+    tree = ElementTree.fromstring(evaluate.curves("t", [Line("a", [1, 2, 3], low, (low, high)),
+                                                        Line("b", [1, 2, 3], high)], "x", "y"))
     bottom, top = (node.get("points").split() for node in tree.iter() if node.tag.endswith("polyline"))
     polygon, = (node.get("points").split() for node in tree.iter() if node.tag.endswith("polygon"))
     assert polygon == top + bottom[::-1]
@@ -625,14 +629,14 @@ def test_ticks__zero_has_no_sign():
 def test_curves__words_are_escaped():
     """A title, label or name with mark-up is text."""
     words = "<script>&\""
-    tree = ElementTree.fromstring(evaluate.curves(words, [(words, [1, 2], [1, 2], None)], words, words))
+    tree = ElementTree.fromstring(evaluate.curves(words, [Line(words, [1, 2], [1, 2])], words, words))
     assert [node.text for node in tree.iter()].count(words) == 4
 
 
-def test_beside__charts_in_reading_order():
+def test_side_by_side__charts_in_reading_order():
     """Three charts in two columns stand at (0, 0), (1, 0), (0, 1), in a picture that holds them."""
     charts = [evaluate.curves(name, LINES["plain"], "x", "y") for name in "abc"]
-    tree = ElementTree.fromstring(evaluate.beside(*charts, columns=2))
+    tree = ElementTree.fromstring(evaluate.side_by_side(charts, columns=2))
     moved = [node.get("transform") for node in tree if node.tag.endswith("}g")]
     assert moved == ["translate(0 0)", "translate(460 0)", "translate(0 270)"]
     assert (tree.get("width"), tree.get("height")) == ("920", "540")
@@ -702,7 +706,8 @@ def test_draw_curves__of_a_training_that_still_runs(tmp_path):
     with open(tmp_path / "gan" / "log.jsonl", "a") as file:
         file.write('{"epoch": 4, "cri')
     evaluate.draw_curves(tmp_path, tmp_path)
-    assert (tmp_path / "figure_7.svg").read_text() == evaluate.figure_7([gan_row(epoch) for epoch in (1, 2, 3)])
+    figure = (tmp_path / "figure_7.svg").read_text(encoding="utf-8")
+    assert figure == evaluate.figure_7([gan_row(epoch) for epoch in (1, 2, 3)])
     assert not (tmp_path / "figure_8.svg").exists()
 
 

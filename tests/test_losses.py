@@ -11,9 +11,17 @@ import pytest
 import torch
 from scipy import stats
 
-from losses import (auxiliary_cross_entropy, classifier_loss, critic_loss, generator_loss, gradient_penalty,
-                    interpolate, wasserstein_estimate)
+from losses import (
+    auxiliary_cross_entropy,
+    classifier_loss,
+    critic_loss,
+    generator_loss,
+    gradient_penalty,
+    interpolate,
+    wasserstein_estimate,
+)
 from models import LATENT, Critic, Generator, conditional_latent
+
 
 SHAPE = (3, 1, 2, 3, 4)
 LN3 = math.log(3)       # softmax(0, ln 3) = (1/4, 3/4)

@@ -11,6 +11,8 @@ import re
 import struct
 import subprocess
 import sys
+import threading
+import time
 import zlib
 from pathlib import Path
 
@@ -20,7 +22,9 @@ import torch
 
 import lungaug
 import preprocessing
-from lungaug import PRESETS, STAGES, Refusal
+from helpers import same_state
+from lungaug import OPTIONS, STAGES, Refusal
+
 
 HERE = Path(__file__).resolve().parent.parent
 FILES = ("lungaug", "preprocessing", "models", "losses", "train_gan", "train_classifier", "evaluate")
@@ -28,10 +32,11 @@ FILES = ("lungaug", "preprocessing", "models", "losses", "train_gan", "train_cla
 
 # The house
 
+
 def imports(path):
     """The top-level names that a file imports, outside the standard library."""
     names = set()
-    for node in ast.walk(ast.parse(path.read_text())):
+    for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
         names |= {alias.name for alias in node.names} if isinstance(node, ast.Import) else set()
         names |= {node.module} if isinstance(node, ast.ImportFrom) else set()
     return {name.split(".")[0] for name in names} - set(sys.stdlib_module_names)
@@ -65,63 +70,105 @@ def test_requirements__are_exactly_the_five_packages():
 
 
 def test_top_level__holds_the_ten_names_and_three_more():
-    """What is not ignored on the top level is the ten names, LICENSE, .gitignore and .ci."""
-    ignored = {line.strip("/") for line in (HERE / ".gitignore").read_text().split()} | {".git"}
-    assert set(os.listdir(HERE)) - ignored == {f"{name}.py" for name in FILES} | {
+    """The files of the repository's top level are the ten names, LICENSE, .gitignore and .ci.
+
+    git names them: what an editor or an operating system leaves behind is no file of the repository.
+    """
+    listing = subprocess.run(["git", "ls-files", "-z"], cwd=HERE, capture_output=True, text=True)
+    if listing.returncode != 0:
+        pytest.skip("no git here, or no repository: an archive has no list of its files")
+    names = {path.split("/")[0] for path in listing.stdout.split("\0") if path}
+    assert names == {f"{name}.py" for name in FILES} | {
         "tests", "README.md", "requirements.txt", "LICENSE", ".gitignore", ".ci"}
 
 
-@pytest.mark.parametrize("row", PRESETS, ids=lambda row: f"{row.stage}-{row.name}")
-def test_presets__each_is_read_by_its_stage(row):
-    """Each setting's attribute, or its name as text, is used in its stage's file."""
-    found = ast.walk(ast.parse((HERE / f"{row.stage}.py").read_text()))
-    names = {node.attr if isinstance(node, ast.Attribute) else node.value
-             for node in found if isinstance(node, (ast.Attribute, ast.Constant))}
-    assert row.name.replace("-", "_") in names
+STAGE_OPTIONS = [(option, stage) for option in OPTIONS for stage in option.stages]
+OWN_OPTIONS = [(option, stage) for option, stage in STAGE_OPTIONS if option.stages != STAGES]
+
+
+@pytest.mark.parametrize("option, stage", OWN_OPTIONS, ids=lambda value: getattr(value, "name", value))
+def test_options__each_is_read_by_its_stage(option, stage):
+    """Each option's attribute, or its name as text, is used in its stage's file or in lungaug.py."""
+    names = set()
+    for file in (f"{stage}.py", "lungaug.py"):
+        for node in ast.walk(ast.parse((HERE / file).read_text(encoding="utf-8"))):
+            if isinstance(node, ast.Attribute):
+                names.add(node.attr)
+            elif isinstance(node, ast.Constant):
+                names.add(node.value)
+    assert option.dest in names
+
+
+def test_options__each_row_is_complete():
+    """Names are long options of known stages; both presets' values can be typed; no stage has a name twice."""
+    for option in OPTIONS:
+        assert option.name.startswith("--") and set(option.stages) <= set(STAGES) and option.help.endswith(".")
+        for value in (option.demo, option.thesis):
+            if value is not None and option.kind is not bool:
+                assert lungaug.reader_of(option)(str(value)) == value, option.name
+                assert option.choices is None or value in option.choices, option.name
+    pairs = [(option.name, stage) for option, stage in STAGE_OPTIONS]
+    assert len(pairs) == len(set(pairs))
+
+
+@pytest.mark.parametrize("record, stage", [("prepared", "preprocessing"), ("gan", "train_gan"),
+                                           ("generated", "train_classifier"), ("classifiers", "train_classifier")])
+def test_settings_of__every_option_that_fixes_a_file_is_in_its_settings(record, stage):
+    """A checkpoint cannot forget an option: each number of a stage is in its settings, or may change on resuming."""
+    options = lungaug.apply_preset(lungaug.parse("", stage, words=[]), stage, "thesis")
+    settings = lungaug.settings_of(options, record)
+    fixing = [option for option in lungaug.options_of(stage) if record in option.fixes]
+    assert settings == {option.dest: option.thesis for option in fixing} and "seed" in settings
+    changeable = {"epochs", "micro_batch", "checkpoint_minutes", "workers"}
+    for option in lungaug.options_of(stage):
+        if option.kind in (int, float):
+            assert option.fixes or option.dest in changeable, option.name
 
 
 # Options
 
+
 def test_parse__what_is_not_typed_is_none():
     """Only typed options have a value, and --run, so that each stage can fill in its own preset."""
-    arguments = lungaug.parse("", *STAGES, words=["--width", "3", "--overwrite", "--seed", "0"])
-    assert (arguments.width, arguments.overwrite, arguments.seed) == (3, True, 0)
-    assert set(vars(arguments).values()) == {3, True, 0, None, Path("runs/demo")}
+    options = lungaug.parse("", *STAGES, words=["--width", "3", "--overwrite", "--seed", "0"])
+    assert (options.width, options.overwrite, options.seed) == (3, True, 0)
+    assert set(vars(options).values()) == {3, True, 0, None, Path("runs/demo")}
 
 
-@pytest.mark.parametrize("preset, column", [("thesis", 2), ("demo", 3)])
+@pytest.mark.parametrize("preset", ["thesis", "demo"])
 @pytest.mark.parametrize("stage", STAGES)
-def test_settle__defaults_follow_the_preset(stage, preset, column):
-    """What was not typed has the preset's value; what has no row there, its own default."""
-    arguments = lungaug.settle(lungaug.parse("", stage, words=[]), stage, preset)
-    for row in (row for row in PRESETS if row.stage == stage):
-        assert getattr(arguments, row.name.replace("-", "_")) == row[column]
-    assert (arguments.preset, arguments.seed, arguments.device) == (preset, 0, "auto")
+def test_apply_preset__defaults_follow_the_preset(stage, preset):
+    """What was not typed has the preset's value."""
+    options = lungaug.apply_preset(lungaug.parse("", stage, words=[]), stage, preset)
+    for option in lungaug.options_of(stage):
+        if option.dest not in ("run", "preset"):
+            assert getattr(options, option.dest) == getattr(option, preset)
+    assert (options.preset, options.seed, options.device) == (preset, 0, "auto")
 
 
-def test_settle__a_typed_preset_overrides_the_datas():
+def test_apply_preset__a_typed_preset_overrides_the_datas():
     """--preset is stronger than what the prepared data suggest."""
     typed = lungaug.parse("", "train_gan", words=["--preset", "thesis"])
-    assert lungaug.settle(typed, "train_gan", "demo").epochs == 20000
+    assert lungaug.apply_preset(typed, "train_gan", "demo").epochs == 20000
 
 
 @pytest.mark.parametrize("word, value", [("--epochs", 7), ("--score-quantile", 0.0), ("--class-probability", 0.0),
                                          ("--learning-rate", 0.5)])
-def test_settle__typed_options_override_the_preset(word, value):
+def test_apply_preset__typed_options_override_the_preset(word, value):
     """A typed value stays, 0 too; the others follow the preset."""
     stage = "train_classifier"
-    arguments = lungaug.settle(lungaug.parse("", stage, words=[word, str(value)]), stage, "thesis")
-    assert getattr(arguments, word[2:].replace("-", "_")) == value and arguments.attempts == 20
+    options = lungaug.apply_preset(lungaug.parse("", stage, words=[word, str(value)]), stage, "thesis")
+    assert getattr(options, word[2:].replace("-", "_")) == value and options.attempts == 20
 
 
-def test_typed__hands_each_stage_what_it_knows():
+def test_command_words__hands_each_stage_what_it_knows():
     """Each stage gets those of the typed options that are its own, and understands them as they were."""
     words = ("--run r --preset demo --seed 0 --device cpu --scans s --workers 2 --strict --part 2/8 --cube 12 "
              "--width 3 --precision bfloat16 "
              "--overwrite --epochs 4 --attempts 2 --score-quantile 0 --batch-size 8 --checkpoint-minutes 0.5").split()
     every, given = lungaug.parse("", *STAGES, words=words), {}
     for stage in STAGES:
-        given[stage] = vars(lungaug.parse("", stage, words=[str(word) for word in lungaug.typed(every, stage)]))
+        given[stage] = vars(lungaug.parse("", stage, words=[str(word) for word in lungaug.command_words(every, stage)]))
         assert all(value == getattr(every, key) for key, value in given[stage].items())
     assert given["preprocessing"]["cube"] == 12 and given["preprocessing"]["strict"] is True
     assert given["preprocessing"]["part"] == "2/8"
@@ -130,9 +177,9 @@ def test_typed__hands_each_stage_what_it_knows():
     assert set(given["evaluate"]) == {"run", "preset", "seed", "device"}
 
 
-def test_typed__nothing_typed_hands_the_run_alone():
+def test_command_words__nothing_typed_hands_the_run_alone():
     """Without options each stage is called with the run alone, and finds its own defaults."""
-    assert [lungaug.typed(lungaug.parse("", *STAGES, words=[]), stage)
+    assert [lungaug.command_words(lungaug.parse("", *STAGES, words=[]), stage)
             for stage in STAGES] == [["--run", Path("runs/demo")]] * 4
 
 
@@ -184,6 +231,7 @@ def test_parse__the_run_follows_the_data(words, expected):
 
 
 # Errors
+
 
 def test_refusal__is_one_line_in_its_form():
     """lungaug: <where>: <found> — <do>."""
@@ -263,24 +311,25 @@ def test_command__success_is_status_0():
     assert stopped.value.code in (0, None)
 
 
-def test_stage__a_failing_stage_stops_the_run_with_its_status(monkeypatch, capsys, tmp_path):
+def test_run_script__a_failing_stage_stops_the_run_with_its_status(monkeypatch, capsys, tmp_path):
     """The command is printed as a student would type it; where it fails, so do we, with the same status."""
     (tmp_path / "fails.py").write_text("import sys; sys.exit(int(sys.argv[2]))")
     monkeypatch.setattr(lungaug, "HERE", tmp_path)
-    lungaug.stage("fails.py", "a b", 0)
+    lungaug.run_script("fails.py", "a b", 0)
     with pytest.raises(SystemExit) as stopped:
-        lungaug.stage("fails.py", "a b", 7)
+        lungaug.run_script("fails.py", "a b", 7)
     assert stopped.value.code == 7 and "$ python fails.py 'a b' 7\n" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize("name", ["nonsense", "cuda:99", "meta:x", "hpu", "privateuseone"])
-def test_pick_device__what_is_not_there_is_one_line(name):
+def test_pick_device__an_unavailable_device_is_one_line(name):
     """A device that this machine or torch has not is refused by name."""
     with pytest.raises(Refusal, match=name):
         lungaug.pick_device(name)
 
 
 # Randomness
+
 
 def test_stream__the_same_seed_and_names_give_the_same_numbers():
     """A stream depends on seed and names alone, not on what was drawn elsewhere."""
@@ -304,6 +353,7 @@ def test_stream__of_any_name():
 
 
 # Safe files
+
 
 def test_write__an_exception_midway_leaves_the_old_file_and_no_litter(tmp_path):
     """Stopped halfway, the old bytes stand under the name, and nothing lies beside."""
@@ -353,49 +403,49 @@ def test_write__by_the_names_ending(tmp_path):
     assert (tmp_path / "a.svg").read_bytes() == b"<\xc3\xa9\xff>" and (tmp_path / "a.png").read_bytes() == b"\x89\xff"
 
 
-def test_read__the_value_or_one_line(tmp_path):
+def test_read_json__the_value_or_one_line(tmp_path):
     """What was written comes back; a missing or broken file is a Refusal that says what to do."""
     lungaug.write(tmp_path / "a.json", {"x": [1, "–"]})
-    assert lungaug.read(tmp_path / "a.json", "") == {"x": [1, "–"]}
+    assert lungaug.read_json(tmp_path / "a.json", "") == {"x": [1, "–"]}
     for name, data in (("missing.json", None), ("cut.json", b'{"x": [1'), ("deep.json", b"[" * 100000),
                        ("bytes.json", b'"\xff"')):
         if data is not None:
             (tmp_path / name).write_bytes(data)
         with pytest.raises(Refusal, match=f"{name}.*run this"):
-            lungaug.read(tmp_path / name, "run this")
+            lungaug.read_json(tmp_path / name, "run this")
 
 
-def test_claim__a_folder_of_other_parameters_is_refused(tmp_path):
+def test_claim_folder__a_folder_of_other_parameters_is_refused(tmp_path):
     """A folder made with other parameters is refused and stays theirs; the same go on; --overwrite makes it ours."""
     for _ in range(2):
-        lungaug.claim(tmp_path, {"cube": 12}, False)
+        lungaug.claim_folder(tmp_path, {"cube": 12}, False)
         with pytest.raises(Refusal, match="cube 12, not 24"):
-            lungaug.claim(tmp_path, {"cube": 24}, False)
-    lungaug.claim(tmp_path, {"cube": 24}, True)
-    lungaug.claim(tmp_path, {"cube": 24}, False)
+            lungaug.claim_folder(tmp_path, {"cube": 24}, False)
+    lungaug.claim_folder(tmp_path, {"cube": 24}, True)
+    lungaug.claim_folder(tmp_path, {"cube": 24}, False)
     with pytest.raises(Refusal, match="cube 24, not 12"):
-        lungaug.claim(tmp_path, {"cube": 12}, False)
+        lungaug.claim_folder(tmp_path, {"cube": 12}, False)
 
 
-def test_alone__a_second_process_at_the_same_work_is_refused(tmp_path):
+def test_lock__a_second_process_is_refused(tmp_path):
     """Two trainings in one folder would spoil each other: the second is refused; other work, or a later one, is not."""
     code = ("import sys; sys.path.insert(0, sys.argv[1]); import lungaug; "
-            "lungaug.command(lambda: lungaug.alone(sys.argv[2], sys.argv[3]).__enter__())")
+            "lungaug.command(lambda: lungaug.lock(sys.argv[2], sys.argv[3]).__enter__())")
     words = [sys.executable, "-c", code, str(HERE), str(tmp_path)]
-    with lungaug.alone(tmp_path, "training"):
+    with lungaug.lock(tmp_path, "training"):
         second = subprocess.run([*words, "training"], capture_output=True, text=True)
-        with lungaug.alone(tmp_path, "part 1 of 2"):
+        with lungaug.lock(tmp_path, "part 1 of 2"):
             pass
     assert second.returncode == 2 and re.fullmatch(f"lungaug: {tmp_path}: [^\n]+ — [^\n]+\n", second.stderr)
-    with lungaug.alone(tmp_path, "training"):
+    with lungaug.lock(tmp_path, "training"):
         pass
 
 
-def test_alone__a_work_that_failed_leaves_the_folder_free(tmp_path):
+def test_lock__ends_with_a_failure(tmp_path):
     """The lock goes with the work, however it ends."""
-    with pytest.raises(ZeroDivisionError), lungaug.alone(tmp_path, "training"):
+    with pytest.raises(ZeroDivisionError), lungaug.lock(tmp_path, "training"):
         1 / 0
-    with lungaug.alone(tmp_path, "training"):
+    with lungaug.lock(tmp_path, "training"):
         pass
 
 
@@ -405,24 +455,15 @@ STATE = {"epoch": 3, "w": torch.arange(50.0), "text": "–", "best": {"f1": 0.5,
          "list": [(1, torch.zeros(2, 3))]}
 
 
-def same(one, other):
-    """Whether two states are equal, in every tensor, number and text."""
-    if isinstance(one, dict):
-        return isinstance(other, dict) and one.keys() == other.keys() and all(same(one[key], other[key]) for key in one)
-    if isinstance(one, (list, tuple)):
-        return len(one) == len(other) and all(map(same, one, other))
-    return torch.is_tensor(other) and torch.equal(one, other) if torch.is_tensor(one) else one == other
-
-
 def test_load_checkpoint__is_what_was_saved(tmp_path):
     """Tensors, numbers, text, lists and dicts come back as they were."""
     lungaug.write(tmp_path / "c.pt", STATE)
-    assert same(lungaug.load_checkpoint(tmp_path / "c.pt", ""), STATE)
+    assert same_state(lungaug.load_checkpoint(tmp_path / "c.pt", ""), STATE)
 
 
 def test_load_checkpoint__missing_is_one_line(tmp_path):
     """Where there is none, the message is what to do."""
-    with pytest.raises(Refusal, match="c.pt: is not there — train first"):
+    with pytest.raises(Refusal, match="c.pt: not found — train first"):
         lungaug.load_checkpoint(tmp_path / "c.pt", "train first")
 
 
@@ -444,7 +485,7 @@ def test_load_checkpoint__a_flipped_bit_is_refused_or_harmless(tmp_path):
     for place in range(0, len(data), 7):
         (tmp_path / "bad.pt").write_bytes(data[:place] + bytes([data[place] ^ 1 << place % 8]) + data[place + 1:])
         try:
-            wrong += [] if same(STATE, lungaug.load_checkpoint(tmp_path / "bad.pt", "")) else [place]
+            wrong += [] if same_state(STATE, lungaug.load_checkpoint(tmp_path / "bad.pt", "")) else [place]
         except Refusal:
             pass
     assert wrong == []
@@ -484,11 +525,11 @@ def test_load_checkpoint__runs_no_code(tmp_path):
 
 
 @pytest.mark.parametrize("found", [None, 3, [], {}, {"seed": 0}, {"seed": 1, "width": 2}])
-def test_same_settings__what_differs_is_named(found):
+def test_require_settings__what_differs_is_named(found):
     """Other settings, missing ones, or no settings at all are a Refusal that names what differs."""
-    lungaug.same_settings("c.pt", {"seed": 0, "width": 2, "more": 1}, {"seed": 0, "width": 2})
+    lungaug.require_settings("c.pt", {"seed": 0, "width": 2, "more": 1}, {"seed": 0, "width": 2})
     with pytest.raises(Refusal, match="width None, not 2" if found == {"seed": 0} else "seed"):
-        lungaug.same_settings("c.pt", found, {"seed": 0, "width": 2})
+        lungaug.require_settings("c.pt", found, {"seed": 0, "width": 2})
 
 
 def test_log__rows_come_back_in_order(tmp_path):
@@ -500,7 +541,7 @@ def test_log__rows_come_back_in_order(tmp_path):
     assert lungaug.read_log(path) == rows == [json.loads(line) for line in path.read_text().splitlines()]
 
 
-def test_log__a_torn_last_line_is_passed_over(tmp_path):
+def test_log__a_torn_last_line_is_ignored(tmp_path):
     """Killed at any byte of the last line, the rows before it are all there."""
     rows = [{"epoch": 1, "x": 0.5}, {"epoch": 2, "x": 0.25}]
     data = "".join(json.dumps(row) + "\n" for row in rows).encode()
@@ -526,7 +567,7 @@ def test_rewind_log__rows_that_are_missing_are_refused(tmp_path, epochs):
     path = tmp_path / "log.jsonl"
     path.write_text("".join(f'{{"epoch": {epoch}}}\n' for epoch in epochs))
     before = path.read_text()
-    with pytest.raises(Refusal, match="log.jsonl: not the rows 1 to 3"):
+    with pytest.raises(Refusal, match="log.jsonl: does not hold the rows 1 to 3"):
         lungaug.rewind_log(path, 3)
     assert path.read_text() == before
 
@@ -546,60 +587,114 @@ def test_rewind_log__to_an_epoch_of_no_use_is_refused(tmp_path, epoch):
         lungaug.rewind_log(tmp_path / "log.jsonl", epoch)
 
 
-def test_log__a_line_nested_too_deep_is_passed_over(tmp_path):
+def test_log__a_line_nested_too_deep_is_ignored(tmp_path):
     """100,000 brackets are no row, whatever Python's parser makes of them; what stood before them is read."""
     (tmp_path / "log.jsonl").write_text('{"epoch": 1}\n' + "[" * 100_000)
     assert lungaug.read_log(tmp_path / "log.jsonl") == [{"epoch": 1}]
 
 
-def test_refusing__want_of_memory_may_not_be_the_files_fault():
+def test_refuse_on_error__out_of_memory_names_both_remedies():
     """A damaged length asks for too much memory, and so does a sound large file: both ways out are named."""
-    with pytest.raises(Refusal, match="a.mhd.*free memory, or replace it"), lungaug.refusing("a.mhd", "replace it"):
-        raise MemoryError
+    with pytest.raises(Refusal, match="a.mhd.*free memory, or replace it"):
+        with lungaug.refuse_on_error("a.mhd", "replace it"):
+            raise MemoryError
 
 
-def test_read__another_files_bytes(tmp_path):
-    """Under another ending the bytes come as they are; a missing file is one line."""
+def test_read_bytes__the_bytes_or_one_line(tmp_path):
+    """The bytes come as they are, and their CRC-32 is the published one of "123456789"; a missing file is one line."""
     (tmp_path / "a").write_bytes(b"123456789")
-    assert lungaug.read(tmp_path / "a", "") == b"123456789"
+    assert lungaug.read_bytes(tmp_path / "a", "") == b"123456789"
+    assert lungaug.file_crc32(tmp_path / "a", "") == 0xCBF43926
     with pytest.raises(Refusal, match="train first"):
-        lungaug.read(tmp_path / "b", "train first")
+        lungaug.read_bytes(tmp_path / "b", "train first")
+
+
+def test_read_ahead__in_order_and_not_far_ahead(monkeypatch):
+    """Each item's result in the items' order, however long one takes; at most as many are begun ahead as there are
+    threads, and the one that is read."""
+    monkeypatch.setattr(lungaug, "READ_THREADS", 3)
+    taken = []
+
+    def items():
+        for item in range(20):
+            taken.append(item)
+            yield item
+
+    def read(item):
+        # The first item of each three takes longest.
+        time.sleep(0.01 * (item % 3 == 0))
+        return item ** 2
+
+    for done, result in enumerate(lungaug.read_ahead(read, items())):
+        assert result == done ** 2 and len(taken) <= done + 4
+    assert taken == list(range(20))
+
+
+def test_read_ahead__what_reading_raises_is_raised_in_its_turn():
+    """The items before the one that cannot be read are all there."""
+    def read(item):
+        if item == 3:
+            raise Refusal("cubes.npy", "is missing", "make it again")
+        return item
+
+    results = []
+    with pytest.raises(Refusal, match="cubes.npy"):
+        for result in lungaug.read_ahead(read, range(9)):
+            results.append(result)
+    assert results == [0, 1, 2]
+
+
+def test_read_ahead__leaves_no_thread():
+    """Where the caller stops half-way, no thread stays, and what was not begun is not read."""
+    read = []
+    before = threading.active_count()
+    results = lungaug.read_ahead(lambda item: read.append(item), range(1000))
+    next(results)
+    results.close()
+    assert threading.active_count() == before and len(read) < 1000
 
 
 @pytest.mark.parametrize("count, size", [(7, 3), (6, 3), (1, 3), (5, 256)])
 def test_predict__in_parts_as_at_once(count, size):
     """Each cube is scored once, in order, at most `size` at a time."""
-    cubes, asked = np.random.default_rng(0).random((count, 1, 2, 2, 2), np.float32), []
-    found = lungaug.predict(lambda x: x.sum((1, 2, 3, 4)), lambda part: asked.append(part) or cubes[part], count, "cpu",
-                            size)
-    assert np.allclose(found, cubes.sum((1, 2, 3, 4))) and np.concatenate(asked).tolist() == list(range(count))
+    cubes = np.random.default_rng(0).random((count, 1, 2, 2, 2), np.float32)
+    asked = []
+
+    def read(numbers):
+        asked.append(numbers)
+        return cubes[numbers]
+
+    result = lungaug.predict(lambda x: x.sum((1, 2, 3, 4)), read, count, "cpu", size)
+    assert np.allclose(result, cubes.sum((1, 2, 3, 4)))
+    assert sorted(np.concatenate(asked)) == list(range(count))
     assert max(map(len, asked)) <= size
 
 
 # What is shown
 
+
 @pytest.mark.parametrize("value, text",
                          [(None, "–"), (float("nan"), "–"), (0.5, "0.500"), (0.0, "0.000"), (0.12345, "0.123"),
                                          (1215 / 2030, "0.599"), (0, "0"), (581130, "581,130")])
-def test_shown__three_decimals_commas_or_a_dash(value, text):
+def test_format_number__three_decimals_commas_or_a_dash(value, text):
     """Numbers with three decimals, counts with commas, – for none."""
-    assert lungaug.shown(value) == text
+    assert lungaug.format_number(value) == text
 
 
 @pytest.mark.parametrize("seconds, text",
                          [(45, "45 s"), (119, "119 s"), (120, "2 min"), (720, "12 min"), (3600, "1.0 h"),
                                            (12240, "3.4 h"), (172799, "48.0 h"), (172800, "2.0 days"),
                                            (181440, "2.1 days")])
-def test_duration__in_the_unit_that_fits(seconds, text):
+def test_format_duration__in_the_unit_that_fits(seconds, text):
     """45 s, 12 min, 3.4 h, 2.1 days."""
-    assert lungaug.duration(seconds) == text
+    assert lungaug.format_duration(seconds) == text
 
 
 def test_progress__elsewhere_than_on_a_terminal_the_last_line_is_whole(capsys):
     """Off a terminal nothing is renewed: whole lines on stderr, not one for each step, the last with all done."""
-    step = lungaug.progress("cubes", 500)
+    progress = lungaug.Progress("cubes", 500)
     for done in range(1, 501):
-        step(done, "text")
+        progress.update(done, "text")
     out, err = capsys.readouterr()
     assert out == "" and err.endswith("\n") and "\r" not in err and "cubes 500/500" in err.splitlines()[-1]
     assert len(err.splitlines()) <= 2
@@ -611,10 +706,10 @@ def test_progress__rate_and_time_left(monkeypatch, capsys, seconds, line):
     """From 10 to 20 of 40 in 5 s: 2 a second, 10 s left; what a resumed run found done does not count as its speed."""
     now = [1000.0]
     monkeypatch.setattr(lungaug.time, "monotonic", lambda: now[0])
-    step = lungaug.progress("x", 40, every=0)
-    step(10)
+    progress = lungaug.Progress("x", 40, every=0)
+    progress.update(10)
     now[0] += seconds
-    step(20)
+    progress.update(20)
     assert capsys.readouterr().err.splitlines()[1].startswith(line)
 
 
@@ -626,11 +721,12 @@ def test_print_table__columns_stand_under_their_heads(capsys):
 
 def test_progress__a_files_own_name_cannot_steer_the_terminal(capsys):
     """A series UID with terminal codes is shown escaped, as in a Refusal."""
-    lungaug.progress("scans", 1)(1, "1.2\x1b]0;x\a\n3")
+    lungaug.Progress("scans", 1).update(1, "1.2\x1b]0;x\a\n3")
     assert capsys.readouterr().err.rstrip("\n").isprintable()
 
 
 # Pictures
+
 
 def decode(data):
     """The pixels of a PNG of 8 bits a channel, grey or RGB, without row filters; every checksum is verified."""
@@ -688,28 +784,3 @@ def test_tile__each_image_in_its_place_and_paper_between(count, columns, shape):
         top, left = 2 + i // columns * (h + 2), 2 + i % columns * (w + 2)
         assert np.array_equal(sheet[top:top + h, left:left + w], image)
     assert (sheet == 250).sum() == sheet.size - images.size
-
-
-# The report's parts
-
-def test_table_html__cells_are_escaped():
-    """A cell or a caption with mark-up is text; a line end or a terminal code is escaped."""
-    page = lungaug.table_html("<b>", ("<i>",), [("<script>\n\x1b",), (1.5,)])
-    assert page == ("<p>&lt;b&gt;</p><table><tr><th>&lt;i&gt;</th></tr>"
-                    "<tr><td>&lt;script&gt;\\n\\x1b</td></tr><tr><td>1.5</td></tr></table>")
-
-
-def test_escaped__what_no_encoding_holds_can_be_written(tmp_path):
-    """A heading, a caption or a line from a file may hold half a character: it is written as its code."""
-    words = ["\ud800<", ["\ud800<", "x.png"], ["\ud800<"], ["\ud800<", ["a"], [["b"]]]]
-    for name in ("prepared", "gan", "classifiers", "evaluation"):
-        lungaug.write(tmp_path / name / "options.json", {"page": words})
-    assert lungaug.report(tmp_path).read_text().count("\\ud800&lt;") == 1 + 3 * 4
-
-
-def test_figure_html__inline_or_said_to_be_missing(tmp_path):
-    """A picture's bytes stand in the page; where there is none the caption says so, escaped."""
-    lungaug.write(tmp_path / "a.png", b"\x89PNG")
-    assert "data:image/png;base64,iVBORw==" in lungaug.figure_html(tmp_path / "a.png", "A")
-    missing = lungaug.figure_html(tmp_path / "b.png", "<B>")
-    assert "&lt;B&gt;" in missing and "<B>" not in missing and "img" not in missing

@@ -14,12 +14,29 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from scipy import stats
 from torch import nn
 from torch.nn import functional as F
 
 import models
-from models import (LATENT, Classifier, ConvDownsample3d, Critic, DownBlock, Generator, UpBlock, UpsampleConv3d,
-                    channels, conditional_latent, downsample, layer_table, one_hot, upsample)
+from models import (
+    LATENT,
+    Classifier,
+    ConvDownsample3d,
+    Critic,
+    DownBlock,
+    Generator,
+    UpBlock,
+    UpsampleConv3d,
+    channels,
+    conditional_latent,
+    critic_blocks,
+    downsample,
+    layer_table,
+    one_hot,
+    upsample,
+)
+
 
 SHAPE = (2, 3, 4, 6, 8)
 
@@ -78,7 +95,8 @@ def test_rule_3_1_channels__of_every_level_that_runs(cube, counts):
     up, down = ({name: shape for name, _, shape, _ in table(kind, cube, 2)} for kind in (Generator, Critic))
     blocks = range(len(counts) - 1)
     assert [up[name] for name in ("start", *(f"blocks.{i}.body.4" for i in blocks))] == rising
-    assert [down[name] for name in ("trunk.1", *(f"trunk.{3 + i}.body.4" for i in blocks))] == rising[::-1]
+    names = ["trunk.0.body.0", *(f"trunk.{i}.body.4" for i in blocks)]
+    assert [down[name] for name in names] == rising[::-1]
 
 
 def test_channels__a_level_for_each_doubling_from_three():
@@ -110,6 +128,13 @@ def test_rule_3_1_one_hot__positive_is_second():
 def test_rule_3_1_conditional_latent__one_hot_first():
     """The first two entries are [0, 1] for a positive, [1, 0] for a negative."""
     assert conditional_latent(random(2, LATENT), torch.tensor([1, 0]))[:, :2].tolist() == [[0, 1], [1, 0]]
+
+
+def test_rule_3_3_1_latent__is_standard_normal():
+    """Beyond the one-hot, z is drawn from 𝒩(0, 1), a new one for each sample (Kolmogorov–Smirnov)."""
+    z = models.draw_latent(torch.ones(200, dtype=torch.int64), torch.Generator().manual_seed(3))
+    assert stats.kstest(z[:, 2:].numpy().ravel(), "norm").pvalue > 0.01
+    assert len(torch.unique(z[:, 2])) == 200
 
 
 def test_rule_3_1_conditional_latent__the_rest_as_it_was():
@@ -156,7 +181,7 @@ def test_rule_3_1_layer_norm__sees_one_sample():
 def test_rule_3_1_layer_norm__the_only_norm(kind):
     """Every norm has one group for all channels; no batch norm, no instance norm."""
     found = [m for m in build(kind, 24, 2).modules() if "Norm" in type(m).__name__]
-    assert len(found) == 6 + (kind is Critic) and all(type(m) is nn.GroupNorm and m.num_groups == 1 for m in found)
+    assert len(found) == 6 and all(type(m) is nn.GroupNorm and m.num_groups == 1 for m in found)
 
 
 UP = ["UpsampleConv3d", "GroupNorm", "LeakyReLU", "Conv3d", "GroupNorm", "LeakyReLU", "Conv3d"]
@@ -169,8 +194,8 @@ def test_rule_3_1_layer_norm__where_the_generator_has_it():
 
 
 def test_rule_3_1_layer_norm__where_the_critic_has_it():
-    """After its first convolution and each of a block, then LReLU; none after the skips and the heads."""
-    assert kinds(Critic, 12) == ["Conv3d", "GroupNorm", "LeakyReLU", *DOWN, *DOWN, "Flatten", "Linear", "Linear"]
+    """After each convolution of a block, then LReLU; none after the skips and the heads."""
+    assert kinds(Critic, 12) == [*DOWN, *DOWN, "Flatten", "Linear", "Linear"]
 
 
 def test_rule_3_1_leaky_relu__by_hand():
@@ -250,7 +275,7 @@ def test_rule_3_1_1_residual_up__formula():
 
 def test_rule_3_1_1_residual_down__formula():
     """LReLU(LN(down(conv(LReLU(LN(conv(x))))))) + conv 1³(down(x)), from plain parts."""
-    block, x = shaken(DownBlock(3, 5)), random(*SHAPE)
+    block, x = shaken(DownBlock(3, 4, 5)), random(*SHAPE)
     h = F.leaky_relu(layer_norm(three(x, block.body[0]), block.body[1]), 0.2)
     h = F.leaky_relu(layer_norm(downsample(three(h, block.body[3])), block.body[4]), 0.2)
     skip = torch.einsum("oi,nizyx->nozyx", block.skip.weight[:, :, 0, 0, 0],
@@ -275,7 +300,7 @@ def test_rule_3_1_1_residual_up__skip_carries_the_input():
 def test_rule_3_1_1_residual_down__skip_carries_the_input():
     """Where F = 0 and the 1³ convolution is the identity, the block is the mean pool."""
     x = random(*SHAPE)
-    assert torch.equal(silenced(DownBlock(3, 3).double())(x), downsample(x))
+    assert torch.equal(silenced(DownBlock(3, 2, 3).double())(x), downsample(x))
 
 
 # The generator
@@ -347,6 +372,28 @@ def test_rule_3_1_critic__shapes(cube):
     assert (score.shape, logits.shape) == ((2,), (2, 2))
 
 
+def convolutions(block):
+    """(kernel's side, channels in, channels out) of a block's convolutions: the body's two, the skip's."""
+    return [(layer.kernel_size[0], layer.in_channels, layer.out_channels) for layer in block.modules()
+            if isinstance(layer, nn.Conv3d)]
+
+
+def test_rule_3_1_first_block__the_cube_enters_it():
+    """The first block's convolutions are 3³ 1 → w, 3³ w → 2w and, on the skip, 1³ 1 → 2w; then w → w → 2w."""
+    first, second, _ = critic_blocks([2, 4, 8, 16])
+    assert convolutions(first) == [(3, 1, 2), (3, 2, 4), (1, 1, 4)]
+    assert convolutions(second) == [(3, 4, 4), (3, 4, 8), (1, 4, 8)]
+
+
+@pytest.mark.parametrize("cube", [6, 12, 24, 48])
+def test_rule_3_1_first_block__one_convolution_at_full_size(cube):
+    """Of all the critic's layers only the first convolution, its norm and its activation keep the cube's side."""
+    critic = Critic(cube, 1)
+    full_size = [row.layer.split("(")[0] for row in layer_table(critic, torch.zeros(1, 1, cube, cube, cube))
+                 if row.shape.endswith(f"{cube}×{cube}×{cube}")]
+    assert full_size == ["Conv3d", "GroupNorm", "LeakyReLU"]
+
+
 @pytest.mark.parametrize("output", [0, 1])
 def test_rule_3_1_critic__no_layer_mixes_samples(output):
     """A sample's score and logits depend on it alone, or the penalty per sample would be wrong."""
@@ -372,10 +419,9 @@ def test_rule_3_1_critic__heads_are_linear(output, head):
 
 
 def test_rule_3_1_critic__formula():
-    """The heads' trunk is block(block(LReLU(LN(conv 3³(x))))) for cube 12, with nothing between or after."""
+    """The heads' trunk is block(block(x)) for cube 12, with nothing before, between or after."""
     c, x = shaken(Critic(12, 1)), samples(Critic, 12)
-    h = F.leaky_relu(layer_norm(three(x, c.trunk[0]), c.trunk[1]), 0.2)
-    trunk = c.trunk[4](c.trunk[3](h)).reshape(3, -1)
+    trunk = c.trunk[1](c.trunk[0](x)).reshape(3, -1)
     assert near(c(x)[0], trunk @ c.score.weight[0] + c.score.bias, 1e-11)
     assert near(c(x)[1], trunk @ c.logits.weight.T + c.logits.bias, 1e-11)
 
@@ -458,7 +504,7 @@ def test_layer_table__every_parameter_once(kind, cube):
 def test_layer_table__by_hand():
     """The critic's first convolution, width 2: 2 channels of 6³ from one, 27·2 + 2 numbers; the score's 4·27 + 1."""
     rows = {name: (shape, parameters) for name, _, shape, parameters in table(Critic, 6, 2)}
-    assert (rows["trunk.0"], rows["score"]) == (("2×6×6×6", 56), ("1", 109))
+    assert (rows["trunk.0.body.0"], rows["score"]) == (("2×6×6×6", 56), ("1", 109))
 
 
 def test_layer_table__leaves_no_hook():
@@ -475,6 +521,8 @@ def test_generator__the_first_tanh_of_a_process_is_one_threads():
     the first batch of cubes differed. So the module calls it once, for one number, before any batch."""
     code = ("import torch; sizes = []; tanh = torch.tanh\n"
             "torch.tanh = lambda x: sizes.append(x.numel()) or tanh(x)\n"
-            "import models; generator = models.Generator(6, 1); generator(torch.zeros(4, models.LATENT)); print(sizes)")
-    done = subprocess.run([sys.executable, "-c", code], cwd=Path(models.__file__).parent, capture_output=True, text=True)
+            "import models; generator = models.Generator(6, 1)\n"
+            "generator(torch.zeros(4, models.LATENT)); print(sizes)")
+    here = Path(models.__file__).parent
+    done = subprocess.run([sys.executable, "-c", code], cwd=here, capture_output=True, text=True)
     assert done.stdout == f"[1, {4 * 6 ** 3}]\n", done.stderr

@@ -14,15 +14,19 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import numpy as np
+import pydicom
 import pytest
 
+import evaluate
 import lungaug
 import phantom
 import preprocessing
+import scan_files
 import train_classifier
 import train_gan
-from conftest import in_one_line
+from helpers import in_one_line
 from lungaug import Refusal
+
 
 WORDS = ("--cube", "12", "--negatives", "20", "--workers", "1", "--max-slice-mm", "20")
 PARAMETERS = {"cube": 12, "negatives": 20, "max_slice_mm": 20, "seed": 0}
@@ -63,10 +67,10 @@ def scans(tmp_path_factory):
     """A folder of four small scans of three patients: two MetaImage, two DICOM."""
     folder, rows = tmp_path_factory.mktemp("scans"), []
     for number, made in enumerate(map(small_chest, range(4))):
-        write = phantom.write_metaimage if number > 1 else phantom.write_dicom
+        write = scan_files.write_metaimage if number > 1 else scan_files.write_dicom
         write(folder, made)
         rows += [(made.seriesuid, *row) for row in made.nodules]
-    phantom.write_annotations(folder / "annotations.csv", rows)
+    scan_files.write_annotations(folder / "annotations.csv", rows)
     return folder
 
 
@@ -92,7 +96,7 @@ def test_alone__a_second_preparation_of_the_same_part_is_refused(scans, again, r
     """While one process is at a part, the same command is one line and touches nothing; later it works."""
     before = prepared(again)
     (again / "prepared" / "dataset.json").unlink()
-    with lungaug.alone(again / "prepared", "part 1 of 1"):
+    with lungaug.lock(again / "prepared", "preparing part 1 of 1"):
         done = run(preprocessing, "--scans", scans, "--run", again, *WORDS)
         assert in_one_line(done, "prepared", "another process", "part 1 of 1")
         assert not (again / "prepared" / "dataset.json").exists()
@@ -102,7 +106,7 @@ def test_alone__a_second_preparation_of_the_same_part_is_refused(scans, again, r
 @pytest.mark.parametrize("stage, folder", [(train_gan, "gan"), (train_classifier, "classifiers")])
 def test_alone__a_second_training_is_refused(again, run, stage, folder):
     """Two trainings in one run would write into one log: the second is one line."""
-    with lungaug.alone(again / folder, "training"):
+    with lungaug.lock(again / folder, "training"):
         assert in_one_line(run(stage, "--run", again), folder, "another process")
 
 
@@ -150,8 +154,8 @@ def test_claim__an_overwrite_that_was_stopped_does_not_keep_the_old(scans, again
 
 def test_scans__what_is_no_folder_is_one_line(run, tmp_path):
     """A folder's name mistyped is said to be none."""
-    assert in_one_line(run(preprocessing, "--scans", tmp_path / "typo", "--run", tmp_path / "R"), "typo", "no folder",
-                       "--scans")
+    done = run(preprocessing, "--scans", tmp_path / "typo", "--run", tmp_path / "R")
+    assert in_one_line(done, "typo", "not a folder", "--scans")
 
 
 @pytest.mark.parametrize("words", [[], ["--overwrite"]])
@@ -163,7 +167,7 @@ def test_preprocessing__without_scans_takes_no_synthetic_ones_for_the_users(run,
 
 
 def test_train_gan__does_not_begin_on_half_of_the_scans(run, again):
-    """Where preparing the user's scans was not finished, training ends with preprocessing's refusal; nothing is made."""
+    """Where preparing the user's scans was not finished, training ends with preprocessing's refusal."""
     (again / "prepared" / "dataset.json").unlink()
     before = sorted(path.name for path in again.rglob("*"))
     assert run(train_gan, "--run", again).status == 2
@@ -194,7 +198,7 @@ def test_train_gan__goes_on_with_half_of_the_synthetic_scans(run, tmp_path, monk
     """Stopped while it prepared the synthetic scans, the same command prepares the rest of them first."""
     lungaug.write(tmp_path / "prepared" / "parameters.json", {"scans": "synthetic"})
     commands = []
-    monkeypatch.setattr(lungaug, "stage", lambda *words: commands.append(words[0]))
+    monkeypatch.setattr(lungaug, "run_script", lambda *words: commands.append(words[0]))
     assert in_one_line(run(train_gan, "--run", tmp_path), "dataset.json") and commands == ["preprocessing.py"]
 
 
@@ -232,7 +236,7 @@ def test_part__two_parts_leave_the_bytes_of_one_run(scans, once, run, tmp_path, 
     """--part 1/2 and 2/2, whichever comes first, leave what one run leaves; the first says what is missing."""
     words = ("--scans", scans, "--run", tmp_path / "R", *WORDS)
     first, second = (run(preprocessing, *words, "--part", f"{part}/2") for part in order)
-    assert (first.status, second.status) == (0, 0) and "2 scans are other parts'" in first.out
+    assert (first.status, second.status) == (0, 0) and "2 scans belong to other parts" in first.out
     assert prepared(tmp_path / "R") == prepared(once)
 
 
@@ -249,7 +253,7 @@ def test_writing__leftovers_of_a_kill_do_no_harm(scans, once, again, run):
 
 def change(folder, scans, text):
     """A copy of the scans' annotations with these lines behind it, or in place of it where they begin with its head."""
-    table = (scans / "annotations.csv").read_text()
+    table = (scans / "annotations.csv").read_text(encoding="utf-8")
     (folder / "a.csv").write_text(text if text.startswith("seriesuid") else table + text)
     return folder / "a.csv"
 
@@ -265,16 +269,16 @@ def test_read_annotations__unknown_series_alone_are_refused(scans, run, tmp_path
     """Where no row is of any scan there are no positives to train on: it is said before any scan is prepared."""
     table = change(tmp_path, scans, "seriesuid,coordX,coordY,coordZ,diameter_mm\n1.2.99,1,2,3,4\n")
     done = run(preprocessing, "--scans", scans, "--annotations", table, "--run", tmp_path / "R", *WORDS)
-    assert in_one_line(done, "no series of the scans in it") and not (tmp_path / "R").exists()
+    assert in_one_line(done, "none of the scans' series is in it") and not (tmp_path / "R").exists()
 
 
-def test_read_annotations__a_nodule_outside_leaves_its_scan_out(scans, run, tmp_path):
-    """A row with x and z exchanged lies in no scan: it is left out, its reason in dataset.json and in the output."""
+def test_read_annotations__a_scan_with_a_nodule_outside_is_skipped(scans, run, tmp_path):
+    """A row with x and z exchanged lies in no scan: it is skipped, its reason in dataset.json and in the output."""
     table = change(tmp_path, scans, "1.2.0,1,2,9000,4\n")
     done = run(preprocessing, "--scans", scans, "--annotations", table, "--run", tmp_path / "R", *WORDS)
-    row, = info(tmp_path / "R")["left_out"]
-    assert done.status == 0 and row["seriesuid"] == "1.2.0" and "outside" in row["reason"] and "9000" in row["reason"]
-    assert row["reason"].removeprefix("lungaug: ") in done.out and len(info(tmp_path / "R")["scans"]) == 3
+    row, = info(tmp_path / "R")["skipped"]
+    assert done.status == 0 and row["seriesuid"] == "1.2.0" and "outside" in row["problem"] and "9000" in row["problem"]
+    assert preprocessing.reason_of(row) in done.out and len(info(tmp_path / "R")["scans"]) == 3
 
 
 def test_strict__the_first_reason_ends_the_run(scans, run, tmp_path):
@@ -295,9 +299,9 @@ def hostile(scans, tmp_path_factory):
     shutil.copytree(scans, folder / "in" / "scans")
     for number, uid in enumerate(HOSTILE):
         made = small_chest(3)._replace(seriesuid=f"1.3.{number}", patient=uid, hu=np.zeros((2, 5, 7), np.int16))
-        for path in phantom.write_dicom(folder / "in" / "scans", made).glob("*.dcm"):
-            tags = phantom.pydicom.dcmread(path)
-            tags["SeriesInstanceUID"] = phantom.pydicom.DataElement("SeriesInstanceUID", "UI", uid, validation_mode=0)
+        for path in scan_files.write_dicom(folder / "in" / "scans", made).glob("*.dcm"):
+            tags = pydicom.dcmread(path)
+            tags["SeriesInstanceUID"] = pydicom.DataElement("SeriesInstanceUID", "UI", uid, validation_mode=0)
             tags.save_as(path)
     folder = folder / "in"
     words = [sys.executable, preprocessing.__file__, "--scans", folder / "scans", "--run", folder / "R", *WORDS]
@@ -306,11 +310,11 @@ def hostile(scans, tmp_path_factory):
     return SimpleNamespace(folder=folder, done=done)
 
 
-def test_hostile_uid__is_left_out_with_its_reason(hostile):
+def test_hostile_uid__is_skipped_with_its_reason(hostile):
     """Each is in dataset.json as its file has it, and each reason is printed at the end."""
-    rows = info(hostile.folder / "R")["left_out"]
-    assert {row["seriesuid"] for row in rows} == set(HOSTILE) and all("2 DICOM files" in row["reason"] for row in rows)
-    assert hostile.done.stdout.count("left out: ") == len(HOSTILE) and len(info(hostile.folder / "R")["scans"]) == 4
+    rows = info(hostile.folder / "R")["skipped"]
+    assert {row["seriesuid"] for row in rows} == set(HOSTILE) and all("2 DICOM files" in row["problem"] for row in rows)
+    assert hostile.done.stdout.count("skipped: ") == len(HOSTILE) and len(info(hostile.folder / "R")["scans"]) == 4
 
 
 def test_hostile_uid__never_becomes_a_path_outside_the_run(hostile):
@@ -327,17 +331,19 @@ def test_hostile_uid__cannot_steer_the_terminal_nor_the_page(hostile):
     said = hostile.done.stdout + hostile.done.stderr
     assert all(c.isprintable() or c == "\n" for c in said)
     options = json.loads((hostile.folder / "R" / "prepared" / "options.json").read_bytes())
-    page = "".join(lungaug.table_html(*item) for item in options["page"] if len(item) == 3)
-    assert "&lt;script&gt;" in page and "<script" not in page and "\x1b" not in page and "Scans left out" in page
+    folder = hostile.folder / "R" / "prepared"
+    page = "".join(evaluate.item_html(item, folder) for item in options["page"] if item["kind"] != "heading")
+    assert "&lt;script&gt;" in page and "<script" not in page and "\x1b" not in page and "Skipped scans" in page
 
 
 # What is no chest
 
 def refusal(folder, hu, spacing=(3, 3, 3), parameters=PARAMETERS):
-    """The Refusal of a scan of these HU, its record then in `folder`; None where it was prepared."""
+    """Why a scan of these HU is skipped, its record then in `folder`; None where it was prepared."""
     made = phantom.Phantom("1.2.3", "", hu.astype(np.int16), spacing, (0, 0, 0), np.eye(3), [], None, None)
-    source = preprocessing.Source("1.2.3", "1.2.3", (phantom.write_metaimage(folder, made),))
-    return preprocessing.prepare_one(source, [], folder / "out", parameters)
+    source = preprocessing.Source("1.2.3", "1.2.3", (scan_files.write_metaimage(folder, made),))
+    record = preprocessing.prepare_one(source, [], folder / "out", parameters)
+    return preprocessing.reason_of(record) if "problem" in record else None
 
 
 @pytest.fixture(scope="module")
@@ -379,16 +385,16 @@ OTHER = {"head": head, "abdomen": lambda: abdomen(4), "abdomen full of gas": lam
 
 
 @pytest.mark.parametrize("name", OTHER)
-def test_rule_2_1_3_lungs__another_part_of_the_body_is_left_out(tmp_path, name):
+def test_rule_2_1_3_lungs__another_part_of_the_body_is_skipped(tmp_path, name):
     """No lungs are made of a head's sinuses, of gas in the bowel or of the air between legs: a reason is kept."""
     reason = refusal(tmp_path, OTHER[name]())
-    assert isinstance(reason, Refusal) and "lung" in str(reason) and not list((tmp_path / "out").glob("*.npy"))
-    assert json.loads((tmp_path / "out" / "1.2.3.json").read_bytes())["reason"] == str(reason)
+    assert "lung" in reason and not list((tmp_path / "out").glob("*.npy"))
+    assert preprocessing.reason_of(json.loads((tmp_path / "out" / "1.2.3.json").read_bytes())) == reason
 
 
 @pytest.mark.parametrize("end, share", [*(("bases", share) for share in (0.3, 0.5, 0.7)),
                                         *(("apices", share) for share in (0.15, 0.3, 0.5, 0.7))])
-def test_rule_2_1_3_lungs__cut_lungs_are_left_out(chest, tmp_path, share, end):
+def test_rule_2_1_3_lungs__cut_lungs_are_skipped(chest, tmp_path, share, end):
     """A scan that ends within the lungs, so that a tenth or more of them is missing above or below, gives no mask."""
     inside = np.flatnonzero(chest.lungs.any((1, 2)))
     gone = int(inside[0] + share * np.ptp(inside)) if end == "bases" else int(inside[-1] - share * np.ptp(inside))
@@ -405,7 +411,7 @@ def test_num_2_slices__max_slice_mm_lets_thick_slices_through(chest, tmp_path, m
     assert reason is None if says is None else says in str(reason)
 
 
-def test_rule_2_1_3_lungs__a_whole_body_has_its_lungs_or_is_left_out(chest, tmp_path):
+def test_rule_2_1_3_lungs__a_whole_body_has_its_lungs_or_is_skipped(chest, tmp_path):
     """Head, neck, abdomen with gas and legs around a chest: either a reason, or the chest's own lungs."""
     hu, lungs = whole_body(chest)
     reason = refusal(tmp_path, hu, chest.spacing)

@@ -7,6 +7,11 @@ The prepared data are noise: cubes of 6 voxels, networks of width 1, batches of 
 
 import itertools
 import math
+import os
+import subprocess
+import sys
+from types import SimpleNamespace
+from typing import NamedTuple
 
 import numpy as np
 import pytest
@@ -17,13 +22,24 @@ import lungaug
 import preprocessing
 import train_classifier
 import train_gan
-from lungaug import PRESETS, Refusal
 from losses import critic_loss, generator_loss
+from lungaug import OPTIONS, Refusal
 from models import Critic, Generator
-from train_gan import (Trainer, auxiliary_scale, critic_iteration, draw_batch, draw_epsilon, draw_labels, draw_latent,
-                       generator_iteration)
+from train_gan import (
+    Trainer,
+    auxiliary_scale,
+    critic_iteration,
+    decayed_rate,
+    draw_batch,
+    draw_epsilon,
+    draw_labels,
+    draw_latent,
+    generator_iteration,
+)
+
 
 CPU = torch.device("cpu")
+NO_CUBES = SimpleNamespace(cube=6, fingerprint=0)       # what a Trainer asks of a Dataset
 
 
 def small_dataset(run):
@@ -38,16 +54,22 @@ def small_dataset(run):
     return preprocessing.open_dataset(run)
 
 
+def batches_of(trainer, dataset):
+    """The batches of reals from the trainer's epoch on."""
+    return train_gan.read_batches(trainer.options, dataset, trainer.epoch)
+
+
 def options(**changes):
-    """train_gan.py's options for a small training, as its own command line settles them."""
-    a = lungaug.settle(lungaug.parse("", "train_gan", words=[]), "train_gan", "demo")
-    vars(a).update({"cube": 6, "width": 1, "batch_size": 4, "epochs": 4, "checkpoint_minutes": 0.0, **changes})
-    return a
+    """train_gan.py's options for a small training: the demo preset's, with these changes."""
+    small = lungaug.apply_preset(lungaug.parse("", "train_gan", words=[]), "train_gan", "demo")
+    vars(small).update({"width": 1, "batch_size": 4, "epochs": 4, "critic_iterations": 5, "decay_start": 1.0,
+                        "checkpoint_minutes": 0.0, **changes})
+    return small
 
 
 def small_trainer(double=False, **changes):
     """A new Trainer; double: networks in float64, for comparisons to rounding (the fakes are float32 even so)."""
-    trainer = Trainer(options(**changes), 6, CPU)
+    trainer = Trainer(options(**changes), NO_CUBES, CPU)
     if double:
         trainer.critic.double()
         trainer.generator.double().register_forward_pre_hook(lambda module, z: z[0].double())
@@ -124,7 +146,7 @@ def test_rule_4_1_balanced_batch__negatives_are_used_as_they_are(dataset):
 # 4.1.1 The settings
 
 def thesis(name):
-    row, = (row for row in PRESETS if (row.stage, row.name) == ("train_gan", name))
+    row, = (row for row in OPTIONS if row.stages == ("train_gan",) and row.name == f"--{name}")
     return row.thesis
 
 
@@ -139,8 +161,9 @@ def test_num_4_1_batch_size__of_reals_and_of_fakes(tmp_path, monkeypatch):
     trainer.generator.register_forward_pre_hook(lambda module, z: counts.append(len(z[0])))
     draw = train_gan.draw_batch
     monkeypatch.setattr(train_gan, "draw_batch", lambda dataset, n, rng: counts.append(n) or draw(dataset, n, rng))
-    train_gan.train_epoch(trainer, small_dataset(tmp_path))
-    assert counts == [6] * 11
+    train_gan.train_epoch(trainer, batches_of(trainer, small_dataset(tmp_path)))
+    # The reals are drawn by threads, ahead: of other epochs, too.
+    assert set(counts) == {6} and len(counts) >= 11
 
 
 def test_num_4_1_learning_rate__of_the_thesis():
@@ -151,7 +174,7 @@ def test_num_4_1_learning_rate__of_the_thesis():
 def test_num_4_1_learning_rate__of_both_optimizers():
     """Adam's first step with β₁ = 0 moves a weight of gradient 1 by the learning rate."""
     trainer = small_trainer(double=True, learning_rate=0.25)
-    for network, step in ((trainer.generator, trainer.generator_step), (trainer.critic, trainer.critic_step)):
+    for network, step in ((trainer.generator, trainer.generator_optimizer), (trainer.critic, trainer.critic_optimizer)):
         assert steps_of_adam(network, step, [1]) == pytest.approx([-0.25], rel=1e-7)
 
 
@@ -184,7 +207,7 @@ def test_num_4_1_epochs__are_trained(tmp_path, monkeypatch):
     assert trainer.epoch == 7
 
 
-def fake_epoch(trainer, dataset, loss=0.0):
+def fake_epoch(trainer, batches, loss=0.0):
     """An epoch in no time: a row of the log."""
     trainer.epoch += 1
     names = ("wasserstein", "penalty", "auxiliary", "real_accuracy", "fake_accuracy")
@@ -211,7 +234,7 @@ def test_num_4_1_adam__of_the_thesis():
 def test_num_4_1_adam__first_two_steps_by_hand(name):
     """Gradients 3, then 4: −lr·3/√9; then −lr·4/√v, v = (0.9·0.1·9 + 0.1·16)/(1 − 0.9²) = 2.41/0.19."""
     trainer = small_trainer(double=True, learning_rate=0.01)
-    moves = steps_of_adam(getattr(trainer, name), getattr(trainer, f"{name}_step"), [3, 4])
+    moves = steps_of_adam(getattr(trainer, name), getattr(trainer, f"{name}_optimizer"), [3, 4])
     assert moves == pytest.approx([-0.01, -0.04 / math.sqrt(2.41 / 0.19)], rel=1e-8)
 
 
@@ -233,9 +256,42 @@ def test_rule_4_1_alpha__reaches_both_losses(tmp_path, monkeypatch):
     seen, zero = [], {"total": 0.0}
     monkeypatch.setattr(train_gan, "critic_iteration", lambda trainer, real, labels, scale: seen.append(scale) or zero)
     monkeypatch.setattr(train_gan, "generator_iteration", lambda trainer, count, scale: seen.append(scale) or zero)
-    trainer, dataset = small_trainer(epochs=4, auxiliary_scale=1.0, late_auxiliary_scale=10.0), small_dataset(tmp_path)
-    assert [train_gan.train_epoch(trainer, dataset)["alpha"] for _ in range(4)] == [1, 1, 1, 10]
+    trainer = small_trainer(epochs=4, auxiliary_scale=1.0, late_auxiliary_scale=10.0)
+    batches = batches_of(trainer, small_dataset(tmp_path))
+    assert [train_gan.train_epoch(trainer, batches)["alpha"] for _ in range(4)] == [1, 1, 1, 10]
     assert seen == [1] * 18 + [10] * 6
+
+
+# The learning rate's decay
+
+@pytest.mark.parametrize("epoch, rate", [(0, 1), (50, 1), (51, 0.98), (75, 0.5), (99, 0.02)])
+def test_rule_4_1_decay__by_hand(epoch, rate):
+    """η = 1, from half of 100 epochs on a line to 0 at epoch 100: the last epoch, 99, has 0.02 still."""
+    assert decayed_rate(epoch, 100, 1.0, 0.5) == pytest.approx(rate, rel=1e-12)
+
+
+@pytest.mark.parametrize("start", [0, 0.3, 0.9])
+def test_rule_4_1_decay__no_epoch_is_without_a_step(start):
+    """The rate never rises, and is above 0 in the last epoch, too."""
+    rates = [decayed_rate(epoch, 20, 1e-3, start) for epoch in range(20)]
+    assert rates == sorted(rates, reverse=True) and rates[0] == 1e-3 and rates[-1] > 0
+
+
+def test_rule_4_1_decay__is_off_in_the_thesis():
+    """The thesis has one learning rate: at its --decay-start every epoch has it."""
+    assert {decayed_rate(epoch, 20000, 1e-4, thesis("decay-start")) for epoch in range(20000)} == {1e-4}
+
+
+def test_rule_4_1_decay__reaches_both_optimizers(tmp_path):
+    """Epochs 0 to 3 of 4, from half of them on: 1, 1, 1, ½ of the learning rate in each."""
+    trainer = small_trainer(epochs=4, learning_rate=0.25, decay_start=0.5)
+    batches = batches_of(trainer, small_dataset(tmp_path))
+    seen = []
+    for _ in range(4):
+        train_gan.train_epoch(trainer, batches)
+        optimizers = (trainer.generator_optimizer, trainer.critic_optimizer)
+        seen.append([group["lr"] for optimizer in optimizers for group in optimizer.param_groups])
+    assert seen == [[0.25, 0.25]] * 3 + [[0.125, 0.125]]
 
 
 # 3.3.1 What is drawn: labels, ε, z
@@ -306,7 +362,7 @@ def test_rule_3_3_1_latent__same_in_both_steps_and_in_sampling():
     latents = seen_by_generator(trainer)
     critic_iteration(trainer, *batch(60), 1)
     generator_iteration(trainer, 60, 1)
-    train_classifier.generate(trainer.generator, trainer.critic, 1, 60, math.inf, trainer.arguments, CPU)
+    train_classifier.generate(trainer.generator, trainer.critic, 1, 60, math.inf, trainer.options, CPU)
     assert len(latents) == 3 and all(stats.kstest(z[:, 2:].flatten(), "norm").pvalue > 1e-3 for z in latents)
 
 
@@ -372,6 +428,48 @@ def test_rule_4_1_critic_step__micro_batches_make_the_same_gradients(size):
     assert torch.equal(whole.noise.get_state(), parts.noise.get_state())
 
 
+class Share(NamedTuple):
+    """What one process of several handed to the sum over all: its gradients, and its terms."""
+    gradients: list
+    terms: dict
+
+
+def shares(n_processes, iterate, monkeypatch, **changes):
+    """The Share of each of n processes in one iteration, the processes one after the other, in this one."""
+    every = []
+    for process in range(n_processes):
+        def keep(gradients, terms):
+            every.append(Share([gradient.clone() for gradient in gradients], terms))
+            return terms
+
+        monkeypatch.setattr(train_gan, "process_place", lambda: (process, n_processes))
+        monkeypatch.setattr(train_gan, "sum_over_processes", keep)
+        iterate(small_trainer(double=True, **changes))
+    return every
+
+
+@pytest.mark.parametrize("n_processes, micro_batch", [(2, None), (3, 1), (2, 2)])
+def test_rule_4_1_critic_step__processes_share_the_batch(monkeypatch, n_processes, micro_batch):
+    """Five samples: the sums over the processes of gradients and terms are those of the whole batch in one."""
+    reals = batch(dtype=torch.float64)
+    whole = small_trainer(double=True)
+    terms = critic_iteration(whole, *reals, 2)
+    every = shares(n_processes, lambda trainer: critic_iteration(trainer, *reals, 2), monkeypatch,
+                   micro_batch=micro_batch)
+    summed = [sum(parts) for parts in zip(*(share.gradients for share in every))]
+    assert torch.allclose(torch.cat([g.flatten() for g in summed]), gradients(whole.critic), rtol=1e-10, atol=1e-10)
+    assert {name: sum(share.terms[name] for share in every) for name in terms} == pytest.approx(terms, rel=1e-12)
+
+
+def test_rule_4_1_generator_step__processes_share_the_batch(monkeypatch):
+    """The same of the generator's step, for two processes."""
+    whole = small_trainer(double=True)
+    generator_iteration(whole, 5, 2)
+    every = shares(2, lambda trainer: generator_iteration(trainer, 5, 2), monkeypatch)
+    summed = [sum(parts) for parts in zip(*(share.gradients for share in every))]
+    assert torch.allclose(torch.cat([g.flatten() for g in summed]), gradients(whole.generator), rtol=1e-10, atol=1e-12)
+
+
 # The generator's iteration
 
 def test_rule_4_1_generator_step__leaves_the_critic():
@@ -427,8 +525,8 @@ def test_rule_4_1_generator_step__micro_batches_make_the_same_gradients(size):
 
 # Five to one
 
-def recorded_epoch(run, monkeypatch):
-    """One epoch: its steps as (name, reals or count), and the z of each, in their order."""
+def recorded_epoch(run, monkeypatch, epochs=1):
+    """One epoch, or more: its steps as (name, reals or count), and the z of each, in their order."""
     trainer, steps = small_trainer(), []
     for name in ("critic_iteration", "generator_iteration"):
         def recorded(trainer, data, *rest, name=name, step=getattr(train_gan, name)):
@@ -437,14 +535,15 @@ def recorded_epoch(run, monkeypatch):
 
         monkeypatch.setattr(train_gan, name, recorded)
     latents = seen_by_generator(trainer)
-    train_gan.train_epoch(trainer, small_dataset(run))
+    batches = batches_of(trainer, small_dataset(run))
+    for _ in range(epochs):
+        train_gan.train_epoch(trainer, batches)
     return trainer, steps, latents
 
 
-def test_rule_4_1_five_to_one__in_every_preset():
-    """Five critic iterations, thesis and demo."""
-    row, = (row for row in PRESETS if (row.stage, row.name) == ("train_gan", "critic-iterations"))
-    assert (row.thesis, row.demo) == (5, 5)
+def test_rule_4_1_five_to_one__of_the_thesis():
+    """Five critic iterations in the thesis; the demo's are its own choice, which README gives a reason for."""
+    assert thesis("critic-iterations") == 5
 
 
 def test_rule_4_1_five_to_one__order(tmp_path, monkeypatch):
@@ -457,21 +556,34 @@ def test_rule_4_1_five_to_one__steps_of_the_optimizers(tmp_path, monkeypatch):
     """After an epoch Adam has counted five steps of each weight of the critic and one of the generator's."""
     trainer, _, _ = recorded_epoch(tmp_path, monkeypatch)
     counted = [{state["step"].item() for state in step.state.values()}
-               for step in (trainer.critic_step, trainer.generator_step)]
+               for step in (trainer.critic_optimizer, trainer.generator_optimizer)]
     assert counted == [{5}, {1}] and trainer.epoch == 1
 
 
 def test_rule_4_1_five_to_one__fresh_z_at_each(tmp_path, monkeypatch):
-    """Six draws of z, the generator's own among them: no noise is used twice."""
-    _, _, latents = recorded_epoch(tmp_path, monkeypatch)
-    assert len(latents) == 6 and len(torch.cat(latents)[:, 2:].unique()) == 6 * 4 * 126
+    """Six draws of z in an epoch, the generator's own among them: no noise is used twice, in the next epoch neither."""
+    _, _, latents = recorded_epoch(tmp_path, monkeypatch, epochs=2)
+    assert len(latents) == 12 and len(torch.cat(latents)[:, 2:].unique()) == 12 * 4 * 126
 
 
 def test_rule_4_1_five_to_one__fresh_reals_at_each(tmp_path, monkeypatch):
-    """The five batches of reals all differ."""
-    _, steps, _ = recorded_epoch(tmp_path, monkeypatch)
+    """The five batches of reals of two epochs all differ."""
+    _, steps, _ = recorded_epoch(tmp_path, monkeypatch, epochs=2)
     reals = [data for name, data in steps if name == "critic_iteration"]
+    assert len(reals) == 10
     assert not any(torch.equal(one, other) for one, other in itertools.combinations(reals, 2))
+
+
+@pytest.mark.parametrize("threads", [1, 4])
+def test_rule_4_1_five_to_one__reals_depend_on_epoch_and_iteration_alone(tmp_path, monkeypatch, threads):
+    """Read from epoch 2 on by any number of threads, the batches are those that a reading from the start has there."""
+    dataset = small_dataset(tmp_path)
+    words = options(critic_iterations=3, epochs=4)
+    from_start = list(train_gan.read_batches(words, dataset, 0))
+    monkeypatch.setattr(lungaug, "READ_THREADS", threads)
+    resumed = list(train_gan.read_batches(words, dataset, 2))
+    assert (len(from_start), len(resumed)) == (12, 6)
+    assert all(map(np.array_equal, sum(from_start[6:], ()), sum(resumed, ())))
 
 
 def test_rule_4_1_five_to_one__log_holds_the_mean_of_the_five(tmp_path, monkeypatch):
@@ -479,7 +591,8 @@ def test_rule_4_1_five_to_one__log_holds_the_mean_of_the_five(tmp_path, monkeypa
     values = iter([1, 2, 3, 4, 10])
     monkeypatch.setattr(train_gan, "critic_iteration", lambda *a: {"total": next(values)})
     monkeypatch.setattr(train_gan, "generator_iteration", lambda *a: {"total": 7})
-    row = train_gan.train_epoch(small_trainer(), small_dataset(tmp_path))
+    trainer = small_trainer()
+    row = train_gan.train_epoch(trainer, batches_of(trainer, small_dataset(tmp_path)))
     assert (row["epoch"], row["critic"], row["generator"]) == (1, {"total": 4}, {"total": 7})
 
 
@@ -489,18 +602,19 @@ def test_rule_4_1_fixed_z__stays_through_the_training(tmp_path):
     """An epoch leaves it as it was: four negatives, then four positives, by their one-hot."""
     trainer = small_trainer()
     before = trainer.fixed_latent.clone()
-    train_gan.train_epoch(trainer, small_dataset(tmp_path))
+    train_gan.train_epoch(trainer, batches_of(trainer, small_dataset(tmp_path)))
     assert torch.equal(trainer.fixed_latent, before) and before[:, :2].tolist() == [[1, 0]] * 4 + [[0, 1]] * 4
 
 
 def test_rule_4_1_fixed_z__is_drawn_by_the_generator_of_the_moment(tmp_path):
     """Each moment holds its epoch and round(127.5·(G(z) + 1)) to half a grey by the generator as it was then."""
-    trainer, dataset = small_trainer(), small_dataset(tmp_path)
+    trainer = small_trainer()
+    batches = batches_of(trainer, small_dataset(tmp_path))
     for epoch in (0, 1):
         train_gan.sample_fixed(trainer)
         exact = (trainer.generator(trainer.fixed_latent).double()[:, 0] + 1) * 127.5
         assert trainer.moments[epoch][0] == epoch and (trainer.moments[epoch][1] - exact).abs().max() < 0.501
-        train_gan.train_epoch(trainer, dataset)
+        train_gan.train_epoch(trainer, batches)
 
 
 def test_rule_4_1_fixed_z__drawing_it_changes_nothing():
@@ -520,7 +634,7 @@ def test_rule_4_1_fixed_z__from_the_start_to_the_end(tmp_path, monkeypatch):
     assert [epoch for epoch, _ in trainer.moments] == [0, 2, 4, 6, 8, 10, 12, 14, 16]
 
 
-# Seeds, stop and resume, losses that are no numbers
+# Seeds, stop and resume, losses that are not finite
 
 def test_trainer__seed_decides_the_weights():
     """Same seed, same weights and z, whatever torch's global randomness was; another seed, others."""
@@ -534,7 +648,7 @@ def test_trainer__state_survives_the_disk(tmp_path):
     """A trained Trainer's state, saved, loaded and restored in a new one, is that state again, bit for bit."""
     trainer, new = small_trainer(), small_trainer()
     train_gan.sample_fixed(trainer)
-    train_gan.train_epoch(trainer, small_dataset(tmp_path))
+    train_gan.train_epoch(trainer, batches_of(trainer, small_dataset(tmp_path)))
     lungaug.write(tmp_path / "checkpoint.pt", trainer.state())
     assert leaves(new.state()) != leaves(trainer.state())
     new.restore(lungaug.load_checkpoint(tmp_path / "checkpoint.pt", ""))
@@ -543,13 +657,13 @@ def test_trainer__state_survives_the_disk(tmp_path):
 
 def trained(folder, dataset, stop=None, **changes):
     """train() in `folder` from its checkpoint, or from the start; after `stop` epochs a Ctrl-C. Returns the Trainer."""
-    trainer, epoch = train_gan.load_or_start(folder, options(**changes), 6, CPU), train_gan.train_epoch
+    trainer, epoch = train_gan.start_or_resume(folder, options(**changes), dataset, CPU), train_gan.train_epoch
     done = iter(range(4))       # no more than 4 epochs, even where they do not count
 
-    def interrupted(trainer, dataset):
+    def interrupted(trainer, batches):
         if next(done) == stop:
             raise KeyboardInterrupt
-        return epoch(trainer, dataset)
+        return epoch(trainer, batches)
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(train_gan, "train_epoch", interrupted)
@@ -557,11 +671,14 @@ def trained(folder, dataset, stop=None, **changes):
     return trainer
 
 
-def test_train__resumed_ends_with_the_same_bytes(tmp_path):
-    """Stopped after 2 of 4 epochs, the log a row and a half ahead: resumed, all is as in the uninterrupted training."""
+@pytest.mark.parametrize("threads", [1, 4])
+def test_train__resumed_ends_with_the_same_bytes(tmp_path, monkeypatch, threads):
+    """Stopped after 2 of 4 epochs, the log a row and a half ahead: resumed, all is as in the uninterrupted training,
+    whatever number of threads reads ahead."""
     dataset, one, two = small_dataset(tmp_path), tmp_path / "one", tmp_path / "two"
     with pytest.raises(KeyboardInterrupt):
         trained(two, dataset, stop=2)
+    monkeypatch.setattr(lungaug, "READ_THREADS", threads)
     with open(two / "log.jsonl", "a") as file:
         file.write('{"epoch": 3, "critic": {}}\n{"epoch": 4, "cri')
     whole, resumed = trained(one, dataset), trained(two, dataset)
@@ -578,37 +695,101 @@ def test_train__checkpoint_is_the_trainer_at_the_end(tmp_path):
 
 def test_train__other_settings_do_not_resume(tmp_path):
     """A checkpoint made with another seed is refused, and said so; under --overwrite training starts from nothing."""
-    trained(tmp_path / "gan", small_dataset(tmp_path))
+    dataset = small_dataset(tmp_path)
+    trained(tmp_path / "gan", dataset)
     with pytest.raises(Refusal, match="seed 0, not 1"):
-        train_gan.load_or_start(tmp_path / "gan", options(seed=1), 6, CPU)
-    assert train_gan.load_or_start(tmp_path / "gan", options(seed=1, overwrite=True), 6, CPU).epoch == 0
+        train_gan.start_or_resume(tmp_path / "gan", options(seed=1), dataset, CPU)
+    assert train_gan.start_or_resume(tmp_path / "gan", options(seed=1, overwrite=True), dataset, CPU).epoch == 0
 
 
 @pytest.mark.parametrize("loss", [math.nan, math.inf])
-def test_train__loss_that_is_no_number_stops(tmp_path, monkeypatch, loss):
+def test_train__a_loss_that_is_nan_or_infinite_stops(tmp_path, monkeypatch, loss):
     """In epoch 3 of 4: Refusal that says so; the checkpoint of epoch 2 and a log of two rows are left."""
     monkeypatch.setattr(train_gan, "train_epoch", lambda t, _: fake_epoch(t, _, loss if t.epoch == 2 else 0.0))
     with pytest.raises(Refusal,
-                       match="no number in epoch 3 — start again with a lower --learning-rate and --overwrite"):
+                       match="NaN or infinite in epoch 3 — start over with a lower --learning-rate and --overwrite"):
         train_gan.train(small_trainer(), None, tmp_path)
     assert lungaug.load_checkpoint(tmp_path / "checkpoint.pt", "")["epoch"] == 2
     assert [row["epoch"] for row in lungaug.read_log(tmp_path / "log.jsonl")] == [1, 2]
 
 
 @pytest.mark.parametrize("name", ["generator", "critic"])
-def test_train__weight_that_is_no_number_stops(tmp_path, name):
+def test_train__a_weight_that_is_nan_stops(tmp_path, name):
     """One NaN among the weights of either network is found in the next epoch's losses."""
     trainer = small_trainer()
     trainer.epoch = 1
     next(getattr(trainer, name).parameters()).data.view(-1)[0] = math.nan
-    with pytest.raises(Refusal, match="no number in epoch 2"):
+    with pytest.raises(Refusal, match="NaN or infinite in epoch 2"):
         train_gan.train(trainer, small_dataset(tmp_path), tmp_path / "gan")
     assert not (tmp_path / "gan" / "checkpoint.pt").exists()
 
 
-def test_half_precision__weights_and_optimizers_stay_float32():
+def test_autocast__weights_and_optimizers_stay_float32():
     """Under bfloat16 the critic computes another loss than under float32; its weights and Adam's state stay float32."""
     half, full = small_trainer(precision="bfloat16"), small_trainer()
     terms = [critic_iteration(trainer, *batch(), 1) for trainer in (half, full)]
-    kept = [*half.critic.parameters(), *(t for state in half.critic_step.state.values() for t in state.values())]
+    kept = [*half.critic.parameters(), *(t for state in half.critic_optimizer.state.values() for t in state.values())]
     assert {t.dtype for t in kept} == {torch.float32} and terms[0]["total"] != terms[1]["total"]
+
+
+@pytest.mark.parametrize("precision, allowed", [("float32", False), ("tf32", True), ("bfloat16", True)])
+def test_precision__tf32_is_allowed_or_not_for_both_kinds_of_products(precision, allowed):
+    """PyTorch's own default allows it for convolutions and not for matrix products: --precision sets both."""
+    for flags in (torch.backends.cudnn, torch.backends.cuda.matmul):
+        flags.allow_tf32 = not allowed
+    small_trainer(precision=precision)
+    assert torch.backends.cudnn.allow_tf32 == torch.backends.cuda.matmul.allow_tf32 == allowed
+
+
+def test_precision__cubes_leave_the_generator_in_float32():
+    """Under bfloat16 tanh is computed in float32: its values are not all of 8 bits."""
+    with torch.autocast("cpu", torch.bfloat16):
+        cubes = Generator(6, 1)(torch.randn(2, 128))
+    assert cubes.dtype == torch.float32 and not torch.equal(cubes, cubes.bfloat16().float())
+
+
+def test_check_shares__more_processes_than_micro_batches(monkeypatch):
+    """Four samples are two micro-batches of 2: two processes can share them, three cannot, and are told so."""
+    for n_processes in (1, 2):
+        monkeypatch.setattr(train_gan, "process_place", lambda: (0, n_processes))
+        train_gan.check_shares(options(micro_batch=2))
+    monkeypatch.setattr(train_gan, "process_place", lambda: (0, 3))
+    with pytest.raises(Refusal, match="a batch has fewer micro-batches, 2, than there are processes, 3"):
+        train_gan.check_shares(options(micro_batch=2))
+
+
+def torchrun(run, *words, processes=2):
+    """Train in a run with that many processes on the CPU; fails where torchrun does."""
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", processes, "--",
+               lungaug.HERE / "train_gan.py", "--run", run, *words]
+    environment = os.environ | {"OMP_NUM_THREADS": str(torch.get_num_threads())}
+    done = subprocess.run(list(map(str, command)), capture_output=True, text=True, env=environment)
+    assert done.returncode == 0, done.stderr
+    return done.stdout
+
+
+@pytest.mark.skipif(os.name == "nt", reason="PyTorch for Windows lacks torchrun's rendezvous without libuv")
+def test_torchrun__two_processes_equal_one_with_two_micro_batches(tmp_path):
+    """Two processes for two epochs, then one for two more, end with the bytes of one process all along; one writes."""
+    dataset = small_dataset(tmp_path / "one")
+    small_dataset(tmp_path / "two")
+    words = ["--device", "cpu", "--width", 1, "--batch-size", 4, "--decay-start", 1, "--auxiliary-scale", 1,
+             "--late-auxiliary-scale", 1, "--checkpoint-minutes", 0]
+    settings = dict(micro_batch=2, decay_start=1.0, auxiliary_scale=1.0, late_auxiliary_scale=1.0, critic_iterations=2)
+
+    # Two processes alone, then one, which resumes.
+    out = torchrun(tmp_path / "two", *words, "--epochs", 2)
+    assert out.count("2 processes, cpu; epochs 0 to 2.") == 1
+    train_in_one(tmp_path / "two/gan", dataset, epochs=4, **settings)
+
+    # One process all along, which stops in between, for the sake of the pictures' epochs.
+    train_in_one(tmp_path / "one/gan", dataset, epochs=2, **settings)
+    train_in_one(tmp_path / "one/gan", dataset, epochs=4, **settings)
+    for name in ("checkpoint.pt", "log.jsonl"):
+        assert (tmp_path / "two/gan" / name).read_bytes() == (tmp_path / "one/gan" / name).read_bytes()
+
+
+def train_in_one(folder, dataset, **changes):
+    """Train in this process, from the folder's checkpoint where there is one."""
+    trainer = train_gan.start_or_resume(folder, options(**changes), dataset, CPU)
+    train_gan.train(trainer, dataset, folder)

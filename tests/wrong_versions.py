@@ -1,204 +1,555 @@
-"""Mistakes that people publish, each as a change to this program, with the id of the check that must catch it.
+"""Mistakes that people publish, each as a function that takes the right one's place.
 
-    python tests/wrong_versions.py                       # put each in place in turn; its guard must fail
+    python tests/wrong_versions.py                       # each in turn; its guard must fail
     python tests/wrong_versions.py --only sigmoid_score
-    python lungaug.py audit --wrong sigmoid_score        # every check that catches it: a lecture's demonstration
+    python lungaug.py audit --wrong sigmoid_score        # for a lecture: every check that catches it
+    LUNGAUG_WRONG=sigmoid_score python -m pytest tests/test_models.py
 
-Most were found in well-known repositories. Exit status 1 where a guard passes.
+Most were found in well-known repositories. A wrong version has the arguments and the result of the
+right one. Where it calls a right function by a name that is imported below, it gets the right one,
+whatever has been replaced. The table at the end of the file says whose place each one takes, and
+which id guards against it. Exit status 1 where a guard passes.
 """
 
 import argparse
-import difflib
+import importlib
+import inspect
+import itertools
 import sys
-import tempfile
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import NamedTuple
 
-import audit
+import numpy as np
+import pydicom
+import torch
+from torch import nn
 
+
+ROOT = Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(ROOT))
+
+import lungaug
+import train_gan
+from losses import (
+    auxiliary_cross_entropy,
+    critic_loss,
+    generator_loss,
+    gradient_penalty,
+    interpolate,
+    wasserstein_estimate,
+)
+from models import LATENT, Critic, conditional_latent, one_hot
+from preprocessing import cut, far_end, reorient, resample, split_patients
+from train_gan import accumulate
+
+
+MODULES = ("lungaug", "preprocessing", "models", "losses", "train_gan", "train_classifier",
+           "evaluate")
+
+
+# 1.3.5 The interpolation between reals and fakes
+
+def one_epsilon_per_batch(real, fake, epsilon):
+    """One ε for the whole batch."""
+    return epsilon[0] * real + (1 - epsilon[0]) * fake
+
+
+def one_epsilon_per_voxel(real, fake, epsilon):
+    """ε drawn for each voxel."""
+    epsilon = torch.rand_like(real)
+    return epsilon * real + (1 - epsilon) * fake
+
+
+def epsilon_is_one(real, fake, epsilon):
+    """ε = 1: the penalty sees reals only."""
+    return real
+
+
+# 1.3.5 The gradient penalty
+
+def gradient_between(critic, real, fake, epsilon, create_graph=True):
+    """∇_x̂ f(x̂), of the same shape as the cubes: right, and a start for the wrong penalties."""
+    x_hat = interpolate(real, fake, epsilon).detach().requires_grad_()
+    score, _ = critic(x_hat)
+    gradient, = torch.autograd.grad(score.sum(), x_hat, retain_graph=True,
+                                    create_graph=create_graph)
+    return gradient
+
+
+def norm_over_channels(critic, real, fake, epsilon):
+    """The norm over the channel axis alone: the slope of each voxel is driven to 1."""
+    gradient = gradient_between(critic, real, fake, epsilon)
+    norm = torch.linalg.vector_norm(gradient, dim=1)
+    return (norm - 1) ** 2
+
+
+def norm_of_the_batch(critic, real, fake, epsilon):
+    """The norm of the whole batch's gradient, in place of each sample's."""
+    gradient = gradient_between(critic, real, fake, epsilon)
+    norm = torch.linalg.vector_norm(gradient).expand(len(real))
+    return (norm - 1) ** 2
+
+
+def penalty_without_graph(critic, real, fake, epsilon):
+    """The penalty without create_graph: no gradient of it reaches the weights."""
+    gradient = gradient_between(critic, real, fake, epsilon, create_graph=False)
+    norm = torch.linalg.vector_norm(gradient.flatten(1), dim=1)
+    return (norm - 1) ** 2
+
+
+def bare_square_root(critic, real, fake, epsilon):
+    """A bare square root: its derivative is NaN where the gradient is 0."""
+    gradient = gradient_between(critic, real, fake, epsilon)
+    norm = gradient.flatten(1).pow(2).sum(1).sqrt()
+    return (norm - 1) ** 2
+
+
+# 3.3.1 The critic's loss
+
+def critic_signs_swapped(critic, real, real_labels, fake, fake_labels, epsilon, penalty_scale,
+                         auxiliary_scale):
+    """The critic's signs swapped: it scores reals low."""
+    loss = critic_loss(critic, real, real_labels, fake, fake_labels, epsilon, penalty_scale,
+                       auxiliary_scale)
+    total = loss.wasserstein + penalty_scale * loss.penalty + auxiliary_scale * loss.auxiliary
+    return loss._replace(total=total)
+
+
+def hinge_loss(critic, real, real_labels, fake, fake_labels, epsilon, penalty_scale,
+               auxiliary_scale):
+    """A hinge under the name Wasserstein."""
+    loss = critic_loss(critic, real, real_labels, fake, fake_labels, epsilon, penalty_scale,
+                       auxiliary_scale)
+    real_score, _ = critic(real)
+    fake_score, _ = critic(fake.detach())
+    hinge = (1 - real_score).relu().mean() + (1 + fake_score).relu().mean()
+    total = hinge + penalty_scale * loss.penalty + auxiliary_scale * loss.auxiliary
+    return loss._replace(total=total)
+
+
+def penalty_stepped_apart(critic, real, real_labels, fake, fake_labels, epsilon, penalty_scale,
+                          auxiliary_scale):
+    """The penalty taken out of the loss, for an optimizer step of its own."""
+    loss = critic_loss(critic, real, real_labels, fake, fake_labels, epsilon, penalty_scale,
+                       auxiliary_scale)
+    return loss._replace(total=-loss.wasserstein + auxiliary_scale * loss.auxiliary)
+
+
+def fakes_not_detached(critic, real, real_labels, fake, fake_labels, epsilon, penalty_scale,
+                       auxiliary_scale):
+    """The critic's loss reaches the generator."""
+    loss = critic_loss(critic, real, real_labels, fake, fake_labels, epsilon, penalty_scale,
+                       auxiliary_scale)
+    score, logits = critic(torch.cat([real, fake]))
+    labels = torch.cat([real_labels, fake_labels])
+    n = len(real)
+
+    wasserstein = wasserstein_estimate(score[:n], score[n:])
+    penalty = gradient_penalty(critic, real, fake, epsilon).mean()
+    auxiliary = auxiliary_cross_entropy(logits, labels)
+    return loss._replace(total=-wasserstein + penalty_scale * penalty + auxiliary_scale * auxiliary)
+
+
+def auxiliary_on_reals_only(critic, real, real_labels, fake, fake_labels, epsilon, penalty_scale,
+                            auxiliary_scale):
+    """The auxiliary loss on reals only."""
+    loss = critic_loss(critic, real, real_labels, fake, fake_labels, epsilon, penalty_scale,
+                       auxiliary_scale)
+    _, logits = critic(real)
+    auxiliary = auxiliary_cross_entropy(logits, real_labels)
+    total = -loss.wasserstein + penalty_scale * loss.penalty + auxiliary_scale * auxiliary
+    return loss._replace(total=total, auxiliary=auxiliary)
+
+
+def softmax_twice(logits, labels):
+    """A softmax before a cross-entropy that takes logits."""
+    return auxiliary_cross_entropy(logits.softmax(1), labels)
+
+
+# 3.3.2 The generator's loss
+
+def generator_sign_swapped(critic, fake, labels, auxiliary_scale):
+    """The generator's sign swapped: it makes what the critic calls fake."""
+    loss = generator_loss(critic, fake, labels, auxiliary_scale)
+    return loss._replace(total=loss.score + auxiliary_scale * loss.auxiliary)
+
+
+def own_prediction_as_truth(critic, fake, labels, auxiliary_scale):
+    """The generator's cross-entropy against the critic's own prediction, as 1.3.4 has it."""
+    _, logits = critic(fake)
+    return generator_loss(critic, fake, logits.argmax(1), auxiliary_scale)
+
+
+# 3.1 The networks
+
+right_forward = Critic.forward
+
+
+def sigmoid_score(self, x):
+    """A sigmoid on the critic's score."""
+    score, logits = right_forward(self, x)
+    return score.sigmoid(), logits
+
+
+def batch_norm(channels):
+    """Batch norm in the critic: the score of a sample depends on the others."""
+    return nn.BatchNorm3d(channels)
+
+
+def one_hot_reversed(labels):
+    """The one-hot reversed: [1, 0] for a positive."""
+    return one_hot(1 - labels)
+
+
+# 4.1 The draws
+
+def epsilon_normal(count, noise, device):
+    """ε normal, in place of uniform."""
+    return torch.randn(count, generator=noise).to(device)
+
+
+def two_latents(labels, noise):
+    """z uniform in training, and normal when samples are generated."""
+    z = torch.rand(len(labels), LATENT, generator=noise)
+    return conditional_latent(z.to(labels.device), labels)
+
+
+# 4.1 The learning rate
+
+def decay_to_zero_too_early(epoch, epochs, rate, start):
+    """A decay that is through half-way: the rest of the epochs train nothing."""
+    decayed = max(0, epoch / epochs - start)
+    return rate * max(0, 1 - 2 * decayed / (1 - start))
+
+
+# 4.1 The epoch. Its parts are called as train_gan.…, as they stand: none of them is wrong.
+
+def scale_of(trainer):
+    """α in this epoch."""
+    options = trainer.options
+    return train_gan.auxiliary_scale(trainer.epoch, options.epochs, options.auxiliary_scale,
+                                     options.late_auxiliary_scale)
+
+
+def next_reals(trainer, batches):
+    """A batch of reals and their labels, as tensors."""
+    cubes, labels = next(batches)
+    return torch.from_numpy(cubes).to(trainer.device), torch.from_numpy(labels).to(trainer.device)
+
+
+def end_epoch(trainer, scale, critic_terms, generator_terms):
+    """Count the epoch; returns its row of the log, from the terms of each critic iteration."""
+    trainer.epoch += 1
+    means = {name: sum(terms[name] for terms in critic_terms) / len(critic_terms)
+             for name in critic_terms[0]}
+    return {"epoch": trainer.epoch, "alpha": scale, "critic": means, "generator": generator_terms}
+
+
+def one_to_five(trainer, batches):
+    """One critic step to five of the generator."""
+    scale = scale_of(trainer)
+
+    trainer.seed_iteration(0)
+    real, labels = next_reals(trainer, batches)
+    critic_terms = [train_gan.critic_iteration(trainer, real, labels, scale)]
+
+    for iteration in range(5):
+        trainer.seed_iteration(1 + iteration)
+        generator_terms = train_gan.generator_iteration(trainer, trainer.options.batch_size, scale)
+    return end_epoch(trainer, scale, critic_terms, generator_terms)
+
+
+def short_batches_skipped(trainer, batches):
+    """Some of the five critic steps skipped."""
+    scale = scale_of(trainer)
+
+    critic_terms = []
+    for iteration in range(trainer.options.critic_iterations - 1):
+        trainer.seed_iteration(iteration)
+        real, labels = next_reals(trainer, batches)
+        critic_terms.append(train_gan.critic_iteration(trainer, real, labels, scale))
+
+    trainer.seed_iteration(trainer.options.critic_iterations)
+    generator_terms = train_gan.generator_iteration(trainer, trainer.options.batch_size, scale)
+    return end_epoch(trainer, scale, critic_terms, generator_terms)
+
+
+def reals_used_five_times(trainer, batches):
+    """The same reals at each of the five critic steps."""
+    scale = scale_of(trainer)
+
+    critic_terms = []
+    real, labels = next_reals(trainer, batches)
+    for iteration in range(trainer.options.critic_iterations):
+        trainer.seed_iteration(iteration)
+        critic_terms.append(train_gan.critic_iteration(trainer, real, labels, scale))
+
+    trainer.seed_iteration(trainer.options.critic_iterations)
+    generator_terms = train_gan.generator_iteration(trainer, trainer.options.batch_size, scale)
+    return end_epoch(trainer, scale, critic_terms, generator_terms)
+
+
+def critics_last_z(trainer, batches):
+    """The generator given the z of the critic's last step."""
+    scale = scale_of(trainer)
+
+    critic_terms = []
+    for iteration in range(trainer.options.critic_iterations):
+        trainer.seed_iteration(iteration)
+        real, labels = next_reals(trainer, batches)
+        critic_terms.append(train_gan.critic_iteration(trainer, real, labels, scale))
+
+    trainer.seed_iteration(trainer.options.critic_iterations - 1)
+    generator_terms = train_gan.generator_iteration(trainer, trainer.options.batch_size, scale)
+    return end_epoch(trainer, scale, critic_terms, generator_terms)
+
+
+def batch_drawn_twice(options, dataset, first_epoch):
+    """Each batch of reals drawn twice: the seed does not tell an iteration from the next."""
+    epochs = range(first_epoch, options.epochs)
+    for epoch, iteration in itertools.product(epochs, range(options.critic_iterations)):
+        rng = lungaug.stream(options.seed, "gan batches", epoch, iteration // 2)
+        yield train_gan.draw_batch(dataset, options.batch_size, rng)
+
+
+def one_share_for_all(loss_of, count, size, network):
+    """Every process the same share of the batch, as where all have one stream of random numbers."""
+    process_place = train_gan.process_place
+    _, n_processes = process_place()
+    train_gan.process_place = lambda: (0, n_processes)
+    try:
+        return accumulate(loss_of, count, size, network)
+    finally:
+        train_gan.process_place = process_place
+
+
+# 2 The slices of a DICOM series
+
+def slices_sorted_by_z(headers, normal):
+    """Slices sorted by z alone."""
+    return sorted(headers, key=lambda header: header.position[2])
+
+
+def thickness_for_spacing(step, headers):
+    """SliceThickness taken for the distance between slices."""
+    return float(pydicom.dcmread(headers[0].path).SliceThickness)
+
+
+def localizer_kept(header):
+    """A localizer under the series' own UID kept as a slice: all files make one volume."""
+    return ()
+
+
+def no_rescale(stored, slope, intercept):
+    """Stored values taken for HU."""
+    return 1.0 * stored
+
+
+# 2.1.1 The grid of 1 mm
+
+def direction_ignored(scan):
+    """The direction matrix ignored."""
+    return np.eye(3) * scan.spacing
+
+
+def direction_transposed(scan):
+    """The direction matrix from the wrong side: the scan is turned the wrong way."""
+    return scan.direction.T * scan.spacing
+
+
+def any_flip_is_both(axes):
+    """Any mirrored axis taken for x and y mirrored."""
+    any_mirrored = (np.diag(axes) < 0).any()
+    return np.array([any_mirrored, any_mirrored, False])
+
+
+def mirror_off_by_one(axes, spacing, shape, mirrored):
+    """A mirrored index of n − i in place of n − 1 − i."""
+    return far_end(axes, spacing, np.array(shape) + 1, mirrored)
+
+
+def rounded_zoom(scan, origin=None, shape=None):
+    """A zoom by a rounded factor, which moves nodules."""
+    scan = reorient(scan)
+    size = np.array(scan.hu.shape[::-1])
+    spacing = np.round(size * scan.spacing) / size
+    return resample(scan._replace(spacing=spacing), origin, shape)
+
+
+# 2.1.3 to 2.1.5 The lungs, the cubes, the split
+
+def room_air_as_lung(labels):
+    """The largest air taken for the lung: it is the room's."""
+    return np.array([], int)
+
+
+def axes_transposed(origin, centre):
+    """Millimetres (x, y, z) taken for an index (z, y, x)."""
+    return np.floor(np.asarray(centre, float) - origin + 0.5).astype(int)
+
+
+def crop_shifted(hu, voxel, side):
+    """A crop at the border shifted in place of padded: the nodule is off its centre."""
+    last_start = np.maximum(np.array(hu.shape) - side, 0)
+    start = np.clip(np.asarray(voxel) - side // 2, 0, last_start)
+    return cut(hu, start + side // 2, side)
+
+
+def split_by_scan(records, seed):
+    """Scans split in place of patients: one patient's scans in training and in test."""
+    splits = split_patients([record["seriesuid"] for record in records], seed)
+    return [record | {"split": splits[record["seriesuid"]]} for record in records]
+
+
+# The table
 
 class Wrong(NamedTuple):
-    """What the mistake is, the id that guards against it, the file, and its text before and after."""
-    says: str
-    guard: str
-    file: str
-    changes: tuple      # of (before, after); each `before` stands once in the file
+    """A row of the table. A mistake that needs several functions has the others in `more`."""
+    function: object    # the wrong one
+    target: str         # whose place it takes: file.function, or file.Class.method
+    guard: str          # the id whose tests must fail
+    more: tuple = ()    # of (function, target)
+
+    @property
+    def says(self):
+        """What the mistake is, in a line."""
+        return inspect.getdoc(self.function).splitlines()[0]
 
 
-WRONG = {
-    # 1.3.5 and 3.3: the losses
-    "one_epsilon_a_batch": Wrong(
-        "one ε for the whole batch", "eq_1_3_5_interpolate", "losses.py",
-        (("epsilon = epsilon.reshape(-1, *[1] * (real.dim() - 1))", "epsilon = epsilon[0]"),)),
-    "one_epsilon_a_voxel": Wrong(
-        "ε drawn for each voxel", "eq_1_3_5_interpolate", "losses.py",
-        (("epsilon = epsilon.reshape(-1, *[1] * (real.dim() - 1))", "epsilon = torch.rand_like(real)"),)),
-    "epsilon_is_one": Wrong(
-        "ε = 1: the penalty sees reals alone", "eq_1_3_5_interpolate", "losses.py",
-        (("return epsilon * real + (1 - epsilon) * fake", "return real + 0 * epsilon * fake"),)),
-    "norm_over_channels": Wrong(
-        "the norm over the channel axis alone, each voxel's slope driven to 1", "eq_1_3_5_gradient_penalty",
-        "losses.py",
-        (("vector_norm(gradient.flatten(1), dim=1)", "vector_norm(gradient, dim=1)"),)),
-    "norm_of_the_batch": Wrong(
-        "the norm of the batch's gradient, not of each sample's", "eq_1_3_5_gradient_penalty", "losses.py",
-        (("vector_norm(gradient.flatten(1), dim=1)", "vector_norm(gradient).expand(len(gradient))"),)),
-    "penalty_without_graph": Wrong(
-        "the penalty without create_graph: no gradient reaches the weights", "eq_1_3_5_gradient_penalty", "losses.py",
-        (("create_graph=True)", "retain_graph=True)"),)),
-    "bare_square_root": Wrong(
-        "a bare square root: NaN where the gradient is 0", "eq_1_3_5_gradient_penalty", "losses.py",
-        (("torch.linalg.vector_norm(gradient.flatten(1), dim=1)", "gradient.flatten(1).pow(2).sum(1).sqrt()"),)),
-    "critic_signs_swapped": Wrong(
-        "the critic's signs swapped: reals scored low", "eq_3_3_1_critic_loss", "losses.py",
-        (("total = -wasserstein +", "total = wasserstein +"),)),
-    "generator_sign_swapped": Wrong(
-        "the generator's sign swapped: it makes what the critic calls fake", "eq_3_3_2_generator_loss", "losses.py",
-        (("GeneratorLoss(-score +", "GeneratorLoss(score +"),)),
-    "hinge_loss": Wrong(
-        "a hinge under the name Wasserstein", "eq_3_3_1_critic_loss", "losses.py",
-        (("total = -wasserstein +", "total = (1 - score[:n]).relu().mean() + (1 + score[n:]).relu().mean() +"),)),
-    "penalty_stepped_apart": Wrong(
-        "the penalty left out of the loss, for an optimizer step of its own", "eq_3_3_1_critic_loss", "losses.py",
-        (("-wasserstein + penalty_scale * penalty +", "-wasserstein +"),)),
-    "fakes_not_detached": Wrong(
-        "the critic's loss reaches the generator", "eq_3_3_1_critic_loss", "losses.py",
-        (("    fake = fake.detach()\n", ""),)),
-    "auxiliary_on_reals_only": Wrong(
-        "the auxiliary loss on reals alone", "rule_3_3_1_concatenation", "losses.py",
-        (("auxiliary = auxiliary_cross_entropy(logits, labels)\n    total",
-          "auxiliary = auxiliary_cross_entropy(logits[:n], real_labels)\n    total"),)),
-    "own_prediction_as_truth": Wrong(
-        "the generator's cross-entropy against the critic's own prediction, as 1.3.4 has it", "eq_3_3_2_generator_loss",
-        "losses.py",
-        (("score.mean(), auxiliary_cross_entropy(logits, labels)",
-          "score.mean(), auxiliary_cross_entropy(logits, logits.argmax(1))"),)),
-    "softmax_twice": Wrong(
-        "a softmax before a cross-entropy that takes logits", "eq_3_3_1_auxiliary", "losses.py",
-        (("torch.log_softmax(logits, dim=1)", "torch.log_softmax(logits.softmax(1), dim=1)"),)),
-    # 3.1: the networks
-    "sigmoid_score": Wrong(
-        "a sigmoid on the critic's score", "rule_3_1_critic", "models.py",
-        (("self.score(trunk)[:, 0])", "self.score(trunk)[:, 0].sigmoid())"),)),
-    "batch_norm": Wrong(
-        "batch norm in the critic: one sample's score depends on another", "rule_3_1_layer_norm", "models.py",
-        (("return nn.GroupNorm(1, channels) ", "return nn.BatchNorm3d(channels) "),)),
-    "one_hot_reversed": Wrong(
-        "the one-hot reversed", "rule_3_1_one_hot", "models.py",
-        (("F.one_hot(labels, CLASSES)", "F.one_hot(1 - labels, CLASSES)"),)),
-    # 4.1: the training
-    "epsilon_normal": Wrong(
-        "ε normal in place of uniform", "rule_3_3_1_epsilon", "train_gan.py",
-        (("return torch.rand(count, generator=noise)", "return torch.randn(count, generator=noise)"),)),
-    "two_latents": Wrong(
-        "training noise uniform, sampling noise normal", "rule_3_3_1_latent", "train_gan.py",
-        (("torch.randn(len(labels), LATENT", "torch.rand(len(labels), LATENT"),)),
-    "one_to_five": Wrong(
-        "one critic step to five of the generator", "rule_4_1_five_to_one", "train_gan.py",
-        (("    for _ in range(a.critic_iterations):\n", "    for _ in range(1):\n"),
-         ("    generator = generator_iteration(",
-          "    for _ in range(4):\n        generator_iteration(trainer, a.batch_size, scale)\n"
-          "    generator = generator_iteration("))),
-    "short_batches_skipped": Wrong(
-        "some of the five critic steps skipped", "rule_4_1_five_to_one", "train_gan.py",
-        (("    for _ in range(a.critic_iterations):\n", "    for _ in range(a.critic_iterations - 1):\n"),)),
-    "reals_used_five_times": Wrong(
-        "the same reals at each of the five critic steps", "rule_4_1_five_to_one", "train_gan.py",
-        (("    for _ in range(a.critic_iterations):\n"
-          "        batch = draw_batch(dataset, a.batch_size, trainer.draws)\n",
-          "    batch = draw_batch(dataset, a.batch_size, trainer.draws)\n"
-          "    for _ in range(a.critic_iterations):\n"),)),
-    "critics_last_z": Wrong(
-        "the generator given the critic's last z", "rule_4_1_five_to_one", "train_gan.py",
-        (("    generator = generator_iteration(",
-          "    trainer.noise.set_state(before)\n    generator = generator_iteration("),
-         ("        rounds.append(", "        before = trainer.noise.get_state()\n        rounds.append("))),
-    # 2: the data
-    "direction_ignored": Wrong(
-        "the direction matrix ignored", "rule_2_1_1_resample", "preprocessing.py",
-        (("    return scan.direction * scan.spacing", "    return np.eye(3) * scan.spacing"),)),
-    "direction_transposed": Wrong(
-        "the direction matrix from the wrong side: turned the wrong way", "rule_2_1_1_resample", "preprocessing.py",
-        (("    return scan.direction * scan.spacing", "    return scan.direction.T * scan.spacing"),)),
-    "any_flip_is_both": Wrong(
-        "any flipped axis taken for x and y flipped", "rule_2_1_1_resample", "preprocessing.py",
-        (("back = np.diag(axes) < 0", "back = np.array([True, True, False]) & (np.diag(axes) < 0).any()"),)),
-    "mirror_off_by_one": Wrong(
-        "a mirrored index of n − i for n − 1 − i", "rule_2_1_1_resample", "preprocessing.py",
-        (("np.where(back, np.array(hu.shape[::-1]) - 1, 0)", "np.where(back, np.array(hu.shape[::-1]), 0)"),)),
-    "rounded_zoom": Wrong(
-        "a zoom by a rounded factor, which moves nodules", "rule_2_1_1_resample", "preprocessing.py",
-        (("    scan = reorient(scan)\n    origin, shape",
-          "    scan = reorient(scan)\n    size = np.array(scan.hu.shape[::-1])\n"
-          "    scan = scan._replace(spacing=np.round(size * scan.spacing) / size)\n    origin, shape"),)),
-    "slices_sorted_by_z": Wrong(
-        "slices sorted by z alone", "rule_2_dicom_geometry", "preprocessing.py",
-        (("key=lambda one: one[0] @ normal)", "key=lambda one: one[0][2])"),)),
-    "thickness_for_spacing": Wrong(
-        "SliceThickness taken for the spacing", "rule_2_dicom_geometry", "preprocessing.py",
-        (("between = round(float(np.linalg.norm(step)), 6)",
-          "between = float(pydicom.dcmread(paths[0]).SliceThickness)"),)),
-    "localizer_left_in": Wrong(
-        "a localizer under the series' own UID left in", "rule_2_dicom_geometry", "preprocessing.py",
-        (("groups[tuple(np.hstack(plane).round(3))]", "groups[tuple(range(10))]"),)),
-    "no_rescale": Wrong(
-        "stored values taken for HU", "rule_2_rescale", "preprocessing.py",
-        (("float(tags.RescaleSlope) * tags.pixel_array + float(tags.RescaleIntercept)", "1.0 * tags.pixel_array"),)),
-    "room_air_as_lung": Wrong(
-        "the largest air is the lung: the room", "rule_2_1_3_lungs", "preprocessing.py",
-        (("    sizes[0] = sizes[room] = 0", "    sizes[0] = 0"),)),
-    "axes_transposed": Wrong(
-        "millimetres (x, y, z) taken for an index (z, y, x)", "rule_2_1_4_centre", "preprocessing.py",
-        (("(np.asarray(centre, float) - origin)[..., ::-1]", "(np.asarray(centre, float) - origin)"),)),
-    "crop_shifted": Wrong(
-        "a crop at the border shifted in place of padded: the nodule off its centre", "rule_2_1_4_padding",
-        "preprocessing.py",
-        (("    start = np.asarray(voxel) - side // 2\n",
-          "    start = np.clip(np.asarray(voxel) - side // 2, 0, np.maximum(np.array(hu.shape) - side, 0))\n"),)),
-    "split_by_scan": Wrong(
-        "scans split in place of patients: two scans of one patient in training and in test", "rule_2_1_5_split",
-        "preprocessing.py",
-        (('split_patients([record["patient"] for', 'split_patients([record["seriesuid"] for'),
-         ('splits[record["patient"]]', 'splits[record["seriesuid"]]'))),
-}
+ROWS = (
+    # 1.3.5
+    Wrong(one_epsilon_per_batch, "losses.interpolate", "eq_1_3_5_interpolate"),
+    Wrong(one_epsilon_per_voxel, "losses.interpolate", "eq_1_3_5_interpolate"),
+    Wrong(epsilon_is_one, "losses.interpolate", "eq_1_3_5_interpolate"),
+    Wrong(norm_over_channels, "losses.gradient_penalty", "eq_1_3_5_gradient_penalty"),
+    Wrong(norm_of_the_batch, "losses.gradient_penalty", "eq_1_3_5_gradient_penalty"),
+    Wrong(penalty_without_graph, "losses.gradient_penalty", "eq_1_3_5_gradient_penalty"),
+    Wrong(bare_square_root, "losses.gradient_penalty", "eq_1_3_5_gradient_penalty"),
+    # 3.3
+    Wrong(critic_signs_swapped, "losses.critic_loss", "eq_3_3_1_critic_loss"),
+    Wrong(hinge_loss, "losses.critic_loss", "eq_3_3_1_critic_loss"),
+    Wrong(penalty_stepped_apart, "losses.critic_loss", "eq_3_3_1_critic_loss"),
+    Wrong(fakes_not_detached, "losses.critic_loss", "eq_3_3_1_critic_loss"),
+    Wrong(auxiliary_on_reals_only, "losses.critic_loss", "rule_3_3_1_concatenation"),
+    Wrong(softmax_twice, "losses.auxiliary_cross_entropy", "eq_3_3_1_auxiliary"),
+    Wrong(generator_sign_swapped, "losses.generator_loss", "eq_3_3_2_generator_loss"),
+    Wrong(own_prediction_as_truth, "losses.generator_loss", "eq_3_3_2_generator_loss"),
+    # 3.1
+    Wrong(sigmoid_score, "models.Critic.forward", "rule_3_1_critic"),
+    Wrong(batch_norm, "models.norm", "rule_3_1_layer_norm"),
+    Wrong(one_hot_reversed, "models.one_hot", "rule_3_1_one_hot"),
+    # 4.1. train_gan has draw_latent from models: there alone it is wrong.
+    Wrong(epsilon_normal, "train_gan.draw_epsilon", "rule_3_3_1_epsilon"),
+    Wrong(two_latents, "train_gan.draw_latent", "rule_3_3_1_latent"),
+    Wrong(decay_to_zero_too_early, "train_gan.decayed_rate", "rule_4_1_decay"),
+    Wrong(one_to_five, "train_gan.train_epoch", "rule_4_1_five_to_one"),
+    Wrong(short_batches_skipped, "train_gan.train_epoch", "rule_4_1_five_to_one"),
+    Wrong(reals_used_five_times, "train_gan.train_epoch", "rule_4_1_five_to_one"),
+    Wrong(critics_last_z, "train_gan.train_epoch", "rule_4_1_five_to_one"),
+    Wrong(batch_drawn_twice, "train_gan.read_batches", "rule_4_1_five_to_one"),
+    Wrong(one_share_for_all, "train_gan.accumulate", "rule_4_1_critic_step"),
+    # 2
+    Wrong(slices_sorted_by_z, "preprocessing.sort_slices", "rule_2_dicom_geometry"),
+    Wrong(thickness_for_spacing, "preprocessing.slice_spacing", "rule_2_dicom_geometry"),
+    Wrong(localizer_kept, "preprocessing.plane_of", "rule_2_dicom_geometry"),
+    Wrong(no_rescale, "preprocessing.rescale", "rule_2_rescale"),
+    Wrong(direction_ignored, "preprocessing.affine", "rule_2_1_1_resample"),
+    Wrong(direction_transposed, "preprocessing.affine", "rule_2_1_1_resample"),
+    Wrong(any_flip_is_both, "preprocessing.mirrored_axes", "rule_2_1_1_resample"),
+    Wrong(mirror_off_by_one, "preprocessing.far_end", "rule_2_1_1_resample"),
+    Wrong(rounded_zoom, "preprocessing.resample", "rule_2_1_1_resample"),
+    Wrong(room_air_as_lung, "preprocessing.border_labels", "rule_2_1_3_lungs"),
+    Wrong(axes_transposed, "preprocessing.nearest_voxel", "rule_2_1_4_centre"),
+    Wrong(crop_shifted, "preprocessing.cut", "rule_2_1_4_padding"),
+    Wrong(split_by_scan, "preprocessing.split_records", "rule_2_1_5_split"),
+)
+WRONG = {row.function.__name__: row for row in ROWS}
 
 
-def put(name, root):
-    """Put the mistake in place in the tree `root`; returns what it is and the change, as text."""
-    wrong = WRONG[name]
-    path = Path(root) / wrong.file
-    before = after = path.read_text()
-    for old, new in wrong.changes:
-        if after.count(old) != 1:
-            raise ValueError(f"{name}: {old!r} stands {after.count(old)} times in {wrong.file}")
-        after = after.replace(old, new)
-    path.write_text(after)
-    lines = difflib.unified_diff(before.splitlines(), after.splitlines(), wrong.file, wrong.file, n=0, lineterm="")
-    return "\n".join([f"{name}: {wrong.says}", *lines])
+# Put one in place
+
+def replacements(name):
+    """Every (wrong function, target) of a mistake."""
+    row = WRONG[name]
+    return [(row.function, row.target), *row.more]
 
 
-def caught(name):
-    """Whether the guard of a mistake fails with it in place, and how many tests the guard has."""
-    with tempfile.TemporaryDirectory() as folder:
-        root = audit.copy_tree(folder)
-        put(name, root)
-        results = audit.verdicts(root, WRONG[name].guard).get(WRONG[name].guard, {})
-        return not all(results.values()), len(results)
+def locate(name, target):
+    """The module or class that holds the target, and the target's name in it."""
+    module, *path, attribute = target.split(".")
+    owner = importlib.import_module(module)
+    for step in path:
+        owner = getattr(owner, step, None)
+    if not hasattr(owner, attribute):
+        raise LookupError(f"tests/wrong_versions.py: {name} takes the place of {target}, which does "
+                          "not exist any more: in ROWS, name the function that has its job now")
+    return owner, attribute
+
+
+def install(name):
+    """Put a mistake in place in this process, in every file of ours that has the right function.
+
+    A function is replaced in the file that defines it and in those that imported it by name; where
+    the target only imported it, in the target alone.
+    """
+    modules = [importlib.import_module(module) for module in MODULES]
+    for function, target in replacements(name):
+        owner, attribute = locate(name, target)
+        right = getattr(owner, attribute)
+        setattr(owner, attribute, function)
+        if right.__module__ != target.split(".")[0]:
+            continue
+
+        for module in modules:
+            for key, value in list(vars(module).items()):
+                if value is right:
+                    setattr(module, key, function)
+
+
+def show(name):
+    """The text for a lecture: what the mistake is, the right function's source, the wrong one's."""
+    lines = [f"{name}: {WRONG[name].says}"]
+    for function, target in replacements(name):
+        owner, attribute = locate(name, target)
+        right = getattr(owner, attribute)
+        lines += [f"\nright: {target}\n", inspect.getsource(right).rstrip()]
+        lines += [f"\nwrong: tests/{Path(__file__).name}\n", inspect.getsource(function).rstrip()]
+    return "\n".join(lines) + "\n"
+
+
+# Does each guard fail?
+
+def run_guard(name):
+    """{test: passed} of a mistake's guard, with the mistake in place."""
+    # audit imports this file, so it cannot be imported before this file is complete.
+    import audit
+
+    guard = WRONG[name].guard
+    return audit.verdicts(select=guard, wrong=name).get(guard, {})
 
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--only", choices=sorted(WRONG), metavar="NAME", help="one mistake")
-    arguments = parser.parse_args()
-    names, missed = [arguments.only] if arguments.only else list(WRONG), 0
+    options = parser.parse_args()
+    names = [options.only] if options.only else list(WRONG)
+    for name in names:
+        for _, target in replacements(name):
+            locate(name, target)
+
+    missed = 0
     with ThreadPoolExecutor(2) as pool:
-        for name, (failed, count) in zip(names, pool.map(caught, names)):
-            missed += not failed
-            print(f"{'caught' if failed else 'MISSED':<8}{name:<26}{WRONG[name].guard} ({count} tests)", flush=True)
+        for name, results in zip(names, pool.map(run_guard, names)):
+            failed = not all(results.values())
+            verdict = "caught" if failed else "MISSED"
+            print(f"{verdict:<8}{name:<26}{WRONG[name].guard} ({len(results)} tests)", flush=True)
+            if not failed:
+                missed += 1
+
     print(f"{len(names) - missed} of {len(names)} mistakes caught by their guards.")
     return 1 if missed else 0
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    lungaug.command(main)
