@@ -127,7 +127,8 @@ OPTIONS = (
            help="Negative cubes per scan. Derived from Table 1: 581,130 in 888 scans.",
            source="Table 1 [num_2_1_4_negatives]"),
     Option("--max-slice-mm", PREPROCESSING, float, 2.5, 2.5, low=0, fixes=("prepared",),
-           help="Largest distance between slices, in mm, of a scan that is used, as in LUNA16.",
+           help="Largest distance between slices, in mm, of a scan that is used, as in LUNA16. "
+                "Where it is raised, only scans skipped before are prepared.",
            source="2 [num_2_slices]"),
 
     # Section 4.1
@@ -383,6 +384,19 @@ def replace_what_a_terminal_lacks():
             stream.reconfigure(errors="replace")
 
 
+# How PyTorch and the libraries below it say that memory ran out.
+OUT_OF_MEMORY = ("out of memory", "can't allocate memory", "cannot allocate memory",
+                 "not enough memory", "alloc_failed", "could not create a memory object",
+                 "could not create a primitive", "unable to find an engine",
+                 "unable to find a valid cudnn algorithm")
+
+
+def is_out_of_memory(error):
+    """Whether an exception says that memory ran out; any other RuntimeError is a bug of ours."""
+    text = str(error).lower()
+    return isinstance(error, MemoryError) or any(words in text for words in OUT_OF_MEMORY)
+
+
 def command(main):
     """Run a stage's main(); what the user can act on is one line on stderr and exit status 2."""
     replace_what_a_terminal_lacks()
@@ -403,11 +417,11 @@ def command(main):
         problem = error.strerror or error
         print(Refusal(path, problem, "fix this and run the same command again"), file=sys.stderr)
     except (MemoryError, RuntimeError) as error:
-        # PyTorch reports missing memory as a RuntimeError; any other one is a bug of ours.
-        if isinstance(error, RuntimeError) and "memory" not in str(error):
+        if not is_out_of_memory(error):
             raise
-        remedy = "give a smaller --batch-size, --width or --micro-batch"
-        print(Refusal("memory", error, remedy), file=sys.stderr)
+        first_line = str(error).partition("\n")[0] or "no more to be had"
+        remedy = "give a smaller --micro-batch, or else --batch-size or --width"
+        print(Refusal("out of memory", first_line, remedy), file=sys.stderr)
     except KeyboardInterrupt:
         # A second Ctrl-C must not cut this line in two.
         signal.signal(signal.SIGINT, signal.SIG_IGN)
@@ -443,18 +457,64 @@ def seed_weights(seed, name):
     torch.manual_seed(seed_number(seed, name))
 
 
+def available_devices():
+    """The values of --device that name a device of this machine."""
+    gpus = [f"cuda:{i}" for i in range(torch.cuda.device_count())]
+    return ["cpu", *gpus]
+
+
 def pick_device(name):
     """The torch.device of --device; auto is a GPU where there is one. Raises Refusal."""
     if name == "auto":
         name = "cuda" if torch.cuda.is_available() else "cpu"
+    remedy = f"give one that is: {', '.join(available_devices())}"
     try:
-        # Building a device succeeds for any name; only using it shows whether it is there.
-        torch.zeros(1, device=name).cpu()
+        device = torch.device(name)
+        # Building a device succeeds for any number; only using it shows whether it is there.
+        torch.zeros(1, device=device).cpu()
     except (RuntimeError, AssertionError, ImportError) as error:
         problem = str(error).splitlines()[0]
-        remedy = "use --device cpu or an available device"
-        raise Refusal(f"--device {name}", problem, remedy) from None
-    return torch.device(name)
+        raise Refusal(f"--device {name}", f"is not available ({problem})", remedy) from None
+    # Others lack some of the operations, or their second derivatives.
+    check(device.type in ("cpu", "cuda"), f"--device {name}",
+          "only CPUs and CUDA GPUs are supported", remedy)
+    return device
+
+
+# One convolution at full size, timed, tells about how long the GAN's steps take: so many of them
+# per cube. Measured by tests/bench_gan_step.py at the thesis' size.
+CONVOLUTIONS = {"critic": 999, "generator": 999}
+
+
+def estimate_seconds(options, cube):
+    """About how long the GAN's epochs take on this CPU. options: those of train_gan.py."""
+    # A larger cube takes longer by its volume; it need not be in memory for this.
+    side = min(cube, 48)
+    cubes = torch.zeros(2, options.width, side, side, side)
+    cubes = cubes.contiguous(memory_format=torch.channels_last_3d)
+    kernel = torch.zeros(options.width, options.width, 3, 3, 3)
+
+    # The first call is slower than those that follow.
+    seconds = []
+    for _ in range(3):
+        start = time.perf_counter()
+        torch.nn.functional.conv3d(cubes, kernel, padding=1)
+        elapsed = time.perf_counter() - start
+        seconds.append(elapsed / len(cubes) * (cube / side) ** 3)
+
+    convolutions = (options.critic_iterations * CONVOLUTIONS["critic"]
+                    + CONVOLUTIONS["generator"])
+    return min(seconds) * convolutions * options.batch_size * options.epochs
+
+
+def warn_of_days(options, cube, device):
+    """Say so, in capitals, before anything slow starts, where the GAN would take days on a CPU."""
+    if device.type != "cpu":
+        return
+    seconds = estimate_seconds(options, cube)
+    if seconds > 86400:
+        print(f"ON THIS CPU THE GAN TAKES ABOUT {seconds / 86400:,.0f} DAYS. --preset demo takes "
+              "minutes; the thesis preset is meant for a GPU.", flush=True)
 
 
 # Safe files: a reader never sees half a file
@@ -912,14 +972,21 @@ def wait_for(process):
     return 130
 
 
+KILLED = 9      # SIGKILL, which Windows lacks
+
+
 def run_script(script, *words):
     """Print a script's command and run it; where it fails, exit with its status."""
     words = [str(word) for word in words]
     print(f"\n$ python {shlex.join([script, *words])}", flush=True)
     status = wait_for(subprocess.Popen([sys.executable, HERE / script, *words]))
-    if status != 0:
-        # A child that a signal ended has a negative status; a shell says 128 + its number.
-        sys.exit(status if status > 0 else 128 - status)
+    if status == 0:
+        return
+    if status == -KILLED:
+        print(Refusal(script, "was killed, probably out of memory",
+                      "free memory; the same command resumes"), file=sys.stderr)
+    # A child that a signal ended has a negative status; a shell says 128 + its number.
+    sys.exit(status if status > 0 else 128 - status)
 
 
 def tie_to_parent():
@@ -975,6 +1042,14 @@ def submit(pool, *call):
         return pool.submit(*call)
 
 
+def warn_before_stages(options):
+    """`warn_of_days` for the options of all stages, with the preset that follows the scans."""
+    preset = "thesis" if options.scans else "demo"
+    filled = apply_preset(argparse.Namespace(**vars(options)), "train_gan", preset)
+    apply_preset(filled, "preprocessing", preset)
+    warn_of_days(filled, filled.cube, pick_device(filled.device))
+
+
 def main():
     if sys.argv[1:2] == ["audit"]:
         run_script("tests/audit.py", *sys.argv[2:])
@@ -985,6 +1060,7 @@ def main():
 
     description = "\n\n".join(__doc__.split("\n\n")[:2])
     options = parse(description, *STAGES)
+    warn_before_stages(options)
     for stage in STAGES:
         run_script(f"{stage}.py", *command_words(options, stage))
 

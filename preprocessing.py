@@ -644,10 +644,11 @@ def likely_cause(scan, mask, nodules):
     return "those of another scan, or not in mm, LPS"
 
 
-def check_nodules(scan, mask, nodules):
+def check_nodules(scan, mask, nodules, rows):
     """Raise Refusal where a nodule's centre lies outside the scan's voxels.
 
-    mask: the lungs', a Scan; nodules: (n, 4), (x, y, z, diameter) in mm.
+    mask: the lungs', a Scan; nodules: (n, 4), (x, y, z, diameter) in mm; rows: nodule → the row of
+    the table that it stands in, as text.
     """
     # Half a voxel is added, so that 0 is the border of the first voxel, not its centre.
     index = to_index(scan, nodules[:, :3]) + 0.5
@@ -655,7 +656,8 @@ def check_nodules(scan, mask, nodules):
     if outside.any():
         places = places_text(nodules[outside])
         cause = likely_cause(scan, mask, nodules)
-        raise Refusal("the annotations",
+        row = rows.get(tuple(nodules[outside][0]), "the annotations")
+        raise Refusal(row,
                       f"a nodule of {scan.seriesuid} lies outside its scan, at {places}",
                       f"fix the coordinates: they may be {cause}")
 
@@ -681,11 +683,12 @@ def region_around(points, cube, shape):
     return start, stop
 
 
-def prepare_scan(source, nodules, folder, parameters):
+def prepare_scan(source, nodules, folder, parameters, rows=None):
     """Read a scan, find its lungs, fill the 1 mm grid around them, draw negatives.
 
-    nodules: (x, y, z, diameter) in mm. Leaves the volume, with half a cube of margin around lungs
-    and nodules, and a picture in `folder`; returns the scan's record. Raises Refusal.
+    nodules: (x, y, z, diameter) in mm; rows: nodule → its row of the table, for messages. Leaves
+    the volume, with half a cube of margin around lungs and nodules, and a picture in `folder`;
+    returns the scan's record. Raises Refusal.
     """
     path = source.files[0]
     cube = parameters["cube"]
@@ -702,7 +705,7 @@ def prepare_scan(source, nodules, folder, parameters):
 
     # Find its lungs.
     lungs = find_lungs(scan, path)
-    check_nodules(scan, lungs.mask, nodules)
+    check_nodules(scan, lungs.mask, nodules, rows or {})
     misplaced = misplaced_nodules(scan, lungs.mask, nodules)
 
     # Fill the 1 mm grid around lungs and nodules.
@@ -945,7 +948,7 @@ def is_whole(record, folder):
         return False
 
 
-def prepare_one(source, nodules, folder, parameters):
+def prepare_one(source, nodules, folder, parameters, rows=None):
     """Make a scan's record, unless a whole one exists; returns it.
 
     The record of a scan that cannot be used holds the path, the problem and the remedy. What
@@ -956,7 +959,7 @@ def prepare_one(source, nodules, folder, parameters):
         return record
 
     try:
-        record = prepare_scan(source, nodules, folder, parameters)
+        record = prepare_scan(source, nodules, folder, parameters, rows)
     except Refusal as refusal:
         record = skipped_record(source, refusal)
     except MemoryError:
@@ -964,9 +967,14 @@ def prepare_one(source, nodules, folder, parameters):
         record = skipped_record(source, refusal)
 
     result = {key: value for key, value in record.items() if key != "ignored"}
-    fingerprint = lungaug.fingerprint([parameters, result])
-    lungaug.write(record_path(source, folder), result | {"fingerprint": fingerprint})
+    write_record(source, folder, parameters, result)
     return record
+
+
+def write_record(source, folder, parameters, record):
+    """Write a scan's record, with a fingerprint of itself and of the parameters."""
+    fingerprint = lungaug.fingerprint([parameters, record])
+    lungaug.write(record_path(source, folder), record | {"fingerprint": fingerprint})
 
 
 def skipped_record(source, refusal):
@@ -985,7 +993,8 @@ def reason_of(record):
 def prepare(sources, annotations, folder, parameters, options):
     """Make every source's record, in --workers processes.
 
-    Under --strict the first scan that cannot be used raises its Refusal.
+    annotations: series UID → {nodule: its row of the table, as text}. Under --strict the first scan
+    that cannot be used raises its Refusal.
     """
     progress = lungaug.Progress("scans", len(sources))
     workers = min(options.workers, max(1, len(sources)))
@@ -993,8 +1002,9 @@ def prepare(sources, annotations, folder, parameters, options):
         jobs = []
         ignored = []
         for source in sources:
-            nodules = annotations.get(source.seriesuid, [])
-            jobs.append(lungaug.submit(pool, prepare_one, source, nodules, folder, parameters))
+            rows = annotations.get(source.seriesuid, {})
+            jobs.append(lungaug.submit(pool, prepare_one, source, list(rows), folder, parameters,
+                                       rows))
 
         try:
             for done, job in enumerate(jobs, 1):
@@ -1014,6 +1024,36 @@ def prepare(sources, annotations, folder, parameters, options):
 
     for text in ignored:
         print(f"ignored: {lungaug.printable(text)}")
+
+
+def lower_limit(folder, parameters):
+    """The parameters of what a folder holds, where they differ by a lower --max-slice-mm alone.
+
+    Otherwise None. Raises Refusal.
+    """
+    path = folder / "parameters.json"
+    if not path.exists():
+        return None
+    earlier = lungaug.read_json(path, "start over with --overwrite")
+    limit = parameters["max_slice_mm"]
+    with lungaug.refuse_on_error(path, "start over with --overwrite"):
+        is_lower = (earlier | {"max_slice_mm": limit} == parameters
+                    and earlier["max_slice_mm"] < limit)
+    return earlier if is_lower else None
+
+
+def raise_limit(sources, folder, earlier, parameters):
+    """Turn the records of `earlier` parameters, with a lower --max-slice-mm, into those of these.
+
+    A scan that was used under the lower limit is used under this one, with the same cubes. The
+    others have no record of these parameters, and are prepared.
+    """
+    for source in sources:
+        record = read_record(source, folder, earlier)
+        if record and "problem" not in record:
+            write_record(source, folder, parameters, record)
+    lungaug.remove(folder, "dataset.json", "options.json")
+    lungaug.write(folder / "parameters.json", parameters)
 
 
 def gather(records, folder, parameters, options):
@@ -1107,7 +1147,7 @@ def find_data(options):
         check(scans.is_dir(), scans, "is not a folder", "give the folder of the scans with --scans")
 
     table = options.annotations or find_annotations(scans)
-    annotations = read_annotations(table)
+    annotations = annotation_rows(table)
     sources = find_scans(scans)
     check(any(source.seriesuid in annotations for source in sources), table,
           "none of the scans' series is in it",
@@ -1129,11 +1169,14 @@ def prepare_part(sources, annotations, parameters, folder, options):
     part = sources[index - 1::count]
     with ExitStack() as stack:
         stack.enter_context(lungaug.lock(folder, f"preparing part {index} of {count}"))
-        if options.overwrite:
+        earlier = None if options.overwrite else lower_limit(folder, parameters)
+        if options.overwrite or earlier:
             # A training that runs at this moment reads these volumes.
             for stage in ("gan", "classifiers"):
                 if (options.run / stage).exists():
                     stack.enter_context(lungaug.lock(options.run / stage, "training"))
+        if earlier:
+            raise_limit(sources, folder, earlier, parameters)
         lungaug.claim_folder(folder, parameters, options.overwrite)
         if options.overwrite:
             records = [record_path(source, folder).name for source in part]
@@ -1928,6 +1971,11 @@ def read_annotations(path):
     Columns are found by their names, in any order, beside others. A table that a spreadsheet wrote
     is read, too: with semicolons or tabs, decimal commas, a byte order mark. Raises Refusal.
     """
+    return {uid: list(rows) for uid, rows in annotation_rows(path).items()}
+
+
+def annotation_rows(path):
+    """The same with each nodule's row: series UID → {nodule: "annotations.csv, line 12"}."""
     lines = []
     places = None       # known after the first row
     width = 0
@@ -1991,7 +2039,7 @@ def check_diameters(lines, path):
 
 
 def nodules_of_series(lines, path):
-    """Series UID → its nodules, each once; one line names the rows that repeat an earlier one."""
+    """Series UID → {nodule: its first row}; one line names the rows that repeat an earlier one."""
     nodules = defaultdict(dict)     # series UID → nodule → the line that it stands in
     repeated = []
     for number, uid, nodule in lines:
@@ -2001,7 +2049,11 @@ def nodules_of_series(lines, path):
 
     if repeated:
         print(lungaug.printable(f"{path}: each nodule is taken once: {'; '.join(repeated)}"))
-    return {uid: list(found) for uid, found in nodules.items()}
+
+    rows = {}
+    for uid, numbers in nodules.items():
+        rows[uid] = {nodule: f"{path}, line {number}" for nodule, number in numbers.items()}
+    return rows
 
 
 def read_annotation(row, places, delimiter, line):

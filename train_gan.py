@@ -527,6 +527,8 @@ def main():
     dataset = preprocessing.open_dataset(run)
     lungaug.apply_preset(options, "train_gan", dataset.info["preset"])
     check_shares(options)
+    if process == 0:
+        lungaug.warn_of_days(options, dataset.cube, device)
     if process > 0:
         train_in(folder, options, dataset, device)
         return

@@ -4,8 +4,9 @@
     python tests/chaos.py --short                # three kills of smaller stages; 1 minute
     python tests/chaos.py --seed 7 --kills 30
 
-Run A goes through every stage undisturbed. Run B, of the same scans, is killed (SIGKILL, the whole
-process group) at random moments of every stage. After each kill the same commands run again: all
+Run A goes through every stage undisturbed. Run B, of the same scans, is stopped at random moments of
+every stage, the whole process group, in turn by SIGKILL and by SIGINT, which is Ctrl-C: that must
+end within seconds, with status 130 and without a traceback. After each kill the same commands run again: all
 stages from the first on, or, with --short, from the killed one on. Then every file of the two runs
 is compared byte for byte, except options.json and report.html, which hold each stage's command
 and time.
@@ -30,6 +31,8 @@ import lungaug
 import phantom
 
 
+SIGNALS = (signal.SIGKILL, signal.SIGINT)
+INTERRUPT_SECONDS = 30      # within which a stage that gets Ctrl-C has ended, on a busy machine
 HOLD_TIMES = ("options.json", "report.html")
 
 
@@ -83,17 +86,27 @@ def run_whole(command, folder):
     return time.monotonic() - start_time
 
 
-def run_killed(command, folder, seconds):
-    """Run a stage and kill its group after `seconds`. Returns whether it was still running."""
+def run_killed(command, folder, seconds, sent):
+    """Run a stage and send its group a signal after `seconds`. Returns whether it still ran."""
     process = start(command, folder)
     try:
         status = process.wait(seconds)
     except subprocess.TimeoutExpired:
-        os.killpg(process.pid, signal.SIGKILL)
-        process.wait()
+        os.killpg(process.pid, sent)
+        status = process.wait(INTERRUPT_SECONDS)
+        # A stage that has just ended has its own status.
+        if sent == signal.SIGINT and status != 0:
+            exit_if_not_interrupted(status, command, folder)
         return True
     exit_if_failed(status, command, folder)
     return False
+
+
+def exit_if_not_interrupted(status, command, folder):
+    """End the script, with the stage's output, where Ctrl-C was not one line and status 130."""
+    output = (folder / "output.txt").read_text(encoding="utf-8", errors="replace")
+    if status != 130 or "Traceback" in output or output.count("lungaug: interrupted") != 1:
+        sys.exit(f"{' '.join(command[1:])}, interrupted, ended with {status}:\n{output}")
 
 
 # Kill run B
@@ -134,9 +147,10 @@ def disturb(commands, kills, folder, short):
             run_whole(commands[earlier], folder)
 
         # A stage may end before it is killed, as earlier kills left it less to do.
-        while not run_killed(commands[stage], folder, seconds):
+        sent = SIGNALS[number % len(SIGNALS)]
+        while not run_killed(commands[stage], folder, seconds, sent):
             seconds *= 0.7
-        print(f"kill {number}/{len(kills)}: {stage} after {seconds:.2f} s, "
+        print(f"kill {number}/{len(kills)}: {stage}, {sent.name} after {seconds:.2f} s, "
               f"with {describe(folder / 'B')}", flush=True)
         if short:
             first = killed

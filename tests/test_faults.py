@@ -4,7 +4,9 @@
 """
 
 import errno
+import itertools
 import os
+import shutil
 import subprocess
 import sys
 
@@ -12,7 +14,11 @@ import numpy as np
 import pytest
 import torch
 
+import evaluate
 import lungaug
+import train_classifier
+import train_gan
+from helpers import in_one_line, small_run
 
 
 VALUES = {
@@ -92,3 +98,94 @@ def test_append_log__a_fault_names_the_log(tmp_path, capsys):
         lungaug.command(lambda: lungaug.append_log(path, {"epoch": 1}))
     assert stopped.value.code == 2
     assert capsys.readouterr().err.startswith(f"lungaug: {path}: ")
+
+
+# Each write of a whole run fails once
+
+ERRORS = (errno.ENOSPC, errno.EIO, errno.EACCES)
+COMMANDS = (
+    (train_gan, "--width", 1, "--batch-size", 4, "--epochs", 3, "--checkpoint-minutes", 0),
+    (train_classifier, "--batch-size", 8, "--epochs", 2, "--attempts", 3, "--score-quantile", 0,
+     "--class-probability", 0),
+    (evaluate,),
+)
+HOLD_TIMES = ("options.json", "report.html")
+
+
+class FailingFile:
+    """A file whose write leaves half of what it is given where `step` raises."""
+
+    def __init__(self, file, step):
+        self.file = file
+        self.step = step
+
+    def write(self, data):
+        try:
+            self.step()
+        except OSError:
+            self.file.write(data[:len(data) // 2])
+            raise
+        return self.file.write(data)
+
+    def __getattr__(self, name):
+        return getattr(self.file, name)
+
+    def __enter__(self):
+        return self
+
+    def __exit__(self, *error):
+        self.file.close()
+
+
+def fail_at(patch, count):
+    """Let the count-th write, fsync or rename fail, each kind of error in turn; a list that holds those to come."""
+    left = [count]
+
+    def step():
+        left[0] -= 1
+        if left[0] == 0:
+            number = ERRORS[count % len(ERRORS)]
+            raise OSError(number, os.strerror(number))
+
+    def after_step(function):
+        def stepping(*arguments):
+            step()
+            return function(*arguments)
+        return stepping
+
+    for name in ("fsync", "replace"):
+        patch.setattr(os, name, after_step(getattr(os, name)))
+
+    def open_failing(*arguments, **more):
+        return FailingFile(open(*arguments, **more), step)
+
+    patch.setattr(lungaug, "open", open_failing, raising=False)
+    return left
+
+
+def contents(run):
+    """Name → bytes of a run's files, less those that hold a command's time, and the locks."""
+    files = [path for path in run.rglob("*") if path.is_file() and path.name not in HOLD_TIMES]
+    return {str(path.relative_to(run)): path.read_bytes() for path in files if path.suffix != ".lock"}
+
+
+def test_stages__each_write_that_fails_once_is_one_line_and_nothing_is_lost(tmp_path, monkeypatch, run):
+    """The first write of a stage fails, then, as the same command runs again, the second, and so on: each time it is
+    one line, and in the end the files are those of a run that nothing befell."""
+    quiet, faulty = tmp_path / "quiet", tmp_path / "faulty"
+    small_run(quiet, nodules=(6, 4, 4))
+    shutil.copytree(quiet, faulty)
+    for stage, *words in COMMANDS:
+        assert run(stage, "--run", quiet, "--preset", "demo", *words).status == 0
+
+        for count in itertools.count(1):
+            with monkeypatch.context() as patch:
+                left = fail_at(patch, count)
+                done = run(stage, "--run", faulty, "--preset", "demo", *words)
+            if left[0] > 0:
+                break
+            *_, line = done.err.splitlines(keepends=True)
+            done.err = line
+            assert in_one_line(done, "run the same command again"), count
+        assert done.status == 0 and count > 5
+        assert contents(faulty) == contents(quiet)

@@ -4,6 +4,7 @@
 """
 
 import ast
+import itertools
 import json
 import os
 import pickle
@@ -321,11 +322,111 @@ def test_run_script__a_failing_stage_stops_the_run_with_its_status(monkeypatch, 
     assert stopped.value.code == 7 and "$ python fails.py 'a b' 7\n" in capsys.readouterr().out
 
 
-@pytest.mark.parametrize("name", ["nonsense", "cuda:99", "meta:x", "hpu", "privateuseone"])
+@pytest.mark.skipif(sys.platform == "win32", reason="Windows has no SIGKILL")
+def test_run_script__a_stage_that_is_killed_is_told(monkeypatch, capfd, tmp_path):
+    """The system kills whoever takes too much memory, without a word: the run says so, and ends as a shell would."""
+    (tmp_path / "dies.py").write_text("import os, signal; os.kill(os.getpid(), signal.SIGKILL)")
+    monkeypatch.setattr(lungaug, "HERE", tmp_path)
+    with pytest.raises(SystemExit) as stopped:
+        lungaug.run_script("dies.py")
+    assert stopped.value.code == 137
+    assert re.fullmatch("lungaug: dies.py: was killed, [^\n]*out of memory[^\n]* — [^\n]+\n", capfd.readouterr().err)
+
+
+NOT_HERE = ["nonsense", "cuda:99", "meta", "meta:x", "hpu", "privateuseone", "tpu", "mps", "xla", "vulkan", ""]
+
+
+@pytest.mark.parametrize("name", NOT_HERE)
 def test_pick_device__an_unavailable_device_is_one_line(name):
-    """A device that this machine or torch has not is refused by name."""
-    with pytest.raises(Refusal, match=name):
+    """A device that this machine, torch or this program has not is refused by name; those that are there are listed."""
+    with pytest.raises(Refusal, match=f"--device {name}: ") as caught:
         lungaug.pick_device(name)
+    assert "cpu" in caught.value.remedy and "\n" not in str(caught.value)
+
+
+MEMORY_ERRORS = [
+    MemoryError(),
+    MemoryError("Unable to allocate 373. GiB for an array with shape (100000000000,)"),
+    torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 20.00 MiB.\nGPU 0 has 1 MiB free."),
+    RuntimeError("[enforce fail at alloc_cpu.cpp:127] err == 0. DefaultCPUAllocator: can't allocate memory: "
+                 "you tried to allocate 400000000000 bytes. Error code 12 (Cannot allocate memory)"),
+    RuntimeError("CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling `cublasCreate(handle)`"),
+    RuntimeError("cuDNN error: CUDNN_STATUS_ALLOC_FAILED"),
+    RuntimeError("could not create a primitive"),
+    RuntimeError("GET was unable to find an engine to execute this computation"),
+    RuntimeError("Unable to find a valid cuDNN algorithm to run convolution"),
+]
+
+
+@pytest.mark.parametrize("error", MEMORY_ERRORS, ids=lambda error: str(error)[:24])
+def test_command__every_wording_of_no_memory_is_one_line(capsys, error):
+    """The remedy that changes no result, --micro-batch, comes first."""
+    def main():
+        raise error
+
+    with pytest.raises(SystemExit) as stopped:
+        lungaug.command(main)
+    line = capsys.readouterr().err
+    assert stopped.value.code == 2
+    assert re.fullmatch("lungaug: out of memory: [^\n]+ — [^\n]+\n", line)
+    assert line.index("--micro-batch") < line.index("--batch-size") < line.index("--width")
+
+
+def test_command__memory_that_really_runs_out(capsys):
+    """PyTorch's own error, asked for more than any machine has."""
+    with pytest.raises(SystemExit) as stopped:
+        lungaug.command(lambda: torch.empty(2 ** 55))
+    assert stopped.value.code == 2 and "--micro-batch" in capsys.readouterr().err
+
+
+def test_command__another_error_of_memory_is_a_bug():
+    """An illegal access is no want of memory: its traceback is needed."""
+    def main():
+        raise RuntimeError("CUDA error: an illegal memory access was encountered")
+
+    with pytest.raises(RuntimeError, match="illegal"):
+        lungaug.command(main)
+
+
+def gan_options(*words):
+    return lungaug.apply_preset(lungaug.parse("", "train_gan", words=map(str, words)), "train_gan", "thesis")
+
+
+def test_warn_of_days__in_capitals_with_the_days(monkeypatch, capsys):
+    """On a CPU, where it takes more than a day; not on a GPU, and not for hours."""
+    monkeypatch.setattr(lungaug, "estimate_seconds", lambda *_: 90 * 86400)
+    lungaug.warn_of_days(gan_options(), 48, torch.device("cuda"))
+    assert capsys.readouterr().out == ""
+    lungaug.warn_of_days(gan_options(), 48, torch.device("cpu"))
+    assert capsys.readouterr().out.startswith("ON THIS CPU THE GAN TAKES ABOUT 90 DAYS. --preset demo ")
+    monkeypatch.setattr(lungaug, "estimate_seconds", lambda *_: 3600)
+    lungaug.warn_of_days(gan_options(), 48, torch.device("cpu"))
+    assert capsys.readouterr().out == ""
+
+
+def test_estimate_seconds__proportional_to_what_is_computed(monkeypatch):
+    """Twice the epochs or the batch take twice as long; a cube of twice the side, where the clock says the same, eight
+    times. A clock that ticks a second at each look makes it exact."""
+    ticks = itertools.count()
+    monkeypatch.setattr(time, "perf_counter", lambda: next(ticks))
+    first = lungaug.estimate_seconds(gan_options("--width", 1), 48)
+    assert lungaug.estimate_seconds(gan_options("--width", 1, "--epochs", 40000), 48) == 2 * first
+    assert lungaug.estimate_seconds(gan_options("--width", 1, "--batch-size", 128), 48) == 2 * first
+    assert lungaug.estimate_seconds(gan_options("--width", 1), 96) == 8 * first
+
+
+def test_main__the_thesis_on_a_cpu_is_told_of_before_anything_slow(monkeypatch, capsys, tmp_path):
+    """With scans of one's own the thesis preset holds: the line comes before the first stage; with --preset demo or
+    synthetic scans there is none."""
+    monkeypatch.setattr(lungaug, "estimate_seconds", lambda options, cube: options.epochs * cube)
+    monkeypatch.setattr(lungaug, "run_script", lambda script, *words: print(script))
+    for words, is_told in ((["--scans", tmp_path], True), (["--scans", tmp_path, "--preset", "demo"], False),
+                           ([], False), (["--preset", "thesis"], True)):
+        monkeypatch.setattr(sys, "argv", ["lungaug.py", "--device", "cpu", *map(str, words)])
+        lungaug.main()
+        first_line = capsys.readouterr().out.splitlines()[0]
+        assert first_line.startswith("ON THIS CPU") == is_told
+        assert is_told or first_line == "preprocessing.py"
 
 
 # Randomness

@@ -19,6 +19,7 @@ from torch import nn
 from torch.nn import functional as F
 
 import models
+from losses import critic_loss, generator_loss
 from models import (
     LATENT,
     Classifier,
@@ -36,6 +37,7 @@ from models import (
     one_hot,
     upsample,
 )
+from plain_networks import PlainCritic, PlainGenerator
 
 
 SHAPE = (2, 3, 4, 6, 8)
@@ -281,6 +283,42 @@ def test_rule_3_1_1_residual_down__formula():
     skip = torch.einsum("oi,nizyx->nozyx", block.skip.weight[:, :, 0, 0, 0],
                         downsample(x)) + block.skip.bias.reshape(-1, 1, 1, 1)
     assert near(block(x), h + skip)
+
+
+def weight_gradients(loss, network):
+    """A loss and its gradients in the network's parameters, side by side in one vector."""
+    gradients = torch.autograd.grad(loss, list(network.parameters()))
+    return torch.cat([loss.detach()[None], *(gradient.flatten() for gradient in gradients)])
+
+
+@pytest.mark.parametrize("cube, width", [(6, 3), (12, 2), (24, 1)])
+def test_rule_3_1_critic__fast_paths_change_no_loss_and_no_gradient(cube, width):
+    """L_f and its gradients in the critic's weights, the penalty's second derivatives with them, are the plain
+    formulas' within 1e-12 of the largest."""
+    critic = shaken(Critic(cube, width))
+    real, fake = samples(Critic, cube, 4), samples(Critic, cube, 4)
+    labels, fake_labels = torch.tensor([1, 1, 0, 0]), torch.tensor([0, 1, 1, 0])
+    epsilon = torch.tensor([0.0, 0.3, 0.8, 1.0]).double()
+
+    def gradients(network):
+        loss = critic_loss(network, real, labels, fake, fake_labels, epsilon, 10, 3).total
+        return weight_gradients(loss, critic)
+
+    expected = gradients(PlainCritic(critic))
+    assert near(gradients(critic), expected, 1e-12 * expected.abs().max())
+
+
+@pytest.mark.parametrize("cube, width", [(6, 3), (12, 2), (24, 1)])
+def test_rule_3_1_generator__fast_paths_change_no_loss_and_no_gradient(cube, width):
+    """L_G and its gradients in the generator's weights are the plain formulas' within 1e-12 of the largest."""
+    generator, critic = shaken(Generator(cube, width)), shaken(Critic(cube, width))
+    z, labels = samples(Generator, cube, 4), torch.tensor([0, 1, 1, 0])
+
+    def gradients(make, judge):
+        return weight_gradients(generator_loss(judge, make(z), labels, 3).total, generator)
+
+    expected = gradients(PlainGenerator(generator), PlainCritic(critic))
+    assert near(gradients(generator, critic), expected, 1e-12 * expected.abs().max())
 
 
 def silenced(block):

@@ -112,12 +112,47 @@ def test_alone__a_second_training_is_refused(again, run, stage, folder):
 
 @pytest.mark.parametrize("option, value, says", [
     ("--seed", "1", "seed 0, not 1"), ("--negatives", "10", "negatives 20, not 10"),
-    ("--max-slice-mm", "30", "max_slice_mm 20.0, not 30.0")])
+    ("--max-slice-mm", "10", "max_slice_mm 20.0, not 10.0")])
 def test_claim__a_changed_parameter_is_refused_and_overwrite_is_named(scans, again, run, option, value, says):
-    """Another --seed, --negatives or --max-slice-mm on a prepared run: one line with both values and the way out."""
+    """Another --seed or --negatives, a lower --max-slice-mm: one line with both values and the way out."""
     before = prepared(again)
     assert in_one_line(run(preprocessing, "--scans", scans, "--run", again, *WORDS, option, value), says, "--overwrite")
     assert prepared(again) == before
+
+
+@pytest.fixture
+def uneven(scans, tmp_path):
+    """The four scans and one with every second slice, 8 mm apart."""
+    folder = Path(shutil.copytree(scans, tmp_path / "uneven"))
+    chest = small_chest(4)
+    scan_files.write_metaimage(folder, chest._replace(hu=chest.hu[::2], spacing=(4, 4, 8)))
+    return folder
+
+
+def test_claim__a_higher_slice_limit_prepares_what_was_skipped(uneven, run, tmp_path, monkeypatch):
+    """--max-slice-mm from 5 to 9: the scan of 8 mm alone is read, and the end is that of 9 from the start. Lowered
+    again it is refused."""
+    words = [*("--scans", uneven), *WORDS[:-1]]
+    assert run(preprocessing, "--run", tmp_path / "R", *words, 5).status == 0
+    assert len(info(tmp_path / "R")["skipped"]) == 1
+    before = {path: path.stat().st_mtime_ns for path in (tmp_path / "R/prepared").glob("*.npy")}
+
+    done = run(preprocessing, "--run", tmp_path / "R", *words, 9)
+    assert done.status == 0 and len(info(tmp_path / "R")["scans"]) == 5
+    assert before == {path: path.stat().st_mtime_ns for path in before}
+    assert run(preprocessing, "--run", tmp_path / "new", *words, 9).status == 0
+    assert prepared(tmp_path / "R") == prepared(tmp_path / "new")
+    assert in_one_line(run(preprocessing, "--run", tmp_path / "R", *words, 5), "max_slice_mm 9.0, not 5.0")
+
+
+def test_claim__a_higher_slice_limit_waits_for_a_training(uneven, run, tmp_path):
+    """A training that runs reads the volumes: the new limit is refused, in one line, and nothing changes."""
+    words = [*("--scans", uneven), "--run", tmp_path / "R", *WORDS[:-1]]
+    assert run(preprocessing, *words, 5).status == 0
+    before = prepared(tmp_path / "R")
+    with lungaug.lock(tmp_path / "R" / "gan", "training"):
+        assert in_one_line(run(preprocessing, *words, 9), "another process is already training")
+    assert prepared(tmp_path / "R") == before
 
 
 def test_claim__overwrite_makes_the_run_that_a_new_folder_would_hold(scans, again, run, tmp_path):
@@ -278,6 +313,8 @@ def test_read_annotations__a_scan_with_a_nodule_outside_is_skipped(scans, run, t
     done = run(preprocessing, "--scans", scans, "--annotations", table, "--run", tmp_path / "R", *WORDS)
     row, = info(tmp_path / "R")["skipped"]
     assert done.status == 0 and row["seriesuid"] == "1.2.0" and "outside" in row["problem"] and "9000" in row["problem"]
+    number = table.read_text().splitlines().index("1.2.0,1,2,9000,4") + 1
+    assert row["path"] == f"{table}, line {number}"
     assert preprocessing.reason_of(row) in done.out and len(info(tmp_path / "R")["scans"]) == 3
 
 
