@@ -170,9 +170,10 @@ OPTIONS = (
            help="Minutes between two checkpoints."),
 
     # Sections 4.3 and 4.4
-    Option("--score-quantile", CLASSIFIER, float, 0.1, 0.5, low=0, high=1, fixes=("generated",),
-           help="A generated cube needs a score at this quantile of the real cubes' scores, "
-                "or above. A GAN of few epochs passes only a low one.", source="4.3"),
+    Option("--score-quantile", CLASSIFIER, float, 0.0, 0.5, low=0, high=1, fixes=("generated",),
+           help="A generated cube needs a score at this quantile of the real cubes' scores, or "
+                "above. In a short training a higher one picks the brightest and most alike.",
+           source="4.3"),
     Option("--class-probability", CLASSIFIER, float, 0.9, 0.9, low=0, high=1, fixes=("generated",),
            help="A generated cube needs this probability of its class, or more.", source="4.3"),
     Option("--attempts", CLASSIFIER, int, 20, 20, low=1, fixes=("generated",),
@@ -481,9 +482,9 @@ def pick_device(name):
     return device
 
 
-# One convolution at full size, timed, tells about how long the GAN's steps take: so many of them
-# per cube. Measured by tests/bench_gan_step.py at the thesis' size.
-CONVOLUTIONS = {"critic": 999, "generator": 999}
+# One convolution at full size, timed, tells about how long the GAN's steps take: a step takes so
+# many times as long per cube. From the times of tests/bench_gan_step.py at the thesis' size.
+CONVOLUTIONS = {"critic": 42, "generator": 21}
 
 
 def estimate_seconds(options, cube):
@@ -732,10 +733,11 @@ def read_ahead(read, items):
 
 
 @torch.no_grad()
-def predict(network, read_cubes, count, device, size=256):
+def predict(network, read_cubes, count, device, size=64):
     """A network's output for `count` cubes, `size` at a time; (count, …) float32.
 
-    read_cubes(numbers): the cubes of these numbers, (n, 1, c, c, c) float32.
+    read_cubes(numbers): the cubes of these numbers, (n, 1, c, c, c) float32. Nothing is kept for
+    gradients, so 64 take about the memory of 4 in training.
     """
     parts = [np.arange(start, min(start + size, count)) for start in range(0, count, size)]
     outputs = []

@@ -15,6 +15,10 @@ import pytest
 TESTS = Path(__file__).resolve().parent
 sys.path[:0] = [str(TESTS.parent), str(TESTS)]
 
+# The networks of the tests are small: two threads would wait for each other most of the time, in
+# the processes that the tests start, too. PyTorch reads this as it is imported.
+os.environ.setdefault("OMP_NUM_THREADS", "1")
+
 import lungaug
 import preprocessing
 

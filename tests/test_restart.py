@@ -90,6 +90,25 @@ def again(once, tmp_path):
     return Path(shutil.copytree(once, tmp_path / "R"))
 
 
+SPAWNED = """
+import multiprocessing, sys
+if __name__ == "__main__":
+    multiprocessing.set_start_method("spawn")
+    sys.path.insert(0, sys.argv.pop(1))
+    import lungaug, preprocessing
+    lungaug.command(preprocessing.main)
+"""
+
+
+def test_workers__spawned_as_on_windows_and_macos(scans, once, tmp_path):
+    """Windows and macOS start workers anew, Linux copies the process: the same bytes."""
+    (tmp_path / "spawned.py").write_text(SPAWNED)
+    words = [tmp_path / "spawned.py", lungaug.HERE, "--scans", scans, "--run", tmp_path / "R", *WORDS, "--workers", 2]
+    done = subprocess.run([sys.executable, *map(str, words)], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert prepared(tmp_path / "R") == prepared(once)
+
+
 # Again
 
 def test_alone__a_second_preparation_of_the_same_part_is_refused(scans, again, run):

@@ -127,6 +127,42 @@ def test_run__the_names_that_stay_are_there(tiny):
     assert not [path for path in found if Path(path).name.startswith(".") and not path.endswith(".lock")]
 
 
+def test_run__moved_and_renamed_it_is_evaluated_the_same(tiny, tmp_path):
+    """In another folder, with a space and umlauts in its name, and under python -O, which drops every assert: tables
+    and scores are the same bytes."""
+    run = Path(shutil.copytree(tiny.run, tmp_path / "Läufe und mehr" / "R 2"))
+    before = files(run / "evaluation")
+    shutil.rmtree(run / "evaluation")
+    done = python(tmp_path, "-O", HERE / "evaluate.py", "--run", run)
+    assert done.status == 0, done.err
+    after = files(run / "evaluation")
+    del before["options.json"], after["options.json"]
+    assert after == before
+
+
+def test_run__every_json_file_is_one_that_other_programs_read(tiny):
+    """No NaN and no Infinity, which JSON has not, in any file or line of a log."""
+    def refuse(constant):
+        raise ValueError(constant)
+
+    texts = [path.read_text(encoding="utf-8") for path in tiny.run.rglob("*.json")]
+    for path in tiny.run.rglob("*.jsonl"):
+        texts += path.read_text(encoding="utf-8").splitlines()
+    assert len(texts) > 20
+    for text in texts:
+        json.loads(text, parse_constant=refuse)
+
+
+def test_run__scores_csv_opens_in_a_spreadsheet(tiny):
+    """A head and rows of as many cells, in ASCII; series UIDs have two dots and more, so that none is taken for a
+    number; the scores are probabilities."""
+    data = (tiny.run / "evaluation" / "scores.csv").read_bytes()
+    head, *rows = csv.reader(data.decode("ascii").splitlines())
+    assert head[:6] == ["seriesuid", "x", "y", "z", "flip", "label"] and {len(row) for row in rows} == {len(head)}
+    assert all(row[0].count(".") >= 2 for row in rows)
+    assert all(0 <= float(cell) <= 1 for row in rows for cell in row[6:])
+
+
 @pytest.mark.parametrize("script", SCRIPTS[:3])
 def test_run__each_stage_says_its_preset_first(tiny, script):
     """The first line of a stage that has settings says which preset they follow."""
