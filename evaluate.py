@@ -4,10 +4,10 @@
     python evaluate.py report --run runs/demo     # draw report.html again
 
 Scores the test set with the three classifiers and with the critic's auxiliary head: Tables 2–5
-beside the thesis'. Finds the nearest real training sample of generated ones: figures 9–14. Draws
-the figures of sections 2 and 4, too, and first of all: while a training runs, this is how to look
-at it. Leaves <run>/evaluation: results.json (every number of every table), scores.csv (every test
-cube), figures 2, 3, 7 to 14, nodules.png; and <run>/report.html, one page of all of it.
+beside the thesis'. Finds the nearest real training sample of generated ones: figures 9–14. First
+it draws the figures of sections 2 and 4, which need no finished training: run it at any time to
+watch one. Leaves <run>/evaluation: results.json (every number of every table), scores.csv (every
+test cube), figures 2, 3, 7 to 14, nodules.png; and <run>/report.html, one page of all of it.
 """
 
 import base64
@@ -147,7 +147,7 @@ TABLES = {
     5: ("critic", "Critic auxiliary classifier, no fine-tuning",
         Confusion(1215, 815, 418, 115412)),     # [num_table_5]
 }
-ARMS = [arm for arm, _, _ in TABLES.values()]
+TRAINED_ARMS = ("real", "mixed", "fake")    # the critic's head is not trained again
 
 
 class CriticHead(torch.nn.Module):
@@ -163,7 +163,7 @@ class CriticHead(torch.nn.Module):
 
 
 def report_unfinished(path, state):
-    """Say so where a training was stopped before its last epoch."""
+    """Print a line if a training was stopped before its last epoch."""
     if state["epoch"] < state["epochs"]:
         print(f"{path}: stopped at epoch {state['epoch']} of {state['epochs']}.")
 
@@ -194,13 +194,19 @@ def load_classifier(path, dataset, classes, remedy):
     return classifier
 
 
+def has_cubes(arm, classes):
+    """Whether the GAN made cubes of each class that an arm takes from it, as 4.3's record says."""
+    names = {"mixed": ["positive"], "fake": ["positive", "negative"]}[arm]
+    return all(classes[name]["accepted"] > 0 for name in names)
+
+
 def load_networks(run, dataset, device):
     """arm → the network that gives its class logits, for each arm that was trained. Raises Refusal.
 
     All must come from this dataset and from one GAN: others may have been trained on cubes that are
     in the test set here.
     """
-    # Read what the GAN generated, and for which GAN.
+    # Read the record of the generated cubes, and which GAN made them.
     gan = run / "gan" / "checkpoint.pt"
     gan_crc32 = lungaug.file_crc32(gan, f"run python train_gan.py --run {run} first")
     generated_json = run / "classifiers" / "generated" / "generated.json"
@@ -210,13 +216,13 @@ def load_networks(run, dataset, device):
         generated_settings = generated["settings"]
         classes = generated["classes"]
 
-    # Load each arm. The arms mixed and fake are missing where the GAN made too little.
+    # Load each arm. An arm for which the GAN made nothing was not trained.
     networks = {}
-    for arm in ("real", "mixed", "fake"):
+    for arm in TRAINED_ARMS:
         path = run / "classifiers" / arm / "checkpoint.pt"
         if arm == "real":
             networks[arm] = load_classifier(path, dataset, None, remedy)
-        elif path.exists():
+        elif path.exists() or has_cubes(arm, classes):
             networks[arm] = load_classifier(path, dataset, classes, remedy)
     networks["critic"] = load_critic(gan, dataset, remedy)
 
@@ -226,11 +232,13 @@ def load_networks(run, dataset, device):
     return {arm: network.eval().to(device) for arm, network in networks.items()}
 
 
-def score_test(networks, dataset, device):
-    """Positive where ŷ(positive) > ½   [rule_5_2_argmax]
+def predict_labels(probabilities):
+    """Positive where ŷ(positive) > ½   [rule_5_2_argmax]; (n,) → bool (n,)"""
+    return probabilities > 0.5
 
-    Returns arm → the probability ŷ(positive) of each test cube (n,).
-    """
+
+def score_test(networks, dataset, device):
+    """arm → the probability ŷ(positive) of each test cube, (n,)."""
     rows, flips, _ = preprocessing.labelled(dataset, "test")
 
     def read_cubes(numbers):
@@ -283,7 +291,7 @@ def tables(dataset, scores):
         # An arm that was not trained has the thesis' column only.
         table = {"arm": arm, "title": title, "thesis": as_json(thesis)}
         if arm in scores:
-            predictions = scores[arm] > 0.5
+            predictions = predict_labels(scores[arm])
             table["flips"] = as_json(confusion_matrix(labels, predictions))
             table["nodules"] = as_json(confusion_matrix(labels[unflipped], predictions[unflipped]))
         results[number] = table
@@ -526,7 +534,7 @@ def draw_curves(folder, run):
             lungaug.write(folder / "figure_7.svg", figure_7(gan_rows))
 
     logs = {}
-    for arm in ARMS:
+    for arm in TRAINED_ARMS:
         rows = lungaug.read_log(run / "classifiers" / arm / "log.jsonl")
         if rows:
             logs[arm] = rows
@@ -613,13 +621,15 @@ def draw_novelty(folder, run, dataset, count=6):
     """Draw figures 9–14: a generated positive beside its nearest training cube.
 
     The nearest is sought among all training cubes: positives with their flips, negatives as they
-    are. For scale, the same distance is taken for as many real test positives: a copy of training
-    data would be far nearer than they are. Returns the distances, as results.json holds them.
+    are. For scale, the same distance is taken for up to as many real test positives, evenly chosen:
+    a copy of training data would be far nearer than they are. Returns the distances, as
+    results.json holds them.
     """
     # Read the generated cubes and the real ones of the test set.
     queries, n_accepted = choose_generated(run, dataset, count)
     held_out = queries[:0]
-    test_rows = dataset.positives["test"][:count]
+    test_rows = dataset.positives["test"]
+    test_rows = test_rows[lungaug.evenly(len(test_rows), count)]
     if len(test_rows):
         held_out = preprocessing.read_cubes(dataset, test_rows)[:, 0]
 
@@ -825,6 +835,8 @@ def main():
     dataset = preprocessing.open_dataset(run)
     lungaug.apply_preset(options, "evaluate", dataset.info["preset"])
     device = lungaug.pick_device(options.device)
+    # --precision is for the training of the GAN alone.
+    lungaug.allow_tf32("float32")
     folder = run / "evaluation"
 
     # Draw first what needs no trained network, to look at a training that runs.

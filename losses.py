@@ -1,4 +1,4 @@
-"""Losses: sections 1.3.5 and 3.3, every loss of the thesis and nothing else.
+"""Losses: sections 1.3.5 and 3.3, the losses with which the networks are trained.
 
 A critic is any callable `critic(x) -> (score (n,), logits (n, 2))`. Cubes are (n, 1, z, y, x) in
 [-1, 1]; labels are (n,) integers, 1 = positive (a nodule), 0 = negative. Every term is a mean over
@@ -98,7 +98,7 @@ def critic_loss(critic, real, real_labels, fake, fake_labels, epsilon, penalty_s
     penalty = gradient_penalty(critic, real, fake, epsilon).mean()
     auxiliary = auxiliary_cross_entropy(logits, labels)
 
-    # L_f is minimized, so the distance, which the critic shall make large, enters with a minus.
+    # L_f is minimized, so the distance, which the critic is to make large, enters with a minus.
     total = -wasserstein + penalty_scale * penalty + auxiliary_scale * auxiliary
     return CriticLoss(
         total=total,
@@ -136,7 +136,7 @@ def generator_loss(critic, fake, labels, auxiliary_scale):
 # 3.3.3 Lung nodule detection classifier loss
 
 def classifier_loss(logits, labels):
-    """−Σᵢ yᵢ·log ŷᵢ over the two classes, softmax(logits) = ŷ   [eq_3_3_3_classifier_loss]
+    """−Σᵢ yᵢ·log ŷᵢ over the two classes, ŷ = softmax(logits)   [eq_3_3_3_classifier_loss]
 
     logits: (n, 2); labels: (n,). Returns the mean over the batch.
     """

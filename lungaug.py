@@ -185,7 +185,8 @@ OPTIONS = (
            help="Adam's learning rate for the classifiers, at first.",
            source="4.4.1 [num_4_4_learning_rate]"),
     Option("--late-learning-rate", CLASSIFIER, float, 1e-4, 1e-4, low=0, fixes=("classifiers",),
-           help="The same after --decay-epoch.", source="4.4.1"),
+           help="Adam's learning rate for the classifiers from --decay-epoch on.",
+           source="4.4.1"),
     Option("--decay-epoch", CLASSIFIER, int, 10, 30, low=1, fixes=("classifiers",),
            help="Epoch from which the late learning rate holds: half-way.", source="4.4.1"),
     Option("--epochs", CLASSIFIER, int, 20, 60, low=1, fixes=(),
@@ -458,6 +459,16 @@ def seed_weights(seed, name):
     torch.manual_seed(seed_number(seed, name))
 
 
+def allow_tf32(precision):
+    """Let a GPU round the factors of products to TF32's 10 bits, or not, as --precision says.
+
+    Left alone, PyTorch rounds those of convolutions, and not those of matrices.
+    """
+    allowed = precision != "float32"
+    torch.backends.cudnn.allow_tf32 = allowed
+    torch.backends.cuda.matmul.allow_tf32 = allowed
+
+
 def available_devices():
     """The values of --device that name a device of this machine."""
     gpus = [f"cuda:{i}" for i in range(torch.cuda.device_count())]
@@ -482,8 +493,8 @@ def pick_device(name):
     return device
 
 
-# One convolution at full size, timed, tells about how long the GAN's steps take: a step takes so
-# many times as long per cube. From the times of tests/bench_gan_step.py at the thesis' size.
+# A GAN step on one cube takes about as long as this many convolutions at full size: measured with
+# tests/bench_gan_step.py at the thesis' size. One convolution is timed, and multiplied.
 CONVOLUTIONS = {"critic": 42, "generator": 21}
 
 
@@ -509,7 +520,7 @@ def estimate_seconds(options, cube):
 
 
 def warn_of_days(options, cube, device):
-    """Say so, in capitals, before anything slow starts, where the GAN would take days on a CPU."""
+    """Warn, in capitals, before anything slow starts, if the GAN would take days on a CPU."""
     if device.type != "cpu":
         return
     seconds = estimate_seconds(options, cube)
@@ -946,8 +957,6 @@ def save_page(folder, options, items):
     as_json = [{"kind": type(item).__name__.lower(), **item._asdict()} for item in page]
     write(folder / "options.json", {"page": as_json, "options": values})
 
-
-# The stages, each as the command that a student would type
 
 # Other processes: a stage as a command, and workers that share the work of a stage
 

@@ -18,7 +18,7 @@ from torch.nn import functional as F
 
 CLASSES = 2
 LATENT = 128
-SIDES = (3, 6, 12, 24, 48, 96, 192)     # 3·2^k: those of a network's levels, from the smallest
+SIDES = (3, 6, 12, 24, 48, 96, 192)     # 3·2^k: the possible sides of a network's levels
 
 
 def warm_up_mkl():
@@ -72,7 +72,7 @@ def conditional_latent(noise, labels):
 
 
 def draw_latent(labels, noise):
-    """z ~ 𝒩(0, 1), the labels' one-hot in front   [rule_3_3_1_latent]
+    """z ~ 𝒩(0, 1), its first two numbers overwritten by one-hot(y)   [rule_3_3_1_latent]
 
     labels: (n,), on any device; noise: a torch Generator on the CPU. Returns (n, 128) on the
     labels' device. Training, generation and figures all draw their z here.
@@ -191,7 +191,7 @@ class DownBlock(nn.Module):
 def at_least_float32(x):
     """x, or its float32 copy where autocast made it bfloat16.
 
-    What leaves a network needs more than the 8 bits of a bfloat16: voxels, and means over a batch.
+    What leaves a network, voxels and scores, needs more than bfloat16's 7 bits of fraction.
     """
     return x.to(torch.promote_types(x.dtype, torch.float32))
 
@@ -331,9 +331,14 @@ def main():
 
     cube = torch.zeros(1, 1, options.cube, options.cube, options.cube)
     latent = torch.zeros(1, LATENT)
-    size = f"cube {options.cube}, width {options.width}"
-    print_layers(f"Figure 4. Generator, {size}", Generator(options.cube, options.width), latent)
-    print_layers(f"Figure 4. Critic, {size}", Critic(options.cube, options.width), cube)
+    width = options.width
+    size = f"cube {options.cube}, width {width}"
+    print_layers(f"Figure 4. Generator, {size}", Generator(options.cube, width), latent)
+    print_layers(f"Figure 4. Critic, {size}", Critic(options.cube, width), cube)
+    print_layers("Figure 5. Up block, from 2w to w channels", UpBlock(2 * width, width),
+                 torch.zeros(1, 2 * width, 3, 3, 3))
+    print_layers("Figure 5. Down block, from w to 2w channels", DownBlock(width, width, 2 * width),
+                 torch.zeros(1, width, 6, 6, 6))
     print_layers(f"Figure 6. Classifier, cube {options.cube}", Classifier(options.cube), cube)
 
 

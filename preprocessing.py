@@ -34,6 +34,7 @@ from lungaug import Refusal, check
 
 AIR = -1000     # HU, 2.1.2: the lower end of the range that is kept
 BONE = 400      # HU, 2.1.2: the upper end
+LUNG_BELOW = -500   # HU, 2.1.3: what is less dense is lung, or air outside it
 TOLERANCE = 1e-3    # mm, and of direction cosines: what a file's decimals may be off
 
 
@@ -316,7 +317,7 @@ def lung_mask(hu, step=1):
     an erosion by 2 mm, which separates what meets through a thin wall.
     """
     # Separate and label the components of air.
-    air = hu < -500
+    air = hu < LUNG_BELOW
     thin = max(1, round(THIN_WALL / step))
     eroded = ndimage.binary_erosion(air, iterations=thin, border_value=1)
     labels, _ = ndimage.label(eroded)
@@ -330,6 +331,8 @@ def lung_mask(hu, step=1):
     largest_two = np.argsort(sizes, kind="stable")[-2:]
     smallest_size = max(1, sizes.max() / 4)
     chosen = largest_two[sizes[largest_two] >= smallest_size]
+
+    # Grow them back within the air, by one voxel more than was eroded: corners were lost, too.
     lungs = ndimage.binary_dilation(np.isin(labels, chosen), iterations=thin + 1, mask=air)
 
     # Close and fill them, within the box around them.
@@ -527,8 +530,8 @@ def is_plain(letter):
 
 
 class Lungs(NamedTuple):
-    """A scan's lungs at 2 mm."""
-    hu: Scan
+    """A scan at 2 mm and the mask of its lungs, whose voxels are bool."""
+    coarse: Scan
     mask: Scan
     litres: float
 
@@ -598,7 +601,7 @@ def stands_out(scan, mask, nodule):
     directions = directions / np.linalg.norm(directions, axis=1, keepdims=True)
     shells = np.concatenate([centre + (radius + mm) * directions for mm in (2, 4, 6)])
     around = hu_at(scan, shells)
-    lung = around[(around < -500) & in_mask(mask, shells)]
+    lung = around[(around < LUNG_BELOW) & in_mask(mask, shells)]
     if len(lung) < LUNG_AROUND * len(around):
         return False
     return inside.mean() - lung.mean() >= CONTRAST
@@ -724,9 +727,9 @@ def prepare_scan(source, nodules, folder, parameters, rows=None):
     # Write the volume and the picture.
     name = scan_name(source.seriesuid)
     lungaug.write(folder / f"{name}.npy", volume.hu)
-    coarse_centres = to_index(lungs.hu, centres)
+    coarse_centres = to_index(lungs.coarse, centres)
     coarse_radii = diameters / 2 / COARSE
-    picture = scan_picture(lungs.hu.hu, lungs.mask.hu, coarse_centres, coarse_radii)
+    picture = scan_picture(lungs.coarse.hu, lungs.mask.hu, coarse_centres, coarse_radii)
     lungaug.write(folder / f"{name}.png", picture)
 
     # Describe the scan.
@@ -1252,8 +1255,9 @@ def print_summary(dataset):
 
     with_nodules = [scan for scan in info["scans"] if scan["positives"]]
     n_nodules = sum(len(scan["positives"]) for scan in with_nodules)
-    print(f"{counted(n_nodules, 'nodule')} in {counted(len(with_nodules), 'scan')}; the thesis "
-          "counts 1,020 in LUNA16.")
+    n_thesis = sum(positives for positives, _ in TABLE_1.values())
+    print(f"{counted(n_nodules, 'nodule')} in {counted(len(with_nodules), 'scan')}; the thesis' "
+          f"Table 1 has {n_thesis:,} positives, {n_thesis // 8:,} nodules with eight flips each.")
     litres = [scan["litres"] for scan in info["scans"]]
     print(f"{len(litres)} scans, {len(info['skipped'])} skipped; lungs of {min(litres):.1f} to "
           f"{max(litres):.1f} litres. One picture per scan in {dataset.folder}.")

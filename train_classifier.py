@@ -47,10 +47,10 @@ def no_flips(rows):
 # 4.3 Generative augmentation: generate, score, select
 
 def select(scores, probabilities, score_threshold, class_probability):
-    """f(x) ≥ threshold and ŷ(class) ≥ p: real enough, and surely of its class   [rule_4_3_select]
+    """f(x) ≥ threshold and ŷ(class) ≥ p: real enough, confidently of its class   [rule_4_3_select]
 
     scores f(x), probabilities ŷ of the requested class: (n,). Returns bool (n,). The thesis asks
-    for a critic loss below some threshold; the loss is −f(x), so the score is above one.
+    for a critic loss below a threshold. That loss is −f(x): the score must be above a threshold.
     """
     is_real_enough = scores >= score_threshold
     is_sure = probabilities >= class_probability
@@ -362,7 +362,10 @@ def arm_pools(arm, run, dataset):
 # 4.4.1 Training
 
 def learning_rate(epoch, early, late, decay):
-    """10⁻³, and 10⁻⁴ from epoch 30 on   [rule_4_4_decay]; epoch counts from 0"""
+    """10⁻³, and 10⁻⁴ from epoch 30 on   [rule_4_4_decay]
+
+    epoch counts from 0; early, late: the two rates; decay: the epoch, 30 in the thesis.
+    """
     return early if epoch < decay else late
 
 
@@ -430,7 +433,8 @@ class Trainer:
         self.settings["generated"] = classes
         self.settings["prepared"] = dataset.fingerprint
 
-        # Build the network. The arms start with the same weights: they differ in their data alone.
+        # Build the network. The arms start with the same weights; they differ in their data and,
+        # as an epoch passes over the positives once, in their steps per epoch.
         lungaug.seed_weights(options.seed, "classifier weights")
         self.classifier = Classifier(dataset.cube).to(device)
         parameters = self.classifier.parameters()
@@ -620,6 +624,8 @@ def main():
     dataset = preprocessing.open_dataset(run)
     lungaug.apply_preset(options, "train_classifier", dataset.info["preset"])
     device = lungaug.pick_device(options.device)
+    # --precision is for the training of the GAN alone.
+    lungaug.allow_tf32("float32")
     print(f"Preset {options.preset}, cube {dataset.cube}, on {device}.", flush=True)
 
     folder = run / "classifiers"

@@ -5,10 +5,10 @@
     python train_gan.py --run runs/demo --epochs 900 # resume from the checkpoint, up to epoch 900
     torchrun --nproc-per-node 2 -- train_gan.py --run runs/luna16   # on two GPUs
 
-An epoch is five critic iterations and one generator iteration. Leaves <run>/gan: checkpoint.pt,
-log.jsonl (every term of every epoch) and progression.png (a fixed z through the training);
-`python evaluate.py` draws figure 7, the loss curves, at any time. Stopped at any time, the same
-command resumes from the checkpoint and ends with the same bytes.
+An epoch is five critic iterations (two in the demo) and one generator iteration. Leaves <run>/gan:
+checkpoint.pt, log.jsonl (every term of every epoch) and progression.png (a fixed z through the
+training); `python evaluate.py` draws figure 7, the loss curves, at any time. Stopped at any time,
+the same command resumes from the checkpoint and ends with the same bytes.
 """
 
 import itertools
@@ -30,7 +30,7 @@ from models import Critic, Generator, draw_latent, memory_layout
 BETAS = (0.0, 0.9)      # 4.1.1   [num_4_1_adam]
 FIXED = 4               # samples of each class whose z stays fixed
 MOMENTS = 8             # pictures of them during the training, besides the one before it
-PROBE = 3               # epochs from which the remaining time is estimated
+PROBE = 3               # the remaining time is estimated from this many first epochs
 STATUS = ("W {wasserstein:.2f}, class accuracy {real_accuracy:.2f} on reals, "
           "{fake_accuracy:.2f} on fakes")
 
@@ -124,7 +124,7 @@ class Trainer:
         self.settings["prepared"] = dataset.fingerprint
 
         # Build the networks.
-        allow_tf32(options.precision)
+        lungaug.allow_tf32(options.precision)
         lungaug.seed_weights(options.seed, "gan weights")
         layout = {"device": device, "memory_format": memory_layout(device)}
         self.generator = Generator(dataset.cube, options.width).to(**layout)
@@ -223,16 +223,6 @@ def sum_over_processes(gradients, terms):
     return dict(zip(terms, values.tolist()))
 
 
-def allow_tf32(precision):
-    """Let a GPU round the factors of products to TF32's 10 bits, or not, as --precision says.
-
-    Left alone, PyTorch rounds those of convolutions, and not those of matrices.
-    """
-    allowed = precision != "float32"
-    torch.backends.cudnn.allow_tf32 = allowed
-    torch.backends.cuda.matmul.allow_tf32 = allowed
-
-
 def autocast(trainer):
     """Autocast to bfloat16 under --precision bfloat16; weights and optimizers stay float32."""
     enabled = trainer.options.precision == "bfloat16"
@@ -249,7 +239,7 @@ def accumulate(loss_of, count, size, network):
 
     This saves memory, and shares a batch among processes. loss_of(samples): the loss of a slice of
     the batch, a named tuple with `total`. Each term is a mean over its samples, so a micro-batch
-    counts with its share of the `count` samples. Without a size there is one for each process.
+    counts with its share of the `count` samples. If size is None, each process gets one of them.
     Returns the whole batch's terms, numbers by name.
     """
     process, n_processes = process_place()
@@ -342,7 +332,8 @@ def set_learning_rate(trainer):
 def train_epoch(trainer, batches):
     """Five critic iterations on fresh reals, then one of the generator   [rule_4_1_five_to_one]
 
-    batches: the iterator of `read_batches`. Returns the epoch's row of the log.
+    --critic-iterations says how many; five is the thesis' number. batches: the iterator of
+    `read_batches`. Returns the epoch's row of the log.
     """
     options = trainer.options
     set_learning_rate(trainer)
@@ -422,7 +413,7 @@ def start_or_resume(folder, options, dataset, device):
 
 
 def warn_of_hours(seconds):
-    """Say so, after the first epochs, where the rest will take more than an hour."""
+    """After the first epochs, warn if the rest will take more than an hour."""
     if seconds > 3600:
         print(f"Estimated time: {lungaug.format_duration(seconds)}. To shorten it, give fewer "
               "--epochs, a smaller --width or --preset demo. You can stop at any time; the same "
@@ -430,7 +421,7 @@ def warn_of_hours(seconds):
 
 
 def train(trainer, dataset, folder):
-    """Draw, criticize five times, generate, log, save.
+    """Draw, criticize, generate, log, save.
 
     A checkpoint is written every --checkpoint-minutes and at the end, by the first process alone.
     """
@@ -483,11 +474,14 @@ def summary(path):
             f"peak {max(means):.2f}, now {means[-1]:.2f}.")
 
 
-def prepare_first(run, seed):
-    """Run preprocessing.py where its data are not complete."""
-    if not (run / "prepared" / "dataset.json").exists():
-        print(f"Preprocessing is not finished for {run}; running it now.", flush=True)
-        lungaug.run_script("preprocessing.py", "--run", run, "--seed", seed or 0)
+def prepare_first(options):
+    """Run preprocessing.py if its data are not complete."""
+    if not (options.run / "prepared" / "dataset.json").exists():
+        print(f"Preprocessing is not finished for {options.run}; running it now.", flush=True)
+        words = ["--seed", options.seed or 0]
+        if options.preset:
+            words += ["--preset", options.preset]
+        lungaug.run_script("preprocessing.py", "--run", options.run, *words)
 
 
 def check_shares(options):
@@ -521,7 +515,7 @@ def main():
     device = join_processes(options.device or "auto")
     process, _ = process_place()
     if process == 0:
-        prepare_first(run, options.seed)
+        prepare_first(options)
     wait_for_all()
 
     dataset = preprocessing.open_dataset(run)

@@ -96,7 +96,7 @@ STEPS = {"critic": critic_step, "generator": generator_step}
 
 def seconds(step, trainer, size):
     """Seconds of one step. A GPU is waited for."""
-    train_gan.allow_tf32(trainer.options.precision)
+    lungaug.allow_tf32(trainer.options.precision)
     start = time.perf_counter()
     step(trainer, size)
     if trainer.device.type == "cuda":

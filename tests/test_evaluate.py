@@ -433,9 +433,10 @@ def test_write_scores__a_file_name_that_is_no_utf_8_can_be_written(tmp_path):
 
 # What was trained
 
-def trained_run(run, arms=("real", "mixed", "fake")):
+def trained_run(run, arms=("real", "mixed", "fake"), accepted=3):
     """A small run with classifiers of which no two are alike, and a GAN; returns its networks and its dataset."""
-    dataset, networks, classes = small_run(run), {arm: Classifier(6) for arm in arms}, {"positive": {"accepted": 3}}
+    dataset, networks = small_run(run), {arm: Classifier(6) for arm in arms}
+    classes = {name: {"accepted": accepted} for name in ("positive", "negative")}
     made_from = {"prepared": lungaug.fingerprint(dataset.info["scans"])}
     networks["critic"] = Critic(6, 1)
     lungaug.write(run / "gan" / "checkpoint.pt", {
@@ -468,11 +469,12 @@ def test_load_networks__the_best_epoch_of_each_arm_and_the_critics_head_as_it_is
 
 def test_load_networks__arms_left_out_are_passed_over(tmp_path):
     """Where the GAN delivered nothing, mixed and fake are not there, and the others are evaluated."""
-    _, dataset = trained_run(tmp_path, arms=("real",))
+    _, dataset = trained_run(tmp_path, arms=("real",), accepted=0)
     assert list(evaluate.load_networks(tmp_path, dataset, CPU)) == ["real", "critic"]
 
 
 @pytest.mark.parametrize("gone", ["classifiers/real/checkpoint.pt", "gan/checkpoint.pt",
+                                  "classifiers/mixed/checkpoint.pt", "classifiers/fake/checkpoint.pt",
                                   "classifiers/generated/generated.json"])
 def test_load_networks__what_is_missing_is_one_line(tmp_path, gone):
     """Without the baseline's classifier, the GAN or the record of what it made, the message says what to run."""
