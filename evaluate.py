@@ -306,7 +306,7 @@ def table_title(number, table):
     return title
 
 
-TABLE_HEAD = ("", "positives with flips", "positives as nodules", "thesis")
+TABLE_HEAD = ("", "with eight flips", "each nodule once", "thesis")
 TABLE_COLUMNS = ("flips", "nodules", "thesis")
 
 

@@ -17,6 +17,7 @@ import json
 import math
 import multiprocessing
 import os
+import re
 import shlex
 import signal
 import struct
@@ -27,7 +28,7 @@ import time
 import zipfile
 import zlib
 from collections import deque
-from concurrent.futures import ProcessPoolExecutor, ThreadPoolExecutor
+from concurrent.futures import BrokenExecutor, ProcessPoolExecutor, ThreadPoolExecutor
 from contextlib import contextmanager
 from pathlib import Path
 from typing import NamedTuple
@@ -83,8 +84,9 @@ class Option(NamedTuple):
 
 def parse_part(text):
     """Check a fraction of the scans such as 2/8, as it is typed, for argparse."""
-    index, count = text.split("/")
-    if not 1 <= int(index) <= int(count):
+    is_fraction = re.fullmatch("[0-9]{1,6}/[0-9]{1,6}", text)
+    index, count = map(int, text.split("/")) if is_fraction else (0, 0)
+    if not 1 <= index <= count:
         raise argparse.ArgumentTypeError(f"{printable(text, 20)} is not one of 1/8, 2/8, …, 8/8")
     return text
 
@@ -380,6 +382,12 @@ def printable(text, max_length=300):
 
 def replace_what_a_terminal_lacks():
     """Print ? for a character that the terminal's encoding lacks, such as α on some Windows."""
+    # A stream that was closed by whoever started this command is None.
+    if sys.stdout is None:
+        sys.stdout = open(os.devnull, "w", encoding="utf-8")
+    if sys.stderr is None:
+        sys.stderr = open(os.devnull, "w", encoding="utf-8")
+
     for stream in (sys.stdout, sys.stderr):
         # A program that calls a stage may have put a stream of its own in place.
         if hasattr(stream, "reconfigure"):
@@ -419,6 +427,9 @@ def command(main):
         problem = error.strerror or error
         print(Refusal(path, problem, "fix this and run the same command again"), file=sys.stderr)
     except (MemoryError, RuntimeError) as error:
+        if "closed by peer" in str(error).lower():
+            # Another process of torchrun has ended, and has said why.
+            sys.exit(2)
         if not is_out_of_memory(error):
             raise
         first_line = str(error).partition("\n")[0] or "no more to be had"
@@ -498,13 +509,15 @@ def pick_device(name):
 CONVOLUTIONS = {"critic": 42, "generator": 21}
 
 
-def estimate_seconds(options, cube):
-    """About how long the GAN's epochs take on this CPU. options: those of train_gan.py."""
-    # A larger cube takes longer by its volume; it need not be in memory for this.
+def estimate_seconds(options, cube, epochs):
+    """About how long epochs of the GAN take on this CPU. options: those of train_gan.py."""
+    # A larger network takes longer by its voxels and kernels; no need to wait for it here.
     side = min(cube, 48)
-    cubes = torch.zeros(2, options.width, side, side, side)
+    width = min(options.width, 32)
+    factor = (cube / side) ** 3 * (options.width / width) ** 2
+    cubes = torch.zeros(2, width, side, side, side)
     cubes = cubes.contiguous(memory_format=torch.channels_last_3d)
-    kernel = torch.zeros(options.width, options.width, 3, 3, 3)
+    kernel = torch.zeros(width, width, 3, 3, 3)
 
     # The first call is slower than those that follow.
     seconds = []
@@ -512,18 +525,18 @@ def estimate_seconds(options, cube):
         start = time.perf_counter()
         torch.nn.functional.conv3d(cubes, kernel, padding=1)
         elapsed = time.perf_counter() - start
-        seconds.append(elapsed / len(cubes) * (cube / side) ** 3)
+        seconds.append(elapsed / len(cubes) * factor)
 
     convolutions = (options.critic_iterations * CONVOLUTIONS["critic"]
                     + CONVOLUTIONS["generator"])
-    return min(seconds) * convolutions * options.batch_size * options.epochs
+    return min(seconds) * convolutions * options.batch_size * epochs
 
 
-def warn_of_days(options, cube, device):
-    """Warn, in capitals, before anything slow starts, if the GAN would take days on a CPU."""
+def warn_of_days(options, cube, epochs, device):
+    """Warn, in capitals, before anything slow starts, if epochs of the GAN take days on a CPU."""
     if device.type != "cpu":
         return
-    seconds = estimate_seconds(options, cube)
+    seconds = estimate_seconds(options, cube, epochs)
     if seconds > 86400:
         print(f"ON THIS CPU THE GAN TAKES ABOUT {seconds / 86400:,.0f} DAYS. --preset demo takes "
               "minutes; the thesis preset is meant for a GPU.", flush=True)
@@ -663,6 +676,12 @@ def load_checkpoint(path, remedy, **expected):
         state = torch.load(io.BytesIO(data), map_location="cpu", weights_only=True)
         require_settings(path, state.get("settings"), expected)
     return state
+
+
+def check_epochs(path, epoch, epochs):
+    """Raise Refusal where a checkpoint is of a later epoch than the last one asked for."""
+    check(epoch <= epochs, path, f"was trained for {epoch} epochs, more than --epochs {epochs}",
+          f"give --epochs {epoch} or more, or start over with --overwrite")
 
 
 def require_settings(path, actual, expected, remedy=""):
@@ -1023,7 +1042,8 @@ def delay_interrupt():
         yield
     finally:
         signal.signal(signal.SIGINT, handler)
-    if interrupts:
+    # A command that a script runs in the background ignores Ctrl-C.
+    if interrupts and handler != signal.SIG_IGN:
         raise KeyboardInterrupt
 
 
@@ -1032,6 +1052,7 @@ def start_pool(workers):
     """A pool of worker processes, tied to this one, which has begun to run.
 
     However the block ends, jobs that have not begun are cancelled, and those that run are awaited.
+    Raises Refusal where a worker is killed.
     """
     pool = ProcessPoolExecutor(workers, initializer=tie_to_parent)
     try:
@@ -1043,6 +1064,9 @@ def start_pool(workers):
         # Another Ctrl-C has nothing to add.
         signal.signal(signal.SIGINT, signal.SIG_IGN)
         raise
+    except BrokenExecutor:
+        raise Refusal("a worker", "was killed, probably out of memory",
+                      "give fewer --workers") from None
     finally:
         pool.shutdown(cancel_futures=True)
 
@@ -1058,7 +1082,8 @@ def warn_before_stages(options):
     preset = "thesis" if options.scans else "demo"
     filled = apply_preset(argparse.Namespace(**vars(options)), "train_gan", preset)
     apply_preset(filled, "preprocessing", preset)
-    warn_of_days(filled, filled.cube, pick_device(filled.device))
+    n_done = len(read_log(options.run / "gan" / "log.jsonl"))
+    warn_of_days(filled, filled.cube, filled.epochs - n_done, pick_device(filled.device))
 
 
 def main():
@@ -1074,6 +1099,10 @@ def main():
     warn_before_stages(options)
     for stage in STAGES:
         run_script(f"{stage}.py", *command_words(options, stage))
+        if not (options.run / "prepared" / "dataset.json").exists():
+            print("The other stages follow once every part is prepared: then run this command "
+                  "again.")
+            return
 
     seconds = format_duration(time.monotonic() - STARTED)
     print(f"\n{options.run / 'report.html'}: everything on one page, after {seconds}.")

@@ -19,7 +19,6 @@ import os
 import re
 import zlib
 from collections import defaultdict
-from concurrent.futures import BrokenExecutor
 from contextlib import ExitStack
 from pathlib import Path
 from typing import NamedTuple
@@ -701,8 +700,8 @@ def prepare_scan(source, nodules, folder, parameters, rows=None):
 
     # Read the scan.
     scan = read_source(source)
-    check(not exceeds(slice_distance(scan), parameters["max_slice_mm"]), path,
-          f"slices {slice_distance(scan):g} mm apart",
+    slice_mm = slice_distance(scan)
+    check(not exceeds(slice_mm, parameters["max_slice_mm"]), path, f"slices {slice_mm:g} mm apart",
           f"LUNA16 keeps at most {parameters['max_slice_mm']:g} mm; --max-slice-mm raises it")
     scan = scan._replace(hu=clip_hu(scan.hu).astype(np.int16))
 
@@ -739,6 +738,7 @@ def prepare_scan(source, nodules, folder, parameters, rows=None):
         "volume": f"{name}.npy",
         "crc32": zlib.crc32(volume.hu.tobytes()),
         "origin": volume.origin.tolist(),
+        "slice_mm": float(slice_mm),
         "litres": lungs.litres,
         "positives": (positives - start).tolist(),
         "diameters": diameters.tolist(),
@@ -936,9 +936,19 @@ def read_record(source, folder, parameters):
         expected = record.pop("fingerprint")
     except (Refusal, AttributeError, KeyError, TypeError):
         return {}
-    if expected != lungaug.fingerprint([parameters, record]):
-        return {}
-    return record
+    is_same = expected == record_fingerprint(record, parameters)
+    is_thin_enough = not exceeds(record.get("slice_mm", 0), parameters["max_slice_mm"])
+    return record if is_same and is_thin_enough else {}
+
+
+def record_fingerprint(record, parameters):
+    """CRC-32 of a record and of the parameters on which it depends.
+
+    A scan that is used would be the same under a higher --max-slice-mm.
+    """
+    if "problem" not in record:
+        parameters = {name: value for name, value in parameters.items() if name != "max_slice_mm"}
+    return lungaug.fingerprint([parameters, record])
 
 
 def is_whole(record, folder):
@@ -976,7 +986,7 @@ def prepare_one(source, nodules, folder, parameters, rows=None):
 
 def write_record(source, folder, parameters, record):
     """Write a scan's record, with a fingerprint of itself and of the parameters."""
-    fingerprint = lungaug.fingerprint([parameters, record])
+    fingerprint = record_fingerprint(record, parameters)
     lungaug.write(record_path(source, folder), record | {"fingerprint": fingerprint})
 
 
@@ -1001,62 +1011,28 @@ def prepare(sources, annotations, folder, parameters, options):
     """
     progress = lungaug.Progress("scans", len(sources))
     workers = min(options.workers, max(1, len(sources)))
+    ignored = []
     with lungaug.start_pool(workers) as pool:
         jobs = []
-        ignored = []
         for source in sources:
             rows = annotations.get(source.seriesuid, {})
             jobs.append(lungaug.submit(pool, prepare_one, source, list(rows), folder, parameters,
                                        rows))
 
-        try:
-            for done, job in enumerate(jobs, 1):
-                record = job.result()
-                if "ignored" in record:
-                    ignored.append(record["ignored"])
+        for done, job in enumerate(jobs, 1):
+            record = job.result()
+            if "ignored" in record:
+                ignored.append(record["ignored"])
 
-                if "problem" not in record:
-                    progress.update(done, record["seriesuid"])
-                    continue
-                if options.strict:
-                    raise Refusal(record["path"], record["problem"], record["remedy"])
-                progress.update(done, f"skipped: {record['seriesuid']}")
-        except BrokenExecutor:
-            raise Refusal(folder, "a worker was killed, probably out of memory",
-                          "give fewer --workers") from None
+            if "problem" not in record:
+                progress.update(done, record["seriesuid"])
+                continue
+            if options.strict:
+                raise Refusal(record["path"], record["problem"], record["remedy"])
+            progress.update(done, f"skipped: {record['seriesuid']}")
 
     for text in ignored:
         print(f"ignored: {lungaug.printable(text)}")
-
-
-def lower_limit(folder, parameters):
-    """The parameters of what a folder holds, where they differ by a lower --max-slice-mm alone.
-
-    Otherwise None. Raises Refusal.
-    """
-    path = folder / "parameters.json"
-    if not path.exists():
-        return None
-    earlier = lungaug.read_json(path, "start over with --overwrite")
-    limit = parameters["max_slice_mm"]
-    with lungaug.refuse_on_error(path, "start over with --overwrite"):
-        is_lower = (earlier | {"max_slice_mm": limit} == parameters
-                    and earlier["max_slice_mm"] < limit)
-    return earlier if is_lower else None
-
-
-def raise_limit(sources, folder, earlier, parameters):
-    """Turn the records of `earlier` parameters, with a lower --max-slice-mm, into those of these.
-
-    A scan that was used under the lower limit is used under this one, with the same cubes. The
-    others have no record of these parameters, and are prepared.
-    """
-    for source in sources:
-        record = read_record(source, folder, earlier)
-        if record and "problem" not in record:
-            write_record(source, folder, parameters, record)
-    lungaug.remove(folder, "dataset.json", "options.json")
-    lungaug.write(folder / "parameters.json", parameters)
 
 
 def gather(records, folder, parameters, options):
@@ -1163,6 +1139,36 @@ def find_data(options):
     return sources, annotations, parameters
 
 
+def raises_limit(folder, parameters):
+    """Whether a folder holds what differs by a lower --max-slice-mm alone. Raises Refusal."""
+    path = folder / "parameters.json"
+    if not path.exists():
+        return False
+    earlier = lungaug.read_json(path, "start over with --overwrite")
+    with lungaug.refuse_on_error(path, "start over with --overwrite"):
+        limit = parameters["max_slice_mm"]
+        return earlier | {"max_slice_mm": limit} == parameters and earlier["max_slice_mm"] < limit
+
+
+def claim_prepared(part, folder, parameters, options):
+    """Reserve the folder for these parameters; under --overwrite, remove this part's records.
+
+    A higher --max-slice-mm needs no --overwrite: only scans skipped before are then prepared.
+    """
+    changes = options.overwrite or raises_limit(folder, parameters)
+    with ExitStack() as stack:
+        # A training that runs at this moment reads these volumes.
+        for stage in ("gan", "classifiers"):
+            if changes and (options.run / stage).exists():
+                stack.enter_context(lungaug.lock(options.run / stage, "training"))
+
+        lungaug.claim_folder(folder, parameters, changes)
+        if changes:
+            lungaug.remove(folder, "dataset.json", "options.json")
+        if options.overwrite:
+            lungaug.remove(folder, *[record_path(source, folder).name for source in part])
+
+
 def prepare_part(sources, annotations, parameters, folder, options):
     """Prepare this command's part of the scans, and all together once every part is done.
 
@@ -1170,22 +1176,14 @@ def prepare_part(sources, annotations, parameters, folder, options):
     """
     index, count = map(int, options.part.split("/"))
     part = sources[index - 1::count]
-    with ExitStack() as stack:
-        stack.enter_context(lungaug.lock(folder, f"preparing part {index} of {count}"))
-        earlier = None if options.overwrite else lower_limit(folder, parameters)
-        if options.overwrite or earlier:
-            # A training that runs at this moment reads these volumes.
-            for stage in ("gan", "classifiers"):
-                if (options.run / stage).exists():
-                    stack.enter_context(lungaug.lock(options.run / stage, "training"))
-        if earlier:
-            raise_limit(sources, folder, earlier, parameters)
-        lungaug.claim_folder(folder, parameters, options.overwrite)
-        if options.overwrite:
-            records = [record_path(source, folder).name for source in part]
-            lungaug.remove(folder, "dataset.json", "options.json", *records)
+    with lungaug.lock(folder, f"preparing part {index} of {count}"):
+        claim_prepared(part, folder, parameters, options)
         prepare(part, annotations, folder, parameters, options)
 
+        # Another part may have been started with other options in the meantime.
+        lungaug.require_settings(folder / "parameters.json",
+                                 lungaug.read_json(folder / "parameters.json", ""), parameters,
+                                 "another part changed it: run this one again with its options")
         records = [read_record(source, folder, parameters) for source in sources]
         missing = records.count({})
         if missing:

@@ -532,6 +532,7 @@ def resume(trainer, folder):
         state = lungaug.load_checkpoint(path, "", **trainer.settings)
         with lungaug.refuse_on_error(path, "start over with --overwrite"):
             trainer.restore(state)
+        lungaug.check_epochs(path, trainer.epoch, trainer.options.epochs)
 
     lungaug.rewind_log(folder / "log.jsonl", trainer.epoch)
 

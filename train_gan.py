@@ -406,6 +406,7 @@ def start_or_resume(folder, options, dataset, device):
         state = lungaug.load_checkpoint(path, "", **trainer.settings)
         with lungaug.refuse_on_error(path, "start over with --overwrite"):
             trainer.restore(state)
+        lungaug.check_epochs(path, trainer.epoch, options.epochs)
 
     if process == 0:
         lungaug.rewind_log(folder / "log.jsonl", trainer.epoch)
@@ -502,6 +503,7 @@ def train_in(folder, options, dataset, device):
         place = f"{n_processes} processes, {device}" if n_processes > 1 else device
         print(f"Preset {options.preset}, cube {dataset.cube}, width {options.width}, on {place}; "
               f"epochs {trainer.epoch} to {options.epochs}.", flush=True)
+        lungaug.warn_of_days(options, dataset.cube, options.epochs - trainer.epoch, device)
     train(trainer, dataset, folder)
     if process == 0:
         draw_progression(folder, trainer)
@@ -521,8 +523,6 @@ def main():
     dataset = preprocessing.open_dataset(run)
     lungaug.apply_preset(options, "train_gan", dataset.info["preset"])
     check_shares(options)
-    if process == 0:
-        lungaug.warn_of_days(options, dataset.cube, device)
     if process > 0:
         train_in(folder, options, dataset, device)
         return

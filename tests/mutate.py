@@ -93,6 +93,7 @@ EQUIVALENT = {
     ("preprocessing.draw_negatives", "operator", "+ → -"): "a uniform draw about 0 has no sign",
     ("preprocessing.read_dicom", "number", "0"): "the slices of one volume share their plane",
     ("preprocessing.draw_negatives", "number", "100"): "a round more, where 100 find none",
+    ("train_gan.decayed_rate", "operator", "<= → <"): "where they are equal the factor is 1",
     ("train_gan.mean_terms", "number", "0"): "the terms have the same names in each iteration",
     ("train_gan.sample_fixed", "number", "2"): "a sample does not depend on those beside it",
 }

@@ -20,7 +20,7 @@ import argparse
 import os
 import shutil
 import sys
-from concurrent.futures import FIRST_COMPLETED, BrokenExecutor, wait
+from concurrent.futures import FIRST_COMPLETED, wait
 from pathlib import Path
 from typing import NamedTuple
 
@@ -1011,22 +1011,18 @@ def make_scans(folder, count, seed, workers, report, options):
     remaining = list(range(count))
     running = set()
     with lungaug.start_pool(workers) as pool:
-        try:
-            while remaining or running:
-                # Submit no more than what begins at once: a stopped command waits for the rest.
-                while remaining and len(running) < workers:
-                    job = lungaug.submit(pool, make_scan, folder, remaining.pop(0), seed, options)
-                    running.add(job)
+        while remaining or running:
+            # Submit no more than what begins at once: a stopped command waits for the rest.
+            while remaining and len(running) < workers:
+                job = lungaug.submit(pool, make_scan, folder, remaining.pop(0), seed, options)
+                running.add(job)
 
-                finished, running = wait(running, return_when=FIRST_COMPLETED)
-                for job in finished:
-                    record = job.result()
-                    records[record["seriesuid"]] = record
-                    if report:
-                        report(len(records), record["seriesuid"])
-        except BrokenExecutor:
-            raise lungaug.Refusal(folder, "a worker was killed, probably out of memory",
-                                  "give fewer --workers") from None
+            finished, running = wait(running, return_when=FIRST_COMPLETED)
+            for job in finished:
+                record = job.result()
+                records[record["seriesuid"]] = record
+                if report:
+                    report(len(records), record["seriesuid"])
     return records
 
 

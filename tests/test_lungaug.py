@@ -9,6 +9,7 @@ import json
 import os
 import pickle
 import re
+import signal
 import struct
 import subprocess
 import sys
@@ -204,8 +205,8 @@ def test_parse__the_least_and_the_most_are_taken(words, key, value):
     assert getattr(lungaug.parse("", *STAGES, words=words.split()), key) == value
 
 
-@pytest.mark.parametrize("words", ["--part 0/2", "--part 3/2", "--part 2", "--part a/b", "--part 1/2/3",
-                                   "--max-slice-mm nan", "--workers 0"])
+@pytest.mark.parametrize("words", ["--part 0/2", "--part 3/2", "--part 2", "--part a/b", "--part 1/2/3", "--part /2",
+                                   "--part -1/2", "--max-slice-mm nan", "--workers 0"])
 def test_parse__what_preprocessing_cannot_use_exits_2(words, capsys):
     """A part that is none, or a number out of range, ends with status 2 and a line that names the option."""
     with pytest.raises(SystemExit) as stopped:
@@ -305,6 +306,69 @@ def test_command__a_bug_of_ours_is_not_hidden():
         lungaug.command(lambda: torch.ones(2).reshape(3))
 
 
+def test_command__where_its_streams_are_closed(monkeypatch, tmp_path):
+    """A service manager may start a command without stdout or stderr: it runs, and ends with the right status."""
+    monkeypatch.setattr(sys, "stdout", None)
+    monkeypatch.setattr(sys, "stderr", None)
+
+    def main():
+        print("a line")
+        lungaug.Progress("epochs", 1).update(1, "")
+        raise Refusal("a", "b", "c")
+
+    with pytest.raises(SystemExit) as stopped:
+        lungaug.command(main)
+    assert stopped.value.code == 2
+
+
+def test_command__the_end_of_another_process_needs_no_traceback(capsys):
+    """Under torchrun the process that ended has said why; what gloo says of it is no bug of this one."""
+    def main():
+        raise RuntimeError("[pair.cc:547] Connection closed by peer [127.0.0.1]:4711. GLHF!")
+
+    with pytest.raises(SystemExit) as stopped:
+        lungaug.command(main)
+    assert stopped.value.code == 2 and capsys.readouterr().err == ""
+
+
+def end_at_once():
+    os.kill(os.getpid(), 9)
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="Windows has no SIGKILL")
+@pytest.mark.parametrize("jobs", [1, 500])
+def test_start_pool__a_worker_that_is_killed_is_one_line(jobs):
+    """Whether while jobs are submitted or while one is awaited."""
+    with pytest.raises(Refusal, match="killed, probably out of memory"):
+        with lungaug.start_pool(1) as pool:
+            submitted = [lungaug.submit(pool, end_at_once) for _ in range(jobs)]
+            for job in submitted:
+                job.result()
+
+
+def test_start_pool__a_worker_that_is_killed_at_its_start_is_one_line(monkeypatch):
+    monkeypatch.setattr(lungaug, "tie_to_parent", end_at_once)
+    with pytest.raises(Refusal, match="killed, probably out of memory"):
+        with lungaug.start_pool(1):
+            pass
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="Windows sends no SIGINT to a process itself")
+@pytest.mark.parametrize("handler, interrupts", [(signal.SIG_IGN, False), (signal.default_int_handler, True)])
+def test_delay_interrupt__an_ignored_one_stays_ignored(handler, interrupts):
+    """A command that a script runs in the background ignores Ctrl-C: within the block, too."""
+    before = signal.signal(signal.SIGINT, handler)
+    interrupted = False
+    try:
+        with lungaug.delay_interrupt():
+            os.kill(os.getpid(), signal.SIGINT)
+    except KeyboardInterrupt:
+        interrupted = True
+    finally:
+        signal.signal(signal.SIGINT, before)
+    assert interrupted == interrupts
+
+
 def test_command__success_is_status_0():
     """A stage that ends well ends with status 0."""
     with pytest.raises(SystemExit) as stopped:
@@ -395,36 +459,48 @@ def gan_options(*words):
 def test_warn_of_days__in_capitals_with_the_days(monkeypatch, capsys):
     """On a CPU, where it takes more than a day; not on a GPU, and not for hours."""
     monkeypatch.setattr(lungaug, "estimate_seconds", lambda *_: 90 * 86400)
-    lungaug.warn_of_days(gan_options(), 48, torch.device("cuda"))
+    lungaug.warn_of_days(gan_options(), 48, 1, torch.device("cuda"))
     assert capsys.readouterr().out == ""
-    lungaug.warn_of_days(gan_options(), 48, torch.device("cpu"))
+    lungaug.warn_of_days(gan_options(), 48, 1, torch.device("cpu"))
     assert capsys.readouterr().out.startswith("ON THIS CPU THE GAN TAKES ABOUT 90 DAYS. --preset demo ")
     monkeypatch.setattr(lungaug, "estimate_seconds", lambda *_: 3600)
-    lungaug.warn_of_days(gan_options(), 48, torch.device("cpu"))
+    lungaug.warn_of_days(gan_options(), 48, 1, torch.device("cpu"))
     assert capsys.readouterr().out == ""
 
 
 def test_estimate_seconds__proportional_to_what_is_computed(monkeypatch):
     """Twice the epochs or the batch take twice as long; a cube of twice the side, where the clock says the same, eight
-    times. A clock that ticks a second at each look makes it exact."""
+    times; twice the width four times. A clock that ticks a second at each look makes it exact."""
     ticks = itertools.count()
     monkeypatch.setattr(time, "perf_counter", lambda: next(ticks))
-    first = lungaug.estimate_seconds(gan_options("--width", 1), 48)
-    assert lungaug.estimate_seconds(gan_options("--width", 1, "--epochs", 40000), 48) == 2 * first
-    assert lungaug.estimate_seconds(gan_options("--width", 1, "--batch-size", 128), 48) == 2 * first
-    assert lungaug.estimate_seconds(gan_options("--width", 1), 96) == 8 * first
+    first = lungaug.estimate_seconds(gan_options("--width", 1), 48, 100)
+    assert lungaug.estimate_seconds(gan_options("--width", 1), 48, 200) == 2 * first
+    assert lungaug.estimate_seconds(gan_options("--width", 1, "--batch-size", 128), 48, 100) == 2 * first
+    assert lungaug.estimate_seconds(gan_options("--width", 1), 96, 100) == 8 * first
+    assert lungaug.estimate_seconds(gan_options("--width", 64), 48, 100) == 4 * first
+
+
+def test_warn_before_stages__counts_the_epochs_that_are_left(monkeypatch, tmp_path):
+    """A GAN that is trained already takes no days."""
+    epochs = []
+    monkeypatch.setattr(lungaug, "warn_of_days", lambda options, cube, left, device: epochs.append(left))
+    lungaug.write(tmp_path / "gan" / "log.jsonl", '{"epoch": 1}\n' * 19_990)
+    words = ["--run", str(tmp_path), "--preset", "thesis", "--device", "cpu"]
+    lungaug.warn_before_stages(lungaug.parse("", *STAGES, words=words))
+    assert epochs == [10]
 
 
 def test_main__the_thesis_on_a_cpu_is_told_of_before_anything_slow(monkeypatch, capsys, tmp_path):
     """With scans of one's own the thesis preset holds: the line comes before the first stage; with --preset demo or
     synthetic scans there is none."""
-    monkeypatch.setattr(lungaug, "estimate_seconds", lambda options, cube: options.epochs * cube)
+    monkeypatch.setattr(lungaug, "estimate_seconds", lambda options, cube, epochs: epochs * cube)
     monkeypatch.setattr(lungaug, "run_script", lambda script, *words: print(script))
     for words, is_told in ((["--scans", tmp_path], True), (["--scans", tmp_path, "--preset", "demo"], False),
                            ([], False), (["--preset", "thesis"], True)):
         monkeypatch.setattr(sys, "argv", ["lungaug.py", "--device", "cpu", *map(str, words)])
         lungaug.main()
-        first_line = capsys.readouterr().out.splitlines()[0]
+        first_line, *_, last_line = capsys.readouterr().out.splitlines()
+        assert "once every part is prepared" in last_line
         assert first_line.startswith("ON THIS CPU") == is_told
         assert is_told or first_line == "preprocessing.py"
 

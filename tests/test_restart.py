@@ -164,6 +164,49 @@ def test_claim__a_higher_slice_limit_prepares_what_was_skipped(uneven, run, tmp_
     assert in_one_line(run(preprocessing, "--run", tmp_path / "R", *words, 5), "max_slice_mm 9.0, not 5.0")
 
 
+def test_claim__a_raise_that_was_stopped_keeps_what_was_used(uneven, run, tmp_path, monkeypatch):
+    """The limit raised to 7, stopped before any scan, then to 9: the volumes of 5 are not written again."""
+    words = [*("--scans", uneven), "--run", tmp_path / "R", *WORDS[:-1]]
+    assert run(preprocessing, *words, 5).status == 0
+    before = {path: path.stat().st_mtime_ns for path in (tmp_path / "R/prepared").glob("*.npy")}
+    with monkeypatch.context() as patch:
+        patch.setattr(preprocessing, "prepare", interrupt)
+        assert run(preprocessing, *words, 7).status == 130
+    assert run(preprocessing, *words, 9).status == 0 and len(info(tmp_path / "R")["scans"]) == 5
+    assert before == {path: path.stat().st_mtime_ns for path in before}
+
+
+def interrupt(*arguments):
+    raise KeyboardInterrupt
+
+
+def test_claim__a_part_whose_options_another_part_changed_says_so(uneven, run, tmp_path, monkeypatch):
+    """While part 2 of 2 is prepared under a limit of 5, part 1 raises it to 9: part 2 says so, and does not end as if
+    all were well; run again with 9, it completes the run."""
+    words = [*("--scans", uneven), "--run", tmp_path / "R", *WORDS[:-1]]
+    prepare = preprocessing.prepare
+
+    def prepare_and_be_overtaken(*arguments):
+        prepare(*arguments)
+        monkeypatch.setattr(preprocessing, "prepare", prepare)
+        run(preprocessing, *words, 9, "--part", "1/2")
+
+    monkeypatch.setattr(preprocessing, "prepare", prepare_and_be_overtaken)
+    done = run(preprocessing, *words, 5, "--part", "2/2")
+    *_, line = done.err.splitlines()
+    assert done.status == 2 and "max_slice_mm 9.0, not 5.0" in line and "another part changed it" in line
+    assert run(preprocessing, *words, 9, "--part", "2/2").status == 0
+    assert len(info(tmp_path / "R")["scans"]) == 5
+
+
+def test_part__the_other_stages_wait_for_the_other_parts(scans, run, tmp_path):
+    """python lungaug.py --part 1/2 prepares its part and stops; it does not train, and makes no synthetic scans."""
+    words = ["--scans", scans, "--run", tmp_path / "R", "--preset", "demo", *WORDS, "--part", "1/2"]
+    done = subprocess.run([sys.executable, lungaug.__file__, *map(str, words)], capture_output=True, text=True)
+    assert done.returncode == 0 and "once every part is prepared" in done.stdout
+    assert "train_gan" not in done.stdout and not (tmp_path / "R" / "scans").exists()
+
+
 def test_claim__a_higher_slice_limit_waits_for_a_training(uneven, run, tmp_path):
     """A training that runs reads the volumes: the new limit is refused, in one line, and nothing changes."""
     words = [*("--scans", uneven), "--run", tmp_path / "R", *WORDS[:-1]]

@@ -22,6 +22,7 @@ import lungaug
 import preprocessing
 import train_classifier
 import train_gan
+from helpers import small_run
 from losses import critic_loss, generator_loss
 from lungaug import OPTIONS, Refusal
 from models import Critic, Generator
@@ -739,6 +740,16 @@ def test_precision__tf32_is_allowed_or_not_for_both_kinds_of_products(precision,
         flags.allow_tf32 = not allowed
     small_trainer(precision=precision)
     assert torch.backends.cudnn.allow_tf32 == torch.backends.cuda.matmul.allow_tf32 == allowed
+
+
+def test_resume__fewer_epochs_than_were_trained_are_refused(tmp_path, run):
+    """A checkpoint of epoch 3 is not one of --epochs 2, whatever options.json would say of it."""
+    small_run(tmp_path)
+    words = ["--run", tmp_path, "--preset", "demo", "--width", 1, "--batch-size", 4, "--epochs"]
+    assert run(train_gan, *words, 3).status == 0
+    *_, line = run(train_gan, *words, 2).err.splitlines()
+    path = tmp_path / "gan" / "checkpoint.pt"
+    assert line.startswith(f"lungaug: {path}: was trained for 3 epochs, more than --epochs 2")
 
 
 def test_precision__cubes_leave_the_generator_in_float32():
