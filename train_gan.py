@@ -7,8 +7,8 @@
 
 An epoch is five critic iterations (three in the demo) and one generator iteration. Leaves
 <run>/gan: checkpoint.pt, log.jsonl (every term of every epoch) and progression.png (a fixed z
-through the training); `python evaluate.py` draws figure 7, the loss curves, at any time. Stopped at any time,
-the same command resumes from the checkpoint and ends with the same bytes.
+through the training); `python evaluate.py` draws figure 7, the loss curves, at any time. Stopped at
+any time, the same command resumes from the checkpoint and ends with the same bytes.
 """
 
 import itertools
