@@ -5,7 +5,7 @@
     python train_gan.py --run runs/demo --epochs 900 # resume from the checkpoint, up to epoch 900
     torchrun --nproc-per-node 2 -- train_gan.py --run runs/luna16   # on two GPUs
 
-An epoch is five critic iterations (three in the demo) and one generator iteration. Leaves
+An epoch is five critic iterations (two in the demo) and one generator iteration. Leaves
 <run>/gan: checkpoint.pt, log.jsonl (every term of every epoch) and progression.png (a fixed z
 through the training); `python evaluate.py` draws figure 7, the loss curves, at any time. Stopped at
 any time, the same command resumes from the checkpoint and ends with the same bytes.
