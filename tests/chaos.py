@@ -211,6 +211,8 @@ def main():
     parser.add_argument("--short", action="store_true",
                         help="three kills, fewer epochs, within a minute")
     options = parser.parse_args()
+    # In the background of a script Ctrl-C is ignored, and so it would be by the stages.
+    signal.signal(signal.SIGINT, signal.default_int_handler)
     n_kills = options.kills or (3 if options.short else 10)
     rng = np.random.default_rng(options.seed)
 

@@ -4,6 +4,7 @@ LUNGAUG_WRONG=<name> puts a mistake of wrong_versions.py in place, before any te
 """
 
 import os
+import signal
 import sys
 from pathlib import Path
 from types import SimpleNamespace
@@ -18,6 +19,10 @@ sys.path[:0] = [str(TESTS.parent), str(TESTS)]
 # The networks of the tests are small: two threads would wait for each other most of the time, in
 # the processes that the tests start, too. PyTorch reads this as it is imported.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
+
+# Where a script runs the tests in the background, Ctrl-C is ignored, and so it would be by the
+# processes that the tests start and interrupt.
+signal.signal(signal.SIGINT, signal.default_int_handler)
 
 import lungaug
 import preprocessing
