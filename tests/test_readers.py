@@ -830,9 +830,9 @@ def test_prepare_one__a_scan_too_large_for_the_memory_is_skipped(tmp_path, monke
 
     source = Source("1.2", "1.2", (tmp_path / "1.2.mhd",))
     monkeypatch.setattr(preprocessing, "prepare_scan", full)
-    record = preprocessing.prepare_one(source, [], tmp_path / "out", {"seed": 0})
+    record = preprocessing.prepare_one(source, [], tmp_path / "out", {"seed": 0, "max_slice_mm": 2.5})
     assert preprocessing.reason_of(record) == f"{tmp_path / '1.2.mhd'}: out of memory — give fewer --workers"
-    assert preprocessing.read_record(source, tmp_path / "out", {"seed": 0}) == record
+    assert preprocessing.read_record(source, tmp_path / "out", {"seed": 0, "max_slice_mm": 2.5}) == record
 
 
 # find_scans
