@@ -929,16 +929,17 @@ def record_path(source, folder):
 def read_record(source, folder, parameters):
     """A scan's record of an earlier run with the same parameters.
 
-    {} where there is none, or a damaged one.
+    {} where there is none, or a damaged one, or one of a scan whose slices are now too thick.
     """
+    limit = parameters["max_slice_mm"]
     try:
         record = lungaug.read_json(record_path(source, folder), "")
         expected = record.pop("fingerprint")
+        is_same = expected == record_fingerprint(record, parameters)
+        is_too_thick = exceeds(record.get("slice_mm", 0), limit)
     except (Refusal, AttributeError, KeyError, TypeError):
         return {}
-    is_same = expected == record_fingerprint(record, parameters)
-    is_thin_enough = not exceeds(record.get("slice_mm", 0), parameters["max_slice_mm"])
-    return record if is_same and is_thin_enough else {}
+    return record if is_same and not is_too_thick else {}
 
 
 def record_fingerprint(record, parameters):

@@ -41,6 +41,7 @@ WORDS = (b"True", b"False", b"LOCAL", b"LIST", b"MET_FLOAT", b"MET_SHORT", b"../
          b"\r\n", b",", b"=", "\N{RIGHT-TO-LEFT OVERRIDE}".encode())
 
 
+PARAMETERS = {"cube": 12, "max_slice_mm": 2.5}
 RECORD = {"seriesuid": "1.2.3", "patient": "p", "volume": "1.2.3.npy", "crc32": 0, "origin": [0.0, 0.0, 0.0],
           "litres": 4.0,
           "positives": [[9, 9, 9]], "diameters": [6.0], "negatives": [[3, 4, 5], [20, 20, 20]], "split": "train"}
@@ -106,8 +107,8 @@ def read_volume(path):
 
 def read_record(path):
     """A damaged record is found to be one, or still says what it said."""
-    source, parameters = preprocessing.Source("1.2.3", "p", ()), {"cube": 12}
-    record = preprocessing.read_record(source, path.parent, parameters)
+    source = preprocessing.Source("1.2.3", "p", ())
+    record = preprocessing.read_record(source, path.parent, PARAMETERS)
     assert record in ({}, RECORD), record
     preprocessing.is_whole(record, path.parent)
 
@@ -142,7 +143,7 @@ def make_targets(folder):
                                                       "table_1": preprocessing.table_1([RECORD]), "skipped": [],
                                                       "scans": [RECORD]})
     lungaug.write(run / "prepared" / "1.2.3.json",
-                  RECORD | {"fingerprint": lungaug.fingerprint([{"cube": 12}, RECORD])})
+                  RECORD | {"fingerprint": preprocessing.record_fingerprint(RECORD, PARAMETERS)})
     lungaug.write(folder / "checkpoint.pt", {"epoch": 1, "weights": {"a": np.zeros(0).tolist()}, "draws": "{}"})
     for name in ("prepared", "gan", "classifiers", "evaluation"):
         items = [lungaug.Heading("2 Dataset"), lungaug.Table("Table.", ["a"], [["b"]]),
