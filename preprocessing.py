@@ -685,6 +685,38 @@ def region_around(points, cube, shape):
     return start, stop
 
 
+def read_thin_scan(source, limit):
+    """A Scan with its HU clipped, and the mm between its slices. Raises Refusal above limit."""
+    scan = read_source(source)
+    slice_mm = slice_distance(scan)
+    check(not exceeds(slice_mm, limit), source.files[0], f"slices {slice_mm:g} mm apart",
+          f"LUNA16 keeps at most {limit:g} mm; --max-slice-mm raises it")
+    return scan._replace(hu=clip_hu(scan.hu).astype(np.int16)), float(slice_mm)
+
+
+def draw_lungs(lungs, centres, diameters):
+    """A scan's picture: the lungs' outline, and nodules of these centres and diameters in mm."""
+    coarse_centres = to_index(lungs.coarse, centres)
+    coarse_radii = diameters / 2 / COARSE
+    return scan_picture(lungs.coarse.hu, lungs.mask.hu, coarse_centres, coarse_radii)
+
+
+def rare_entries(scan, lungs, nodules, folder):
+    """What the record of few scans holds: misplaced nodules, and what was ignored as it was read.
+
+    folder: where its files are.
+    """
+    entries = {}
+    if scan.ignored:
+        entries["ignored"] = f"{folder}: {'; '.join(scan.ignored)}"
+
+    misplaced = misplaced_nodules(scan, lungs.mask, nodules)
+    if len(misplaced):
+        entries["misplaced"] = misplaced.tolist()
+        entries["cause"] = likely_cause(scan, lungs.mask, misplaced)
+    return entries
+
+
 def prepare_scan(source, nodules, folder, parameters, rows=None):
     """Read a scan, find its lungs, fill the 1 mm grid around them, draw negatives.
 
@@ -698,17 +730,10 @@ def prepare_scan(source, nodules, folder, parameters, rows=None):
     centres = nodules[:, :3]
     diameters = nodules[:, 3]
 
-    # Read the scan.
-    scan = read_source(source)
-    slice_mm = slice_distance(scan)
-    check(not exceeds(slice_mm, parameters["max_slice_mm"]), path, f"slices {slice_mm:g} mm apart",
-          f"LUNA16 keeps at most {parameters['max_slice_mm']:g} mm; --max-slice-mm raises it")
-    scan = scan._replace(hu=clip_hu(scan.hu).astype(np.int16))
-
-    # Find its lungs.
+    # Read the scan and find its lungs.
+    scan, slice_mm = read_thin_scan(source, parameters["max_slice_mm"])
     lungs = find_lungs(scan, path)
     check_nodules(scan, lungs.mask, nodules, rows or {})
-    misplaced = misplaced_nodules(scan, lungs.mask, nodules)
 
     # Fill the 1 mm grid around lungs and nodules.
     corner, shape = grid(scan)
@@ -726,32 +751,22 @@ def prepare_scan(source, nodules, folder, parameters, rows=None):
     # Write the volume and the picture.
     name = scan_name(source.seriesuid)
     lungaug.write(folder / f"{name}.npy", volume.hu)
-    coarse_centres = to_index(lungs.coarse, centres)
-    coarse_radii = diameters / 2 / COARSE
-    picture = scan_picture(lungs.coarse.hu, lungs.mask.hu, coarse_centres, coarse_radii)
-    lungaug.write(folder / f"{name}.png", picture)
+    lungaug.write(folder / f"{name}.png", draw_lungs(lungs, centres, diameters))
 
     # Describe the scan.
-    record = {
+    return {
         "seriesuid": source.seriesuid,
         "patient": source.patient,
         "volume": f"{name}.npy",
         "crc32": zlib.crc32(volume.hu.tobytes()),
         "origin": volume.origin.tolist(),
-        "slice_mm": float(slice_mm),
+        "slice_mm": slice_mm,
         "litres": lungs.litres,
         "positives": (positives - start).tolist(),
         "diameters": diameters.tolist(),
         "negatives": (negatives - start).tolist(),
+        **rare_entries(scan, lungs, nodules, path.parent),
     }
-
-    # Add what few scans have.
-    if scan.ignored:
-        record["ignored"] = f"{path.parent}: {'; '.join(scan.ignored)}"
-    if len(misplaced):
-        record["misplaced"] = misplaced.tolist()
-        record["cause"] = likely_cause(scan, lungs.mask, misplaced)
-    return record
 
 
 def misplaced_text(record):
