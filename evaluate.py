@@ -20,11 +20,12 @@ import sys
 from pathlib import Path
 from typing import NamedTuple
 
+import lungaug
+
 import numpy as np
 import torch
 from scipy.spatial.distance import cdist
 
-import lungaug
 import preprocessing
 from models import Classifier, Critic
 

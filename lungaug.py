@@ -33,6 +33,35 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import NamedTuple
 
+
+HERE = Path(__file__).resolve().parent
+INTERRUPTED = "lungaug: interrupted — run the same command, without --overwrite, to resume"
+
+
+def exit_interrupted(*_):
+    """Say in one line that Ctrl-C has stopped the program, and end with its exit status, 130."""
+    # A second Ctrl-C must not cut this line in two.
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    print(f"\n{INTERRUPTED}", file=sys.stderr, flush=True)
+    os._exit(130)
+
+
+def handle_interrupt_from_here_on():
+    """Let Ctrl-C be one line also while the packages below are imported, which takes seconds.
+
+    This is why the scripts import this file before any package. `command` takes over from here.
+    """
+    is_ours = Path(sys.argv[0]).resolve().parent in (HERE, HERE / "tests")
+    # A program that imports this file keeps its own handler; where a script runs in the
+    # background, Ctrl-C is ignored.
+    if not is_ours or signal.getsignal(signal.SIGINT) != signal.default_int_handler:
+        return
+    is_worker = multiprocessing.parent_process() is not None
+    signal.signal(signal.SIGINT, signal.SIG_IGN if is_worker else exit_interrupted)
+
+
+handle_interrupt_from_here_on()
+
 import numpy as np
 import torch
 
@@ -44,7 +73,6 @@ except ImportError:
     fcntl = None
     import msvcrt
 
-HERE = Path(__file__).resolve().parent
 STAGES = ("preprocessing", "train_gan", "train_classifier", "evaluate")
 STARTED = time.monotonic()
 READ_THREADS = min(4, os.cpu_count() or 1)      # that read cubes while a network computes
@@ -410,6 +438,8 @@ def is_out_of_memory(error):
 def command(main):
     """Run a stage's main(); what the user can act on is one line on stderr and exit status 2."""
     replace_what_a_terminal_lacks()
+    if signal.getsignal(signal.SIGINT) == exit_interrupted:
+        signal.signal(signal.SIGINT, signal.default_int_handler)
     try:
         status = main()
         # Here a pipe may break, too: Python would say so after our last word.
@@ -438,9 +468,11 @@ def command(main):
     except KeyboardInterrupt:
         # A second Ctrl-C must not cut this line in two.
         signal.signal(signal.SIGINT, signal.SIG_IGN)
-        message = "lungaug: interrupted — run the same command, without --overwrite, to resume"
-        print(f"\n{message}", file=sys.stderr)
+        print(f"\n{INTERRUPTED}", file=sys.stderr)
         sys.exit(130)
+    finally:
+        # Python takes a moment to end, and would answer Ctrl-C with a traceback.
+        signal.signal(signal.SIGINT, signal.SIG_IGN)
     sys.exit(2)
 
 
@@ -982,7 +1014,8 @@ def save_page(folder, options, items):
 def wait_for(process):
     """Wait until a child process has ended, also under Ctrl-C, which the child gets too.
 
-    Returns its exit status, or 130 after a Ctrl-C. The child says itself what it keeps.
+    Returns its exit status. Raises KeyboardInterrupt where the child was interrupted and could not
+    say so itself: it had just ended, or its Python had only begun.
     """
     try:
         return process.wait()
@@ -999,7 +1032,9 @@ def wait_for(process):
         else:
             process.send_signal(signal.SIGINT)
         process.wait()
-    return 130
+    if process.returncode not in (2, 130):
+        raise KeyboardInterrupt
+    return process.returncode
 
 
 KILLED = 9      # SIGKILL, which Windows lacks

@@ -8,8 +8,9 @@ The drawings are lost; README's table "Choices" gives the reason for each layer.
 """
 
 import argparse
-import sys
 from typing import NamedTuple
+
+import lungaug
 
 import torch
 from torch import nn
@@ -323,8 +324,6 @@ def main():
                         help="side of the cube (default 48)")
     parser.add_argument("--width", type=int, default=16,
                         help="channels at full resolution (default 16)")
-    # A terminal whose encoding lacks × gets a ? in its place.
-    sys.stdout.reconfigure(errors="replace")
     options = parser.parse_args()
     if not 1 <= options.width <= 256:
         parser.error("--width is from 1 to 256")
@@ -343,4 +342,4 @@ def main():
 
 
 if __name__ == "__main__":
-    main()
+    lungaug.command(main)

@@ -23,12 +23,12 @@ from contextlib import ExitStack
 from pathlib import Path
 from typing import NamedTuple
 
+import lungaug
+from lungaug import Refusal, check
+
 import numpy as np
 import pydicom
 from scipy import ndimage, sparse
-
-import lungaug
-from lungaug import Refusal, check
 
 
 AIR = -1000     # HU, 2.1.2: the lower end of the range that is kept

@@ -11,13 +11,14 @@ samples.png; checkpoint.pt and log.jsonl of real, mixed and fake.
 import math
 from typing import NamedTuple
 
+import lungaug
+from lungaug import check
+
 import numpy as np
 import torch
 
-import lungaug
 import preprocessing
 from losses import classifier_loss
-from lungaug import check
 from models import Classifier, Critic, Generator, draw_latent
 
 

@@ -16,14 +16,15 @@ import math
 import os
 import time
 
+import lungaug
+from lungaug import check
+
 import numpy as np
 import torch
 from torch import distributed
 
-import lungaug
 import preprocessing
 from losses import critic_loss, generator_loss
-from lungaug import check
 from models import Critic, Generator, draw_latent, memory_layout
 
 

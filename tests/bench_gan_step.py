@@ -24,13 +24,14 @@ import sys
 import time
 from pathlib import Path
 
-import torch
-
 
 HERE = Path(__file__).resolve().parent
 sys.path[:0] = [str(HERE), str(HERE.parent)]
 
 import lungaug
+
+import torch
+
 import train_gan
 from plain_networks import PlainCritic, PlainGenerator
 

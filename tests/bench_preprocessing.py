@@ -18,13 +18,14 @@ import tempfile
 import time
 from pathlib import Path
 
-import numpy as np
-from scipy import ndimage
-
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 import lungaug
+
+import numpy as np
+from scipy import ndimage
+
 import preprocessing
 from preprocessing import clip_hu, coarse_lungs, find_scans, lung_mask, prepare_scan, read_source, reorient
 

@@ -25,12 +25,20 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")
 signal.signal(signal.SIGINT, signal.default_int_handler)
 
 import lungaug
+
 import preprocessing
 
 
 if os.environ.get("LUNGAUG_WRONG"):
     import wrong_versions
     wrong_versions.install(os.environ["LUNGAUG_WRONG"])
+
+
+@pytest.fixture(autouse=True)
+def interruptible():
+    """A command that ends ignores Ctrl-C, as Python is about to end, too; here it is not."""
+    yield
+    signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 @pytest.fixture

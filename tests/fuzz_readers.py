@@ -20,14 +20,15 @@ import traceback
 import warnings
 from pathlib import Path
 
-import numpy as np
-import pydicom
-
 
 sys.path[:0] = [str(Path(__file__).resolve().parent), str(Path(__file__).resolve().parent.parent)]
 
-import evaluate
 import lungaug
+
+import numpy as np
+import pydicom
+
+import evaluate
 import phantom
 import preprocessing
 import scan_files

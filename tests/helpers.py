@@ -4,16 +4,17 @@ import itertools
 import re
 import warnings
 
+import lungaug
+from lungaug import Refusal
+
 import numpy as np
 import pydicom
 import pytest
 import torch
 
-import lungaug
 import phantom
 import preprocessing
 import scan_files
-from lungaug import Refusal
 
 
 CPU = torch.device("cpu")

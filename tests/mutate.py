@@ -22,8 +22,9 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import NamedTuple
 
-import audit
 import lungaug
+
+import audit
 
 
 # The files with mathematics, and the test files that must notice an edit.

@@ -24,13 +24,14 @@ from concurrent.futures import FIRST_COMPLETED, wait
 from pathlib import Path
 from typing import NamedTuple
 
-import numpy as np
-from scipy import ndimage
-
 
 sys.path[:0] = [str(Path(__file__).resolve().parent), str(Path(__file__).resolve().parent.parent)]
 
 import lungaug
+
+import numpy as np
+from scipy import ndimage
+
 from scan_files import make_uid, write_annotations, write_dicom, write_metaimage, write_truth
 
 

@@ -11,10 +11,10 @@ import io
 import zlib
 from pathlib import Path
 
+import lungaug
+
 import numpy as np
 import pydicom
-
-import lungaug
 
 
 ANNOTATIONS_HEAD = ("seriesuid", "coordX", "coordY", "coordZ", "diameter_mm")

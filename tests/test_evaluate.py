@@ -13,16 +13,17 @@ from collections import Counter
 from fractions import Fraction
 from xml.etree import ElementTree
 
+import lungaug
+from lungaug import Refusal
+
 import numpy as np
 import pytest
 import torch
 
 import evaluate
-import lungaug
 import preprocessing
 from evaluate import Confusion, Line, Metrics
 from helpers import CPU, as_set, cubes_of, eight, small_run, write_generated
-from lungaug import Refusal
 from models import Classifier, Critic
 
 

@@ -10,12 +10,13 @@ import shutil
 import subprocess
 import sys
 
+import lungaug
+
 import numpy as np
 import pytest
 import torch
 
 import evaluate
-import lungaug
 import train_classifier
 import train_gan
 from helpers import in_one_line, small_run

@@ -8,9 +8,9 @@ import sys
 import time
 from pathlib import Path
 
-import pytest
-
 import lungaug
+
+import pytest
 
 
 needs_ps = pytest.mark.skipif(os.name == "nt" or not shutil.which("ps"), reason="needs POSIX signals, and ps")
@@ -83,3 +83,59 @@ def test_interrupt__of_the_first_process_alone(tmp_path):
     assert process.returncode == 130
     assert err.count("lungaug: interrupted") == 1 and "Traceback" not in err
     assert wait_until(lambda: not any(map(is_running, started)))
+
+
+SCRIPTS = [f"{name}.py" for name in (*lungaug.STAGES, "lungaug", "models", "tests/phantom", "tests/chaos")]
+
+
+@pytest.mark.parametrize("package", ["numpy", "torch"])
+@pytest.mark.parametrize("script", SCRIPTS)
+def test_interrupt__while_packages_are_imported(script, package, tmp_path):
+    """A package that takes for ever to import, and is interrupted: one line, exit 130, no traceback."""
+    if os.name == "nt":
+        pytest.skip("Windows sends no SIGINT to a process itself")
+    stub = "import os, signal, time\nos.kill(os.getpid(), signal.SIGINT)\ntime.sleep(60)\n"
+    (tmp_path / f"{package}.py").write_text(stub, encoding="utf-8")
+    environment = dict(os.environ, PYTHONPATH=str(tmp_path))
+
+    command = [sys.executable, str(lungaug.HERE / script)]
+    process = subprocess.run(command, env=environment, capture_output=True, text=True, encoding="utf-8", timeout=50)
+    assert process.returncode == 130, process.stderr
+    assert process.stderr.strip() == lungaug.INTERRUPTED
+
+
+@needs_ps
+def test_interrupt__after_the_last_line(tmp_path):
+    """Ctrl-C while Python ends changes neither the exit status nor the last line."""
+    ending = "import atexit, os, signal\natexit.register(os.kill, os.getpid(), signal.SIGINT)\n"
+    (tmp_path / "sitecustomize.py").write_text(ending, encoding="utf-8")
+    environment = dict(os.environ, PYTHONPATH=str(tmp_path))
+
+    command = [sys.executable, str(lungaug.HERE / "evaluate.py"), "--run", str(tmp_path / "none")]
+    process = subprocess.run(command, env=environment, capture_output=True, text=True, encoding="utf-8", timeout=50)
+    assert process.returncode == 2
+    assert len(process.stderr.splitlines()) == 1 and "run python preprocessing.py" in process.stderr
+
+
+@needs_ps
+@pytest.mark.parametrize("status, raised", [(0, True), (-signal.SIGINT, True), (130, False), (2, False)],
+                         ids=["had ended", "had just begun", "says so itself", "was refused"])
+def test_interrupt__of_a_child_that(status, raised, monkeypatch):
+    """Where the child could not say that it was interrupted, its parent does."""
+    class Child:
+        returncode = status
+        waits = 0
+
+        def wait(self, timeout=None):
+            self.waits += 1
+            if self.waits == 1:
+                raise KeyboardInterrupt
+            return status
+
+    try:
+        returned = lungaug.wait_for(Child())
+    except KeyboardInterrupt:
+        returned = "interrupted"
+    finally:
+        signal.signal(signal.SIGINT, signal.default_int_handler)
+    assert returned == ("interrupted" if raised else status)

@@ -5,11 +5,12 @@
 
 import re
 
+import lungaug
+from lungaug import Figure, Heading, Refusal, Table, Text
+
 import pytest
 
 import evaluate
-import lungaug
-from lungaug import Figure, Heading, Refusal, Table, Text
 
 
 def leave_pages(run, items):

@@ -9,10 +9,11 @@ import sys
 import time
 from pathlib import Path
 
+import lungaug
+
 import numpy as np
 import pytest
 
-import lungaug
 import phantom
 import preprocessing
 import scan_files

@@ -8,10 +8,10 @@ import subprocess
 import sys
 from types import SimpleNamespace
 
-import pytest
-
 import lungaug
 from lungaug import Refusal
+
+import pytest
 
 
 SCRIPTS = ["lungaug.py", "preprocessing.py", "models.py", "train_gan.py", "train_classifier.py", "evaluate.py"]

@@ -20,16 +20,17 @@ import tracemalloc
 from pathlib import Path
 from types import SimpleNamespace
 
+import lungaug
+from lungaug import Refusal
+
 import numpy as np
 import pytest
 from scipy import ndimage
 
-import lungaug
 import phantom
 import preprocessing
 import scan_files
 import train_gan
-from lungaug import Refusal
 from preprocessing import Scan, Source, Volume
 
 

@@ -12,6 +12,8 @@ import tracemalloc
 import warnings
 import zlib
 
+from lungaug import Refusal
+
 import numpy as np
 import pydicom
 import pytest
@@ -20,7 +22,6 @@ import phantom
 import preprocessing
 import scan_files
 from helpers import SHAPE, change, made, refused, same_scan, series
-from lungaug import Refusal
 from preprocessing import Source, find_scans, read_annotations, read_scan, resample
 
 

@@ -8,6 +8,8 @@ subject.
 
 import shutil
 
+from lungaug import Refusal
+
 import numpy as np
 import pydicom
 import pytest
@@ -16,7 +18,6 @@ import phantom
 import preprocessing
 import scan_files
 from helpers import change, made, refused, same_scan, series
-from lungaug import Refusal
 
 
 ORIGIN = (-95.0, -80.0, -60.0)

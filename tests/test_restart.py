@@ -13,19 +13,20 @@ import sys
 from pathlib import Path
 from types import SimpleNamespace
 
+import lungaug
+from lungaug import Refusal
+
 import numpy as np
 import pydicom
 import pytest
 
 import evaluate
-import lungaug
 import phantom
 import preprocessing
 import scan_files
 import train_classifier
 import train_gan
 from helpers import in_one_line
-from lungaug import Refusal
 
 
 WORDS = ("--cube", "12", "--negatives", "20", "--workers", "1", "--max-slice-mm", "20")

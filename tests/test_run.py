@@ -20,12 +20,13 @@ from html.parser import HTMLParser
 from pathlib import Path
 from types import SimpleNamespace
 
+import lungaug
+
 import numpy as np
 import pytest
 import torch
 
 import evaluate
-import lungaug
 import phantom
 import preprocessing
 from evaluate import Confusion, confusion_matrix

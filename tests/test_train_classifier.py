@@ -8,17 +8,18 @@ answer is known.
 
 import shutil
 
+import lungaug
+from lungaug import Refusal
+
 import numpy as np
 import pytest
 import torch
 from scipy import stats
 
 import evaluate
-import lungaug
 import preprocessing
 import train_classifier
 from helpers import CPU, as_set, cubes_of, eight, same_state, scaled, small_run, write_generated
-from lungaug import Refusal
 from models import Critic, Generator
 
 

@@ -13,18 +13,19 @@ import sys
 from types import SimpleNamespace
 from typing import NamedTuple
 
+import lungaug
+from lungaug import OPTIONS, Refusal
+
 import numpy as np
 import pytest
 import torch
 from scipy import stats
 
-import lungaug
 import preprocessing
 import train_classifier
 import train_gan
 from helpers import small_run
 from losses import critic_loss, generator_loss
-from lungaug import OPTIONS, Refusal
 from models import Critic, Generator
 from train_gan import (
     Trainer,

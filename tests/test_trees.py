@@ -6,10 +6,11 @@
 import os
 import shutil
 
+import lungaug
+
 import numpy as np
 import pytest
 
-import lungaug
 import phantom
 import preprocessing
 import scan_files

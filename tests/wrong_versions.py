@@ -20,16 +20,17 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import NamedTuple
 
-import numpy as np
-import pydicom
-import torch
-from torch import nn
-
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
 import lungaug
+
+import numpy as np
+import pydicom
+import torch
+from torch import nn
+
 import train_gan
 from losses import (
     auxiliary_cross_entropy,
