@@ -229,11 +229,11 @@ def tests():
     return by_id
 
 
-def run(root, paths, select=EVERY_ID, stop=False, wrong=""):
-    """Run tests: {name: passed}. A skipped test has not passed.
+def run(root, paths, select=EVERY_ID, stop=False, wrong="", seconds=None):
+    """Run tests: {name: passed}. A skipped test has not passed; {} where they do not end.
 
     root: the tree to run them in; paths: the test files; select: pytest's -k; stop: at the first
-    failure; wrong: the name of a published mistake to put in place.
+    failure; wrong: the name of a published mistake to put in place; seconds: to wait for the end.
     """
     with tempfile.TemporaryDirectory() as folder:
         report = Path(folder) / "report.xml"
@@ -242,7 +242,11 @@ def run(root, paths, select=EVERY_ID, stop=False, wrong=""):
         if stop:
             command.append("-x")
         environment = os.environ | {"LUNGAUG_WRONG": wrong}
-        subprocess.run(command, cwd=root, env=environment, capture_output=True)
+        try:
+            subprocess.run(command, cwd=root, env=environment, capture_output=True,
+                           timeout=seconds)
+        except subprocess.TimeoutExpired:
+            return {}
 
         # pytest writes no report where it could not begin.
         if not report.exists():

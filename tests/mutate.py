@@ -7,7 +7,7 @@
 The edits are made by syntax: a sign or an operator turned, a comparison's edge moved, a number
 changed, mean for sum, a term dropped, a call to detach or flip removed, a pair swapped. Edited are
 the functions whose docstring has an audit id, and those named in MORE. A mutant survives if all
-tests of the audit that touch its file pass. EQUIVALENT names those that change nothing, with the
+tests of the audit that touch its file pass; one that runs for ever does not. EQUIVALENT names those that change nothing, with the
 reason. Exit status 1 where another survives, or where an entry of EQUIVALENT is stale.
 """
 
@@ -26,6 +26,9 @@ import lungaug
 
 import audit
 
+
+# A loop may have no end with an edit in it; the slowest tests take half a minute.
+SECONDS = 300
 
 # The files with mathematics, and the test files that must notice an edit.
 TESTS = {
@@ -292,7 +295,7 @@ def survives(mutant):
         copy_tree(root)
         (root / mutant.file).write_text(mutant.source, encoding="utf-8")
         paths = [f"tests/{name}" for name in TESTS[mutant.file]]
-        results = audit.run(root, paths, stop=True)
+        results = audit.run(root, paths, stop=True, seconds=SECONDS)
     return bool(results) and all(results.values())
 
 
