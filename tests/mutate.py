@@ -7,8 +7,9 @@
 The edits are made by syntax: a sign or an operator turned, a comparison's edge moved, a number
 changed, mean for sum, a term dropped, a call to detach or flip removed, a pair swapped. Edited are
 the functions whose docstring has an audit id, and those named in MORE. A mutant survives if all
-tests of the audit that touch its file pass; one that runs for ever does not. EQUIVALENT names those that change nothing, with the
-reason. Exit status 1 where another survives, or where an entry of EQUIVALENT is stale.
+tests of the audit that touch its file pass; one that runs for ever does not. EQUIVALENT names those
+that change nothing, with the reason. Exit status 1 where another survives, or where an entry of
+EQUIVALENT is stale.
 """
 
 import argparse
@@ -21,6 +22,9 @@ import tempfile
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import NamedTuple
+
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 import lungaug
 
