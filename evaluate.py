@@ -2,12 +2,15 @@
 
     python evaluate.py --run runs/demo            # after train_classifier.py
     python evaluate.py report --run runs/demo     # draw report.html again
+    python evaluate.py --compare runs/demo runs/e1      # arms and loss curves of several runs
 
-Scores the test set with the three classifiers and with the critic's auxiliary head: Tables 2–5
-beside the thesis'. Finds the nearest real training sample of generated ones: figures 9–14. First
-it draws the figures of sections 2 and 4, which need no finished training: run it at any time to
-watch one. Leaves <run>/evaluation: results.json (every number of every table), scores.csv (every
-test cube), figures 2, 3, 7 to 14, nodules.png; and <run>/report.html, one page of all of it.
+Scores the test set with the classifiers and with the critic's auxiliary head: Tables 2–5 beside the
+thesis'. Finds the nearest real training sample of generated ones: figures 9–14. Beyond the thesis:
+differences between the arms with intervals, operating points, and how good the generated cubes are.
+First it draws the figures of sections 2 and 4, which need no finished training: run it at any time
+to watch one. Leaves <run>/evaluation: results.json (every number of every table), scores.csv (every
+test cube), figures 2, 3, 7 to 14, nodules.png, roc.svg, profiles.svg; and <run>/report.html, one
+page of all of it.
 """
 
 import base64
@@ -21,13 +24,15 @@ from pathlib import Path
 from typing import NamedTuple
 
 import lungaug
+from lungaug import check
 
 import numpy as np
 import torch
+from scipy import stats
 from scipy.spatial.distance import cdist
 
 import preprocessing
-from models import Classifier, Critic
+from models import Classifier, Critic, Generator, draw_latent
 
 
 # 5.1 GAN generated samples: novelty
@@ -83,18 +88,24 @@ class Metrics(NamedTuple):
     f1: float
 
 
-def confusion_matrix(labels, predictions):
+def confusion_matrix(labels, predictions, weights=None):
     """Counts of (label, prediction): TP 1, 1; FP 0, 1; FN 1, 0; TN 0, 0   [eq_5_2_confusion]
 
-    labels, predictions: (n,), 1 = positive.
+    labels, predictions: (n,), 1 = positive. weights: (n,), what each counts; 1 where not given.
     """
     labels = np.asarray(labels, bool)
     predictions = np.asarray(predictions, bool)
+
+    def count(cells):
+        if weights is None:
+            return int(cells.sum())
+        return float(weights[cells].sum())
+
     return Confusion(
-        tp=int((labels & predictions).sum()),
-        fp=int((~labels & predictions).sum()),
-        fn=int((labels & ~predictions).sum()),
-        tn=int((~labels & ~predictions).sum()),
+        tp=count(labels & predictions),
+        fp=count(~labels & predictions),
+        fn=count(labels & ~predictions),
+        tn=count(~labels & ~predictions),
     )
 
 
@@ -148,7 +159,9 @@ TABLES = {
     5: ("critic", "Critic auxiliary classifier, no fine-tuning",
         Confusion(1215, 815, 418, 115412)),     # [num_table_5]
 }
-TRAINED_ARMS = ("real", "mixed", "fake")    # the critic's head is not trained again
+# The control of Table 3, which the thesis lacks: real data, in as many steps as the mixed data.
+CONTROL = ("longer", "Control: real data, trained for as many steps as Table 3's")
+TRAINED_ARMS = ("real", "longer", "mixed", "fake")      # the critic's head is not trained again
 
 
 class CriticHead(torch.nn.Module):
@@ -182,6 +195,15 @@ def load_critic(path, dataset, remedy):
     return CriticHead(critic)
 
 
+def load_generator(path, dataset, remedy):
+    """The generator, from the GAN's checkpoint."""
+    state = lungaug.load_checkpoint(path, remedy, prepared=dataset.fingerprint)
+    with lungaug.refuse_on_error(path, RETRAIN):
+        generator = Generator(dataset.cube, state["settings"]["width"])
+        generator.load_state_dict(state["generator"])
+    return generator
+
+
 def load_classifier(path, dataset, classes, remedy):
     """A classifier at its best epoch.
 
@@ -197,15 +219,24 @@ def load_classifier(path, dataset, classes, remedy):
 
 def has_cubes(arm, classes):
     """Whether the GAN made cubes of each class that an arm takes from it, as 4.3's record says."""
-    names = {"mixed": ["positive"], "fake": ["positive", "negative"]}[arm]
+    names = ["positive", "negative"] if arm == "fake" else ["positive"]
     return all(classes[name]["accepted"] > 0 for name in names)
 
 
-def load_networks(run, dataset, device):
-    """arm → the network that gives its class logits, for each arm that was trained. Raises Refusal.
+def count_repeats(run, arms):
+    """How many repeats of training have a checkpoint of each of these arms; at least 1."""
+    repeats = 1
+    while all((lungaug.arm_folder(run, arm, repeats + 1) / "checkpoint.pt").exists()
+              for arm in arms):
+        repeats += 1
+    return repeats
 
-    All must come from this dataset and from one GAN: others may have been trained on cubes that are
-    in the test set here.
+
+def load_networks(run, dataset, device):
+    """arm → the networks that give its class logits, one per repeat. Raises Refusal.
+
+    Arms that were not trained are missing; there is one critic. All must come from this dataset and
+    from one GAN: others may have been trained on cubes that are in the test set here.
     """
     # Read the record of the generated cubes, and which GAN made them.
     gan = run / "gan" / "checkpoint.pt"
@@ -217,20 +248,31 @@ def load_networks(run, dataset, device):
         generated_settings = generated["settings"]
         classes = generated["classes"]
 
-    # Load each arm. An arm for which the GAN made nothing was not trained.
-    networks = {}
+    # An arm for which the GAN made nothing was not trained.
+    arms = []
     for arm in TRAINED_ARMS:
         path = run / "classifiers" / arm / "checkpoint.pt"
-        if arm == "real":
-            networks[arm] = load_classifier(path, dataset, None, remedy)
-        elif path.exists() or has_cubes(arm, classes):
-            networks[arm] = load_classifier(path, dataset, classes, remedy)
-    networks["critic"] = load_critic(gan, dataset, remedy)
+        if arm == "real" or path.exists() or has_cubes(arm, classes):
+            arms.append(arm)
+
+    # Load each arm, repeat by repeat.
+    repeats = count_repeats(run, arms)
+    networks = {}
+    for arm in arms:
+        made_with = None if arm == "real" else classes
+        networks[arm] = []
+        for repeat in range(1, repeats + 1):
+            path = lungaug.arm_folder(run, arm, repeat) / "checkpoint.pt"
+            networks[arm].append(load_classifier(path, dataset, made_with, remedy))
+    networks["critic"] = [load_critic(gan, dataset, remedy)]
 
     remedy = (f"run python train_classifier.py --run {run} --overwrite, which generates again and "
               "keeps the GAN")
     lungaug.require_settings(generated_json, generated_settings, {"gan_crc32": gan_crc32}, remedy)
-    return {arm: network.eval().to(device) for arm, network in networks.items()}
+    for of_arm in networks.values():
+        for network in of_arm:
+            network.eval().to(device)
+    return networks
 
 
 def predict_labels(probabilities):
@@ -238,70 +280,130 @@ def predict_labels(probabilities):
     return probabilities > 0.5
 
 
-def score_test(networks, dataset, device):
-    """arm → the probability ŷ(positive) of each test cube, (n,)."""
-    rows, flips, _ = preprocessing.labelled(dataset, "test")
+class Scored(NamedTuple):
+    """A split's cubes, and the probability ŷ(positive) that each classifier gives them."""
+    labels: np.ndarray      # (n,), 1 = positive
+    weights: np.ndarray     # (n,), of `flip_weights`
+    scans: np.ndarray       # (n,), the number of each cube's scan, from 0 on
+    scores: dict            # arm → (repeats, n)
+
+
+def score_split(networks, dataset, split, device):
+    """Scored: the cubes of a split, scored by each network; networks: of `load_networks`."""
+    rows, flips, labels = preprocessing.labelled(dataset, split)
+    in_turn = [network for of_arm in networks.values() for network in of_arm]
 
     def read_cubes(numbers):
         return preprocessing.read_cubes(dataset, rows[numbers], flips[numbers])
 
     def probabilities(cubes):
-        of_arms = [network(cubes).softmax(1)[:, 1] for network in networks.values()]
-        return torch.stack(of_arms, dim=1)      # (n, arms)
+        columns = [network(cubes).softmax(1)[:, 1] for network in in_turn]
+        return torch.stack(columns, dim=1)      # (n, networks)
 
-    # Every arm scores a cube while it is in memory.
-    scores = lungaug.predict(probabilities, read_cubes, len(rows), device)
-    return dict(zip(networks, scores.T))
+    # Every network scores a cube while it is in memory.
+    columns = lungaug.predict(probabilities, read_cubes, len(rows), device).T
+    scores = {}
+    first = 0
+    for arm, of_arm in networks.items():
+        scores[arm] = columns[first:first + len(of_arm)]
+        first += len(of_arm)
+
+    _, scans = np.unique(rows[:, 0], return_inverse=True)
+    return Scored(labels, flip_weights(labels), scans, scores)
 
 
 def write_scores(path, dataset, scores):
     """Write scores.csv: each test cube's series UID, centre, flip, label, probability of each arm.
 
-    The centre is (x, y, z) in mm; the flip is a number from 0 to 7.
+    The centre is (x, y, z) in mm; the flip is a number from 0 to 7. scores: arm → (repeats, n); the
+    columns of an arm are real, real_2, real_3, …
     """
     rows, flips, labels = preprocessing.labelled(dataset, "test")
+    columns = {}
+    for arm, of_arm in scores.items():
+        for repeat, probabilities in enumerate(of_arm, 1):
+            columns[arm if repeat == 1 else f"{arm}_{repeat}"] = probabilities
+
     text = io.StringIO()
     table = csv.writer(text, lineterminator="\n")
-    table.writerow(["seriesuid", "x", "y", "z", "flip", "label", *scores])
+    table.writerow(["seriesuid", "x", "y", "z", "flip", "label", *columns])
     for i, (scan, *voxel) in enumerate(rows.tolist()):
         info = dataset.info["scans"][scan]
         centre = np.array(info["origin"]) + voxel[::-1]
         centre_text = [f"{coordinate:.2f}" for coordinate in centre]
-        score_text = [f"{probability[i]:.9g}" for probability in scores.values()]
+        score_text = [f"{probabilities[i]:.9g}" for probabilities in columns.values()]
         table.writerow([info["seriesuid"], *centre_text, flips[i], labels[i], *score_text])
     lungaug.write(path, text.getvalue())
 
 
-def as_json(confusion):
-    """A Confusion and its Metrics as JSON holds them: nan is null."""
-    values = {}
-    for name, value in metrics(confusion)._asdict().items():
-        values[name] = None if math.isnan(value) else value
-    return {"confusion": confusion._asdict(), "metrics": values}
+def spread(values):
+    """The standard deviation over repeats; nan for one."""
+    return float(np.std(values, ddof=1)) if len(values) > 1 else math.nan
 
 
-def tables(dataset, scores):
-    """Tables 2–5 as results.json holds them, each beside the thesis'.
+def as_json(confusions):
+    """Confusions of the repeats, and their Metrics: means, and the spread of each metric."""
+    counts = {}
+    for name in Confusion._fields:
+        values = [getattr(confusion, name) for confusion in confusions]
+        counts[name] = values[0] if len(values) == 1 else float(np.mean(values))
 
-    "flips": positives counted with their eight flips, as in the thesis; "nodules": each once.
+    means = {}
+    spreads = {}
+    for name in Metrics._fields:
+        values = [getattr(metrics(confusion), name) for confusion in confusions]
+        means[name] = float(np.mean(values))
+        spreads[name] = spread(values)
+    return {"confusion": counts, "metrics": means, "spread": spreads}
+
+
+def null_for_nan(value):
+    """What JSON holds for a value: null for nan, which it lacks, within lists and dicts, too."""
+    if isinstance(value, dict):
+        return {key: null_for_nan(inner) for key, inner in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [null_for_nan(inner) for inner in value]
+    return None if isinstance(value, float) and math.isnan(value) else value
+
+
+def table_of(arm, title, test):
+    """One of Tables 2–5 as results.json holds it, without the thesis' column.
+
+    "flips": positives counted with their eight flips, as in the thesis; "nodules": each nodule
+    once, a flip weighing ⅛. An arm that was not trained has neither.
     """
-    _, flips, labels = preprocessing.labelled(dataset, "test")
-    unflipped = flips == 0
-    results = {}
-    for number, (arm, title, thesis) in TABLES.items():
-        # An arm that was not trained has the thesis' column only.
-        table = {"arm": arm, "title": title, "thesis": as_json(thesis)}
-        if arm in scores:
-            predictions = predict_labels(scores[arm])
-            table["flips"] = as_json(confusion_matrix(labels, predictions))
-            table["nodules"] = as_json(confusion_matrix(labels[unflipped], predictions[unflipped]))
-        results[number] = table
-    return results
+    table = {"arm": arm, "title": title}
+    if arm in test.scores:
+        with_flips = []
+        once = []
+        for scores in test.scores[arm]:
+            predictions = predict_labels(scores)
+            with_flips.append(confusion_matrix(test.labels, predictions))
+            once.append(confusion_matrix(test.labels, predictions, test.weights))
+        table["flips"] = as_json(with_flips)
+        table["nodules"] = as_json(once)
+    return table
+
+
+def tables(test):
+    """Tables 2–5 as results.json holds them, each beside the thesis'; test: Scored."""
+    return {number: table_of(arm, title, test) | {"thesis": as_json([thesis])}
+            for number, (arm, title, thesis) in TABLES.items()}
+
+
+def with_control(results):
+    """(number, table) of Tables 2–5, and the control between the two that the thesis compares."""
+    rows = []
+    for number, table in results["tables"].items():
+        rows.append((number, table))
+        if table["arm"] == "real":
+            rows.append((None, results["control"]))
+    return rows
 
 
 def table_title(number, table):
     """The title of one of Tables 2–5, and why it is empty where the arm was not trained."""
-    title = f"Table {number}. {table['title']}"
+    title = table["title"] if number is None else f"Table {number}. {table['title']}"
     if "flips" not in table:
         title += " (not trained: no generated samples)"
     return title
@@ -312,20 +414,632 @@ TABLE_COLUMNS = ("flips", "nodules", "thesis")
 
 
 def table_cells(table):
-    """One of Tables 2–5 as rows of text; – where the arm was not trained."""
+    """One of Tables 2–5 as rows of text; – where there is no number."""
+    columns = [table.get(column) for column in TABLE_COLUMNS]
     rows = []
-    for group in ("confusion", "metrics"):
-        for name in table["thesis"][group]:
-            label = name.upper() if len(name) == 2 else name        # TP, FP, FN, TN and F1
-            numbers = [table[column][group][name] if column in table else None
-                       for column in TABLE_COLUMNS]
-            rows.append((label, *map(lungaug.format_number, numbers)))
+    for name in Confusion._fields:
+        cells = [format_count(column["confusion"][name]) if column else "–" for column in columns]
+        rows.append((name.upper(), *cells))
+    for name in Metrics._fields:
+        cells = [format_spread(column["metrics"][name], column["spread"][name]) if column else "–"
+                 for column in columns]
+        rows.append((name.upper() if name == "f1" else name, *cells))
     return rows
+
+
+def format_count(value):
+    """A count, with one decimal where it is no whole number: the mean of repeats, or of flips."""
+    return f"{value:,.1f}".removesuffix(".0")
+
+
+def format_spread(mean, deviation):
+    """A mean and its standard deviation, which is nan or None where there is none."""
+    text = lungaug.format_number(mean)
+    if deviation is None or math.isnan(deviation):
+        return text
+    return f"{text} ± {lungaug.format_number(deviation)}"
+
+
+# Beyond the thesis: operating points. Tables 2–5 compare classifiers at one threshold each, and
+# count each nodule eight times
+
+def flip_weights(labels):
+    """⅛ for each of a nodule's eight flips, 1 for a negative   [rule_beyond_flip_weight]
+
+    labels: (n,), 1 = positive. Eight flips of one nodule say little more than one of them does.
+    """
+    return np.where(np.asarray(labels) == 1, 1 / 8, 1.0)
+
+
+def roc_auc(labels, scores):
+    """P(s₊ > s₋) + ½·P(s₊ = s₋), over pairs of a positive and a negative   [eq_beyond_roc_auc]
+
+    The area under the ROC curve (Hanley and McNeil 1982). labels: (n,), 1 = positive; scores: (n,).
+    nan where a class is missing.
+    """
+    labels = np.asarray(labels, bool)
+    n_positives = labels.sum()
+    n_negatives = len(labels) - n_positives
+
+    # Of equal scores each gets the mean of their ranks: a tie counts half.
+    rank_sum = stats.rankdata(scores)[labels].sum()
+    smallest_sum = n_positives * (n_positives + 1) / 2
+    return float(ratio(rank_sum - smallest_sum, n_positives * n_negatives))
+
+
+class Counts(NamedTuple):
+    """What is called positive at each threshold, at which a score is positive from it on."""
+    thresholds: np.ndarray      # (k,), the scores that occur, falling
+    tp: np.ndarray              # (k,), weights of the positives and of the negatives called so
+    fp: np.ndarray
+    positives: float            # weight of all
+    negatives: float
+
+
+def count_at_thresholds(labels, scores, weights=None):
+    """Counts at every score that occurs; equal scores are called positive together.
+
+    labels: (n,), 1 = positive; scores: (n,); weights: (n,), 1 each where they are not given.
+    """
+    labels = np.asarray(labels, bool)
+    scores = np.asarray(scores, float)
+    weights = np.ones(len(labels)) if weights is None else np.asarray(weights, float)
+    order = np.argsort(-scores, kind="stable")
+    sorted_scores = scores[order]
+
+    # A threshold is the last of a row of equal scores.
+    is_last = np.append(np.diff(sorted_scores) != 0, True)[:len(scores)]
+    tp = np.cumsum((weights * labels)[order])[is_last]
+    fp = np.cumsum((weights * ~labels)[order])[is_last]
+    return Counts(sorted_scores[is_last], tp, fp, (weights * labels).sum(),
+                  (weights * ~labels).sum())
+
+
+def average_precision(labels, scores, weights=None):
+    """Σₖ (Rₖ − Rₖ₋₁)·Pₖ over falling thresholds   [eq_beyond_average_precision]
+
+    R is recall, which is sensitivity, and P precision. labels: (n,), 1 = positive; scores, weights:
+    (n,). nan without positives.
+    """
+    counts = count_at_thresholds(labels, scores, weights)
+    if counts.positives == 0:
+        return math.nan
+    recall = counts.tp / counts.positives
+    precisions = counts.tp / (counts.tp + counts.fp)
+    steps = np.diff(recall, prepend=0)
+    return float((steps * precisions).sum())
+
+
+def sensitivity_at(labels, scores, rate):
+    """max TP/(TP + FN) over thresholds with FP/(FP + TN) ≤ rate   [rule_beyond_sensitivity_at]
+
+    labels: (n,), 1 = positive; scores: (n,). nan where a class is missing.
+    """
+    counts = count_at_thresholds(labels, scores)
+    if counts.positives == 0 or counts.negatives == 0:
+        return math.nan
+    is_allowed = counts.fp <= rate * counts.negatives
+    most = counts.tp[is_allowed].max(initial=0)
+    return float(most / counts.positives)
+
+
+def best_threshold(labels, scores, weights):
+    """argmaxₜ F1 of s > t, on the validation set   [rule_beyond_best_threshold]
+
+    labels: (n,), 1 = positive; scores, weights: (n,). Returns a threshold half-way between two
+    scores; ½ without positives. On the test set itself it would flatter every classifier.
+    """
+    counts = count_at_thresholds(labels, scores, weights)
+    if counts.positives == 0:
+        return 0.5
+    f1_values = 2 * counts.tp / (counts.tp + counts.fp + counts.positives)
+    best = f1_values.argmax()
+
+    # Below the lowest score, which may be 0, everything is called positive.
+    lower = np.append(counts.thresholds, -1.0)
+    return float((lower[best] + lower[best + 1]) / 2)
+
+
+def prior_threshold(prevalence):
+    """ŷ > 1 − π, for a classifier trained on as many positives as negatives   [eq_beyond_prior]
+
+    By Bayes: the odds ŷ/(1 − ŷ) times π/(1 − π) are above 1 there. prevalence: π, the share of
+    positives where it is used. (Saerens, Latinne and Decaestecker 2002.)
+    """
+    return 1 - prevalence
+
+
+# Beyond the thesis: differences with intervals. The unit is the scan: cubes of one scan are alike
+
+def auc_influence(labels, scores, scans):
+    """S·∂AUC/∂wₛ = S·(Σ₊ (V₊ − AUC)/n₊ + Σ₋ (V₋ − AUC)/n₋)   [eq_beyond_auc_influence]
+
+    Sums over the positives and the negatives of scan s, of S. V of a positive: the share of all
+    negatives below it; of a negative: of all positives above it; a tie is half (DeLong 1988; by
+    clusters, Obuchowski 1997). labels, scores: (n,); scans: (n,), from 0 to S − 1. Returns (S,);
+    their mean is 0.
+    """
+    labels = np.asarray(labels, bool)
+    scores = np.asarray(scores, float)
+    n_scans = scans.max() + 1
+    auc = roc_auc(labels, scores)
+
+    def share_below(values, of):
+        """Which share of the sorted `of` lies below each value, a tie being half."""
+        below = np.searchsorted(of, values, "left")
+        not_above = np.searchsorted(of, values, "right")
+        return (below + not_above) / (2 * len(of))
+
+    positives = np.sort(scores[labels])
+    negatives = np.sort(scores[~labels])
+    terms = np.empty(len(scores))
+    terms[labels] = (share_below(scores[labels], negatives) - auc) / len(positives)
+    terms[~labels] = (1 - share_below(scores[~labels], positives) - auc) / len(negatives)
+    return n_scans * np.bincount(scans, terms, n_scans)
+
+
+def f1_influence(labels, predictions, weights, scans):
+    """S·∂F1/∂wₛ = S·(2·TPₛ − F1·(2·TPₛ + FPₛ + FNₛ))/(2·TP + FP + FN)   [eq_beyond_f1_influence]
+
+    labels, predictions, weights: (n,); scans: (n,), from 0 to S − 1. Returns (S,); their mean is 0.
+    """
+    labels = np.asarray(labels, bool)
+    predictions = np.asarray(predictions, bool)
+    n_scans = scans.max() + 1
+    tp = np.bincount(scans, weights * (labels & predictions), n_scans)
+    wrong = np.bincount(scans, weights * (labels ^ predictions), n_scans)
+
+    counted = 2 * tp + wrong
+    score = ratio(2 * tp.sum(), counted.sum())
+    return n_scans * (2 * tp - score * counted) / counted.sum()
+
+
+def t_interval(estimate, influences):
+    """θ ± t·s/√S, t of S − 1 degrees of freedom   [eq_beyond_t_interval]
+
+    estimate: θ; influences: (S,), s is their standard deviation. Returns (low, high) of the 95%
+    interval; nan for fewer than two scans. A percentile bootstrap of few scans is too narrow:
+    tests/coverage.py.
+    """
+    n_scans = len(influences)
+    if n_scans < 2:
+        return math.nan, math.nan
+    error = np.std(influences, ddof=1) / math.sqrt(n_scans)
+    half = stats.t.ppf(0.975, n_scans - 1) * error
+    return float(estimate - half), float(estimate + half)
+
+
+class Measured(NamedTuple):
+    """F1 at argmax and AUC of one classifier, and each scan's influence on them, (S,)."""
+    f1: float
+    auc: float
+    f1_influence: np.ndarray
+    auc_influence: np.ndarray
+
+
+def measure(test, scores):
+    """Measured of one classifier's scores (n,) of a Scored's cubes; each nodule counts once."""
+    predictions = predict_labels(scores)
+    return Measured(
+        f1=f1(confusion_matrix(test.labels, predictions, test.weights)),
+        auc=roc_auc(test.labels, scores),
+        f1_influence=f1_influence(test.labels, predictions, test.weights, test.scans),
+        auc_influence=auc_influence(test.labels, scores, test.scans),
+    )
+
+
+def compare(test, arm, other):
+    """One arm minus another, in F1 and in AUC, with a 95% interval over scans, as JSON holds them.
+
+    Each difference is the mean over repeats, which are paired by their seeds; so is each scan's
+    influence. `spread` is the standard deviation of the difference over repeats.
+    """
+    pairs = []
+    for scores, other_scores in zip(test.scores[arm], test.scores[other]):
+        pairs.append((measure(test, scores), measure(test, other_scores)))
+
+    result = {}
+    for name in ("f1", "auc"):
+        differences = [getattr(a, name) - getattr(b, name) for a, b in pairs]
+        influences = [getattr(a, f"{name}_influence") - getattr(b, f"{name}_influence")
+                      for a, b in pairs]
+        difference = float(np.mean(differences))
+        low, high = t_interval(difference, np.mean(influences, axis=0))
+        result[name] = {"difference": difference, "low": low, "high": high,
+                        "spread": spread(differences)}
+    return result
+
+
+# Arm minus arm: the thesis' comparison, the fair one, and generated data alone.
+COMPARED = (("mixed", "real"), ("mixed", "longer"), ("fake", "real"))
+
+
+def compare_arms(test):
+    """{"mixed - real": `compare`, …} of those arms that were trained."""
+    return {f"{arm} - {other}": compare(test, arm, other)
+            for arm, other in COMPARED if arm in test.scores and other in test.scores}
+
+
+def format_difference(row):
+    """A difference with its interval: −0.022 [−0.045, 0.002]."""
+    numbers = [lungaug.format_number(row[name]).replace("-", "−")
+               for name in ("difference", "low", "high")]
+    return f"{numbers[0]} [{numbers[1]}, {numbers[2]}]"
+
+
+def verdict(differences, n_scans, n_nodules):
+    """Whether mixing in generated nodules is shown to help, in one sentence   [rule_beyond_verdict]
+
+    differences: of `compare_arms`. Shown to help only where the interval of mixed − longer lies
+    above 0 in F1 and in AUC: against real alone, the longer training would count as a gain.
+    """
+    fair = differences.get("mixed - longer")
+    if fair is None:
+        return "Not shown to help: no classifier was trained on real and generated data."
+
+    is_shown = all(row["low"] > 0 for row in fair.values())
+    start = "Shown to help" if is_shown else "Not shown to help"
+    return (f"{start}: mixed − longer is {format_difference(fair['f1'])} in F1 and "
+            f"{format_difference(fair['auc'])} in AUC (95% intervals; {n_scans} test scans with "
+            f"{n_nodules} nodules).")
+
+
+# 0.1%, 1%, 5%, and those of the thesis' Tables 3 and 2.
+FALSE_POSITIVE_RATES = (0.001, 0.0065, 0.01, 0.0239, 0.05)
+
+
+def f1_above(test, scores, threshold):
+    """F1 where ŷ > threshold is called positive; each nodule counts once."""
+    return f1(confusion_matrix(test.labels, scores > threshold, test.weights))
+
+
+def operating_points(test, scores, validation_threshold, prevalence):
+    """What one classifier reaches on the test set: {name: value}. Each nodule counts once.
+
+    scores: (n,); validation_threshold: of `best_threshold`; prevalence: π, of the training set. No
+    threshold of F1 depends on the test set.
+    """
+    row = {
+        "f1_argmax": f1_above(test, scores, 0.5),
+        "f1_validation": f1_above(test, scores, validation_threshold),
+        "f1_prior": f1_above(test, scores, prior_threshold(prevalence)),
+        "auc": roc_auc(test.labels, scores),
+        "average_precision": average_precision(test.labels, scores, test.weights),
+    }
+    for rate in FALSE_POSITIVE_RATES:
+        row[f"sensitivity_at_{rate}"] = sensitivity_at(test.labels, scores, rate)
+    return row
+
+
+def chosen_threshold(arm, repeat, test, validation):
+    """The threshold of a repeat of an arm: that of the best F1 on the validation set.
+
+    test, validation: Scored.
+    """
+    return best_threshold(validation.labels, validation.scores[arm][repeat], validation.weights)
+
+
+def summarize_arm(arm, test, validation, prevalence):
+    """`operating_points` of an arm: {name: {"mean", "spread"}} over its repeats."""
+    rows = []
+    for repeat, scores in enumerate(test.scores[arm]):
+        threshold = chosen_threshold(arm, repeat, test, validation)
+        rows.append(operating_points(test, scores, threshold, prevalence))
+
+    summary = {}
+    for name in rows[0]:
+        values = [row[name] for row in rows]
+        summary[name] = {"mean": float(np.mean(values)), "spread": spread(values)}
+    return summary
+
+
+def training_prevalence(dataset):
+    """π, the share of nodules among the training cubes, each nodule counted once."""
+    _, _, labels = preprocessing.labelled(dataset, "train")
+    weights = flip_weights(labels)
+    return float(weights[labels == 1].sum() / weights.sum())
+
+
+# Beyond the thesis: are the generated cubes any good? Five measures, each sees other faults
+
+def radial_profile(cubes):
+    """h(r), the mean HU of a cube's voxels about r mm from its centre   [eq_beyond_radial_profile]
+
+    cubes: (n, c, c, c) in [-1, 1], with 1 mm voxels; distances are rounded. Returns the mean and
+    the standard deviation over the cubes, (c/2,) each, for r = 0, 1, …, c/2 − 1.
+    """
+    side = cubes.shape[-1]
+    steps = np.arange(side) - side // 2
+    z, y, x = np.meshgrid(steps, steps, steps, indexing="ij")
+    shell = np.rint(np.sqrt(z ** 2 + y ** 2 + x ** 2)).astype(int)
+
+    profiles = np.empty((len(cubes), side // 2))
+    for radius in range(side // 2):
+        profiles[:, radius] = preprocessing.denormalize(cubes[:, shell == radius]).mean(axis=1)
+    return profiles.mean(axis=0), profiles.std(axis=0)
+
+
+def profile_difference(cubes, references):
+    """max |h(r) − h_real(r)| for r ≤ c/3, in HU   [rule_beyond_profile_difference]
+
+    cubes, references: (n, c, c, c) in [-1, 1]; references are real. Farther out lies what surrounds
+    a nodule.
+    """
+    mean, _ = radial_profile(cubes)
+    reference_mean, _ = radial_profile(references)
+    farthest = cubes.shape[-1] // 3
+    return float(np.abs(mean - reference_mean)[:farthest + 1].max())
+
+
+def share_called_positive(probabilities):
+    """Which share the real-trained classifier calls positive, ŷ > ½   [rule_beyond_called_positive]
+
+    probabilities: ŷ(positive), (n,). It should be near that of real positives, or of negatives.
+    """
+    return float(predict_labels(probabilities).mean())
+
+
+def pairwise_distances(queries, references):
+    """‖q − r‖₂ = √(‖q‖² + ‖r‖² − 2·q·r) for each query and reference   [eq_beyond_distances]
+
+    queries (n, …), references (m, …). Returns (n, m). As a matrix product it takes a hundredth of
+    the time of differences; in float64 a copy lies within 10⁻⁵ of 0.
+    """
+    queries = np.reshape(queries, (len(queries), -1)).astype(float)
+    references = np.reshape(references, (len(references), -1)).astype(float)
+    squares = (queries ** 2).sum(1)[:, None] + (references ** 2).sum(1)
+    return np.sqrt(np.maximum(squares - 2 * queries @ references.T, 0))
+
+
+def copy_ratio(distances):
+    """The mean of d₁/d₂, nearest over second nearest training distance   [eq_beyond_copy_ratio]
+
+    distances: (n, m) of n cubes to the training set. Near 1 for what lies between training cubes,
+    0 for a copy of one.
+    """
+    two = np.sort(distances, axis=1)[:, :2]
+    # Two equal training cubes say nothing about a copy.
+    ratios = np.divide(two[:, 0], two[:, 1], out=np.ones(len(two)), where=two[:, 1] > 0)
+    return float(ratios.mean())
+
+
+def copying_test(generated, held_out):
+    """Z = (U − nm/2)/√(nm(n + m + 1)/12), U = #{L(q) > L(p)} + ½#{=}   [eq_beyond_copying_test]
+
+    C_T of Meehan, Chaudhuri and Dasgupta (2020), with the class as its only cell. generated L(q),
+    held_out L(p): distances to the nearest training cube, (n,), (m,). Far below 0, about -3, where
+    generated cubes lie nearer to the training set than held-out ones do: copies. Far above 0 where
+    they lie farther away.
+    """
+    n = len(generated)
+    m = len(held_out)
+    if n == 0 or m == 0:
+        return math.nan
+    ranks = stats.rankdata(np.concatenate([generated, held_out]))
+    u = ranks[:n].sum() - n * (n + 1) / 2
+    return float((u - n * m / 2) / math.sqrt(n * m * (n + m + 1) / 12))
+
+
+def two_sample_accuracy(cubes, references):
+    """Share of the union whose nearest other cube is of its own set   [eq_beyond_two_sample]
+
+    Leave-one-out 1-nearest-neighbour accuracy (Lopez-Paz and Oquab 2017). cubes, references:
+    (n, c, c, c), as many of each. ½ where both are alike, 1 where they are apart, 0 for copies.
+    """
+    union = np.concatenate([cubes, references])
+    is_reference = np.arange(len(union)) >= len(cubes)
+    distances = pairwise_distances(union, union)
+    np.fill_diagonal(distances, np.inf)
+    nearest = distances.argmin(axis=1)
+    return float((is_reference[nearest] == is_reference).mean())
+
+
+def frechet_distance(features, references):
+    """‖μ₁ − μ₂‖² + Tr(Σ₁ + Σ₂ − 2·(Σ₁Σ₂)^½)   [eq_beyond_frechet]
+
+    Of features of two sets, (n, k) and (m, k) (Heusel et al. 2017), here of the real-trained
+    classifier. It depends on n: compare only sets of one size.
+    """
+    mean_difference = features.mean(axis=0) - references.mean(axis=0)
+    covariance = np.cov(features, rowvar=False)
+    reference_covariance = np.cov(references, rowvar=False)
+
+    # The trace of a root is the sum of the eigenvalues' roots; they are ≥ 0 but for rounding.
+    eigenvalues = np.linalg.eigvals(covariance @ reference_covariance).real
+    trace_of_root = np.sqrt(np.maximum(eigenvalues, 0)).sum()
+    traces = np.trace(covariance) + np.trace(reference_covariance)
+    distance = mean_difference @ mean_difference + traces - 2 * trace_of_root
+    # Of a set and itself, rounding may leave a little less than nothing.
+    return float(max(distance, 0))
+
+
+class Quality(NamedTuple):
+    """A row of the table of quality: n cubes of a kind against training cubes of their class."""
+    n: int
+    centre_hu: float            # mean and standard deviation over the cubes
+    centre_spread: float
+    profile_difference: float   # HU
+    called_positive: float
+    copy_ratio: float
+    copying: float              # C_T
+    two_sample: float
+    frechet: float
+
+
+class Scale(NamedTuple):
+    """What the cubes of a class are held against: real ones, as n of each kind as there are."""
+    training: np.ndarray            # (m, c, c, c), positives with their flips
+    references: np.ndarray          # (n, c, c, c), training cubes without flips
+    held_out_nearest: np.ndarray    # (k,), from each held-out cube to the nearest training cube
+    n_frechet: int                  # how many cubes the Fréchet distance takes
+
+
+def assess(cubes, scale, classifier, device):
+    """The Quality of cubes (n, c, c, c) in [-1, 1], by the real-trained classifier and a Scale."""
+    mean, deviation = radial_profile(cubes)
+    distances = pairwise_distances(cubes, scale.training)
+    probabilities, features = classify(classifier, cubes, device)
+    references = evenly_chosen(scale.references, scale.n_frechet)
+    _, reference_features = classify(classifier, references, device)
+
+    # Compare as many cubes of either set.
+    n_pairs = min(len(cubes), len(scale.references))
+    return Quality(
+        n=len(cubes),
+        centre_hu=float(mean[0]),
+        centre_spread=float(deviation[0]),
+        profile_difference=profile_difference(cubes, scale.references),
+        called_positive=share_called_positive(probabilities),
+        copy_ratio=copy_ratio(distances),
+        copying=copying_test(distances.min(axis=1), scale.held_out_nearest),
+        two_sample=two_sample_accuracy(evenly_chosen(cubes, n_pairs),
+                                       evenly_chosen(scale.references, n_pairs)),
+        frechet=frechet_distance(evenly_chosen(features, scale.n_frechet), reference_features),
+    )
+
+
+def evenly_chosen(items, most):
+    """At most `most` of the items, evenly spaced."""
+    return items[lungaug.evenly(len(items), most)]
+
+
+def classify(classifier, cubes, device):
+    """The probabilities ŷ(positive) (n,) and the features (n, 64) that a classifier gives cubes."""
+    def read(numbers):
+        return np.float32(cubes[numbers])[:, None]
+
+    *layers, last = classifier
+
+    def outputs(x):
+        features = torch.nn.Sequential(*layers)(x)
+        probability = last(features).softmax(1)[:, 1:]
+        return torch.cat([probability, features], dim=1)
+
+    both = lungaug.predict(outputs, read, len(cubes), device)
+    return both[:, 0], both[:, 1:]
+
+
+MOST_CUBES = 256        # of one kind, that are assessed
+MOST_TRAINING = 2048    # training cubes of a class to which they are compared
+CLASS_NAMES = {1: "positive", 0: "negative"}
+
+
+def read_evenly(dataset, rows, most):
+    """At most `most` of the cubes at `rows`, without flips: (n, c, c, c) in [-1, 1]."""
+    chosen = evenly_chosen(rows, most)
+    return preprocessing.read_cubes(dataset, chosen)[:, 0]
+
+
+@torch.no_grad()
+def generate_unselected(generator, label, count, seed, device):
+    """Cubes of a class as the generator makes them, before any selection: (count, c, c, c)."""
+    noise = lungaug.torch_stream(seed, "quality", label)
+    labels = torch.full((count,), label)
+    latent = draw_latent(labels, noise)
+    parts = [generator(part.to(device))[:, 0].cpu().numpy() for part in latent.split(64)]
+    return np.concatenate(parts)
+
+
+def kinds_of_cubes(accepted, unselected, references, held_out, rng):
+    """What is assessed of a class: kind → cubes (n, c, c, c). The last three are faults on purpose.
+
+    accepted, unselected: generated cubes; references, held_out: real ones; rng: for the noise.
+    """
+    noise = rng.normal(references.mean(), references.std(), references.shape)
+    return {
+        "held-out real": held_out,
+        "generated and accepted": accepted,
+        "generated, before selection": unselected,
+        "noise": np.clip(noise, -1, 1),
+        "copies of training cubes": references,
+        "one real cube, repeated": np.repeat(held_out[:1], len(references), axis=0),
+    }
+
+
+def score_selection(critic, classifier, cubes, device):
+    """Spearman's ρ between f(x) and ŷ(positive) of generated positives   [eq_beyond_selection]
+
+    Below 0 the critic's score prefers cubes that the real-trained classifier takes for worse.
+    cubes: (n, c, c, c) in [-1, 1]. nan where either is constant.
+    """
+    def read(numbers):
+        return np.float32(cubes[numbers])[:, None]
+
+    scores = lungaug.predict(lambda x: critic(x)[0], read, len(cubes), device)
+    probabilities, _ = classify(classifier, cubes, device)
+    if np.ptp(scores) == 0 or np.ptp(probabilities) == 0:
+        return math.nan
+    return float(stats.spearmanr(scores, probabilities).statistic)
+
+
+class Assessed(NamedTuple):
+    """What is known of the generated cubes of one class."""
+    qualities: dict             # kind → Quality
+    profiles: dict              # kind → mean and standard deviation of h(r), (c/2,) each
+    unselected: np.ndarray      # the cubes before selection, (n, c, c, c) in [-1, 1]
+
+
+def assess_class(label, run, dataset, generator, classifier, seed, device):
+    """Assessed: the cubes of one class; classifier: the real-trained one."""
+    name = CLASS_NAMES[label]
+    of_class = dataset.positives if label == 1 else dataset.negatives
+
+    # Read the real cubes. The training set has the flips of its positives: a copy may be one.
+    rows, flips, labels = preprocessing.labelled(dataset, "train")
+    chosen = evenly_chosen(np.flatnonzero(labels == label), MOST_TRAINING)
+    training = preprocessing.read_cubes(dataset, rows[chosen], flips[chosen])[:, 0]
+    references = evenly_chosen(training[flips[chosen] == 0], MOST_CUBES)
+    held_out = read_evenly(dataset, of_class["test"], MOST_CUBES)
+    held_out_nearest = pairwise_distances(held_out, training).min(axis=1)
+    scale = Scale(training, references, held_out_nearest, min(len(held_out), len(references)))
+
+    # Read and make the generated ones.
+    path = run / "classifiers" / "generated" / f"{name}.npy"
+    accepted = evenly_chosen(preprocessing.open_array(path, dataset.cube), MOST_CUBES)
+    unselected = generate_unselected(generator, label, MOST_CUBES, seed, device)
+
+    rng = lungaug.stream(seed, "quality", name)
+    kinds = kinds_of_cubes(preprocessing.normalize(accepted), unselected, references, held_out, rng)
+
+    # A mean or a covariance takes two cubes or more.
+    kinds = {kind: cubes for kind, cubes in kinds.items() if len(cubes) > 1}
+    qualities = {kind: assess(cubes, scale, classifier, device) for kind, cubes in kinds.items()}
+    profiles = {"real": radial_profile(references)}
+    for kind in ("generated and accepted", "generated, before selection"):
+        if kind in kinds:
+            profiles[kind] = radial_profile(kinds[kind])
+    return Assessed(qualities, profiles, unselected)
+
+
+def assess_generated(run, dataset, networks, seed, device):
+    """The quality of the generated cubes of both classes; networks: of `load_networks`.
+
+    Returns what results.json holds, and class → profiles, for the figure. A class of which the test
+    set has fewer than two cubes is not assessed.
+    """
+    path = run / "gan" / "checkpoint.pt"
+    generator = load_generator(path, dataset, "").eval().to(device)
+    classifier = networks["real"][0]
+    critic_head = networks["critic"][0]
+
+    quality = {}
+    profiles = {}
+    for label, name in CLASS_NAMES.items():
+        of_class = dataset.positives if label == 1 else dataset.negatives
+        if len(of_class["test"]) < 2 or len(of_class["train"]) < 2:
+            continue
+        assessed = assess_class(label, run, dataset, generator, classifier, seed, device)
+        quality[name] = {kind: row._asdict() for kind, row in assessed.qualities.items()}
+        profiles[name] = assessed.profiles
+        if label == 1:
+            quality["selection"] = score_selection(critic_head.critic, classifier,
+                                                   assessed.unselected, device)
+    return quality, profiles
 
 
 # 4.1.1, 4.4.1 Figures 7 and 8: curves, SVG with strings
 
-COLOURS = ("#1f77b4", "#d62728", "#2ca02c", "#9467bd")
+COLOURS = ("#1f77b4", "#d62728", "#2ca02c", "#9467bd", "#ff7f0e", "#7f7f7f")
 CHART_WIDTH = 460
 CHART_HEIGHT = 270
 LEFT = 58               # of the plot in the chart, in pixels, from the chart's left
@@ -430,6 +1144,10 @@ class Axes:
         points = self.points(line.x, line.y)
         parts.append(f'<polyline fill="none" stroke="{colour}" stroke-width="1.6" '
                      f'points="{points}"/>')
+        # A line of one point would not be seen.
+        if len(line.x) == 1 and points:
+            x, y = points.split(",")
+            parts.append(f'<circle cx="{x}" cy="{y}" r="4" fill="{colour}"/>')
         return "".join(parts)
 
 
@@ -489,14 +1207,18 @@ def smooth(values, window):
     return mean, (mean - half_band, mean + half_band)
 
 
-def figure_7(rows):
-    """The GAN log's rows as one SVG of four charts of smoothed curves with 95% bands."""
+def gan_line(name, rows, network, term):
+    """A term of a network's loss through the GAN log's rows, as a smoothed Line with its band."""
     epochs = [row["epoch"] for row in rows]
     window = max(3, len(rows) // 40)
+    mean, band = smooth([row[network][term] for row in rows], window)
+    return Line(name, epochs, mean, band)
 
+
+def figure_7(rows):
+    """The GAN log's rows as one SVG of four charts of smoothed curves with 95% bands."""
     def line(name, network, term):
-        mean, band = smooth([row[network][term] for row in rows], window)
-        return Line(name, epochs, mean, band)
+        return gan_line(name, rows, network, term)
 
     estimate = curves("Wasserstein distance estimate",
                       [line("f(real) − f(fake)", "critic", "wasserstein")], "epoch", "estimate")
@@ -512,6 +1234,19 @@ def figure_7(rows):
     return side_by_side([estimate, auxiliary, penalty, accuracy])
 
 
+def figure_7_of_runs(logs):
+    """Figure 7 of several runs in one SVG, a line per run; logs: name → the GAN log's rows."""
+    charts = []
+    for title, term, y_label in (
+            ("Wasserstein distance estimate", "wasserstein", "estimate"),
+            ("Auxiliary classification of the critic", "auxiliary", "cross-entropy"),
+            ("Gradient penalty", "penalty", "penalty"),
+            ("Class accuracy of the critic on fakes", "fake_accuracy", "accuracy")):
+        lines = [gan_line(name, rows, "critic", term) for name, rows in logs.items()]
+        charts.append(curves(title, lines, "epoch", y_label))
+    return side_by_side(charts)
+
+
 def figure_8(logs):
     """Training and validation loss of each classifier, one SVG; logs: arm → its log's rows."""
     charts = []
@@ -522,6 +1257,47 @@ def figure_8(logs):
             lines.append(Line(name, epochs, [row[f"{name}_loss"] for row in rows]))
         charts.append(curves(f"Classifier, {arm} data", lines, "epoch", "cross-entropy"))
     return side_by_side(charts, columns=3)
+
+
+def roc_curve(labels, scores, rates):
+    """The sensitivity at each rate of false positives, (k,)."""
+    return [sensitivity_at(labels, scores, rate) for rate in rates]
+
+
+def figure_roc(test):
+    """ROC curves of the arms, each the mean over repeats, and the thesis' Tables 2–5, one SVG.
+
+    The whole curves, and the part below a false positive rate of 10%, where the thesis' points lie.
+    """
+    charts = []
+    for widest in (1.0, 0.1):
+        rates = np.linspace(0, widest, 101)
+        lines = []
+        for arm, of_arm in test.scores.items():
+            of_repeats = [roc_curve(test.labels, scores, rates) for scores in of_arm]
+            lines.append(Line(arm, rates, np.mean(of_repeats, axis=0)))
+        for number, (_, _, thesis) in TABLES.items():
+            rate = [1 - specificity(thesis)]
+            lines.append(Line(f"T{number}", rate, [sensitivity(thesis)]))
+        title = "ROC" if widest == 1 else "ROC, few false positives"
+        charts.append(curves(title, lines, "false positive rate", "sensitivity"))
+    return side_by_side(charts)
+
+
+def figure_profiles(profiles):
+    """Mean HU by distance from the centre, with ± a standard deviation, a chart a class, one SVG.
+
+    profiles: class → kind → (mean, standard deviation), of `assess_generated`.
+    """
+    charts = []
+    for name, of_class in profiles.items():
+        lines = []
+        for kind, (mean, deviation) in of_class.items():
+            short = kind.removeprefix("generated").strip(", ")
+            band = (mean - deviation, mean + deviation)
+            lines.append(Line(short, np.arange(len(mean)), mean, band))
+        charts.append(curves(f"HU of {name}s by distance", lines, "mm from the centre", "HU"))
+    return side_by_side(charts)
 
 
 def draw_curves(folder, run):
@@ -676,8 +1452,148 @@ def novelty_figures(records):
     return figures
 
 
+ARMS_HEAD = ("arm", "F1 with flips", "thesis", "F1", "AUC", "average precision")
+OPERATING_HEAD = ("arm", "F1: ŷ > ½", "validation", "prior",
+                  *[f"sens. at {rate:.3%}".replace("0%", "%") for rate in FALSE_POSITIVE_RATES])
+
+
+def format_summary(summary, *names):
+    """Some entries of `summarize_arm` as text: mean ± spread."""
+    return [format_spread(summary[name]["mean"], summary[name]["spread"]) for name in names]
+
+
+def arm_rows(results):
+    """The rows of the table of arms, as text; – for what there is not."""
+    rows = []
+    for _, table in with_control(results):
+        arm = table["arm"]
+        thesis = "–"
+        if "thesis" in table:
+            thesis = lungaug.format_number(table["thesis"]["metrics"]["f1"])
+        if arm not in results["arms"]:
+            rows.append((arm, "–", thesis, "–", "–", "–"))
+            continue
+        flips = table["flips"]
+        with_flips = format_spread(flips["metrics"]["f1"], flips["spread"]["f1"])
+        once = format_summary(results["arms"][arm], "f1_argmax", "auc", "average_precision")
+        rows.append((arm, with_flips, thesis, *once))
+    return rows
+
+
+def operating_rows(results):
+    """The rows of the table of operating points, as text."""
+    names = ("f1_argmax", "f1_validation", "f1_prior",
+             *[f"sensitivity_at_{rate}" for rate in FALSE_POSITIVE_RATES])
+    return [(arm, *format_summary(summary, *names)) for arm, summary in results["arms"].items()]
+
+
+DIFFERENCE_HEAD = ("arm − arm", "F1", "spread", "AUC", "spread")
+
+
+def difference_rows(results):
+    """The rows of the table of differences, as text."""
+    rows = []
+    for name, row in results["differences"].items():
+        cells = []
+        for measure_name in ("f1", "auc"):
+            cells.append(format_difference(row[measure_name]))
+            cells.append(lungaug.format_number(row[measure_name]["spread"]))
+        rows.append((name.replace("-", "−"), *cells))
+    return rows
+
+
+QUALITY_CAPTION = (
+    "The centre's HU; the largest difference of the radial profile from that of training cubes; "
+    "the share that the real-trained classifier calls positive; d₁/d₂, nearest over second-nearest "
+    "training distance, 0 for copies; C_T, below −3 for copies; accuracy of the nearest neighbour "
+    "in telling them from training cubes, ½ if they are alike, 1 if apart, 0 for copies; Fréchet "
+    "distance of the classifier's features from those of training cubes.")
+QUALITY_HEAD = ("", "n", "centre, HU", "profile differs by", "called positive", "d₁/d₂", "C_T",
+                "1-NN", "Fréchet")
+
+
+def quality_rows(of_class):
+    """The rows of the table of quality of a class, as text; of_class: kind → Quality as a dict."""
+    rows = []
+    for kind, row in of_class.items():
+        rows.append((
+            kind,
+            str(row["n"]),
+            f"{row['centre_hu']:.0f} ± {row['centre_spread']:.0f}",
+            f"{row['profile_difference']:.0f} HU",
+            lungaug.format_number(row["called_positive"]),
+            lungaug.format_number(row["copy_ratio"]),
+            "–" if row["copying"] is None else f"{row['copying']:.1f}",
+            lungaug.format_number(row["two_sample"]),
+            f"{row['frechet']:.2f}",
+        ))
+    return rows
+
+
+def selection_sentence(rho):
+    """What Spearman's ρ of `score_selection` says about the selection by score."""
+    if rho is None or math.isnan(rho):
+        return "Whether the critic's score chooses better cubes cannot be said: it is constant."
+    if rho < 0:
+        says = "it prefers those that the classifier takes for worse"
+    else:
+        says = "it prefers those that the classifier takes for better"
+    return (f"Does the critic's score choose better nodules? Between it and the real-trained "
+            f"classifier's probability of a generated positive Spearman's ρ is {rho:.2f}: {says}.")
+
+
+def help_items(results):
+    """What the page says first: did it help?"""
+    return [
+        lungaug.Heading("Did it help?"),
+        lungaug.Text(results["verdict"]),
+        lungaug.Table("The arms: F1 with flips and the thesis' beside it; then F1, AUC and average "
+                      f"precision with each nodule counted once. {repeats_sentence(results)}",
+                      ARMS_HEAD, arm_rows(results)),
+        lungaug.Table("Differences, each nodule counted once, with 95% intervals over the test "
+                      "scans; spread: standard deviation over the repeats. Only mixed − longer is "
+                      "a fair comparison: both take as many steps.",
+                      DIFFERENCE_HEAD, difference_rows(results)),
+    ]
+
+
+def repeats_sentence(results):
+    """How often each arm was trained, and on what it was tested."""
+    counts = results["counts"]
+    repeats = counts["repeats"]
+    times = "once" if repeats == 1 else f"{repeats} times: mean ± standard deviation"
+    return (f"Each is trained {times}; tested on {counts['scans']} scans with {counts['nodules']} "
+            f"nodules and {counts['negatives']:,} negatives.")
+
+
+def beyond_items(results):
+    """What the page says beyond the thesis: operating points, and the quality of what was made."""
+    items = [
+        lungaug.Heading("Beyond the thesis: operating points"),
+        lungaug.Table("F1 at three thresholds: ½, which is argmax; the best one of the validation "
+                      "set; the one that corrects for training on as many positives as negatives. "
+                      "Then the sensitivity at false positive rates; 0.65% and 2.39% are those of "
+                      "the thesis' Tables 3 and 2. Each nodule counts once.",
+                      OPERATING_HEAD, operating_rows(results)),
+        lungaug.Figure("ROC curves of the arms, means over the repeats; T2 to T5 are the thesis' "
+                       "Tables.", "roc.svg"),
+        lungaug.Heading("Beyond the thesis: quality of the generated cubes"),
+    ]
+    for name in CLASS_NAMES.values():
+        if name in results["quality"]:
+            caption = f"Generated {name}s beside real ones and three faults. {QUALITY_CAPTION}"
+            rows = quality_rows(results["quality"][name])
+            items.append(lungaug.Table(caption, QUALITY_HEAD, rows))
+    if "selection" in results["quality"]:
+        items.append(lungaug.Text(selection_sentence(results["quality"]["selection"])))
+    items.append(lungaug.Figure("Mean HU by distance from the centre, ± a standard deviation over "
+                                "cubes: real training cubes, accepted ones, and those before "
+                                "selection.", "profiles.svg"))
+    return items
+
+
 def page(results):
-    """What the report shows: the figures of sections 2 and 4, and section 5."""
+    """What the report shows: whether it helped, sections 2, 4 and 5 in figures, and beyond."""
     # List the distances, those of real nodules as the scale.
     novelty = results["novelty"]
     generated_distances = [record["distance"] for record in novelty["generated"]]
@@ -686,11 +1602,13 @@ def page(results):
 
     # Draw up Tables 2–5.
     metric_tables = []
-    for number, table in results["tables"].items():
+    for number, table in with_control(results):
         title = table_title(number, table)
         metric_tables.append(lungaug.Table(title, TABLE_HEAD, table_cells(table)))
 
     return [
+        *help_items(results),
+
         lungaug.Heading("2.1.7 Processed samples"),
         lungaug.Figure("Nodules, each in its three middle planes: axial, coronal, sagittal.",
                        "nodules.png"),
@@ -712,6 +1630,8 @@ def page(results):
 
         lungaug.Heading("5.2 Classification metrics"),
         *metric_tables,
+
+        *beyond_items(results),
     ]
 
 
@@ -728,6 +1648,7 @@ img,svg{max-width:100%;height:auto}img{image-rendering:pixelated}
 # The folders of a run whose stages leave a page, and their headings in the order of the thesis.
 PAGE_FOLDERS = ("prepared", "gan", "classifiers", "evaluation")
 HEADINGS = (
+    "Did it help?",
     "2 Dataset",
     "2.1.7 Processed samples",
     "4.1 Wasserstein GAN: loss curves",
@@ -736,6 +1657,8 @@ HEADINGS = (
     "4.4 Classifier",
     "5.1 Generated samples",
     "5.2 Classification metrics",
+    "Beyond the thesis: operating points",
+    "Beyond the thesis: quality of the generated cubes",
     "This run",
 )
 
@@ -814,21 +1737,88 @@ def redraw_report():
     print(draw_report(options.run))
 
 
-def print_results(results):
-    """Print Tables 2–5 and the distances."""
-    for number, table in results["tables"].items():
-        lungaug.print_table(table_title(number, table), TABLE_HEAD, table_cells(table))
+def compare_runs(runs):
+    """The command `python evaluate.py --compare RUN …`: one table of arms, one picture of curves.
 
+    Leaves comparison.svg in the first run's evaluation folder.
+    """
+    check(len(runs) > 0, "--compare", "no runs", "give the folders of evaluated runs")
+    rows = []
+    logs = {}
+    test_sets = set()
+    for run in runs:
+        path = run / "evaluation" / "results.json"
+        remedy = f"run python evaluate.py --run {run} first"
+        results = lungaug.read_json(path, remedy)
+        with lungaug.refuse_on_error(path, remedy):
+            rows += [(str(run), *cells) for cells in arm_rows(results)]
+            rows.append((str(run), results["verdict"].partition(":")[0], *[""] * 5))
+            test_sets.add(results["counts"]["prepared"])
+        log = lungaug.read_log(run / "gan" / "log.jsonl")
+        if log:
+            logs[run.name] = log
+
+    lungaug.print_table("Arms of each run", ("run", *ARMS_HEAD), rows)
+    if len(test_sets) > 1:
+        print("\nThe runs are tested on different scans, splits or cubes: their numbers differ for "
+              "that reason, too.")
+    if logs:
+        path = runs[0] / "evaluation" / "comparison.svg"
+        lungaug.write(path, figure_7_of_runs(logs))
+        print(f"\nFigure 7 of {len(logs)} runs: {path}.")
+
+
+def print_results(results):
+    """Print the distances, the quality, the arms, and the verdict; Tables 2–5 are on the page."""
     novelty = results["novelty"]
     generated = format_distances(record["distance"] for record in novelty["generated"])
     held_out = format_distances(novelty["held_out_distances"])
     print(f"\nl2 distance to the nearest training cube: generated {generated}; "
           f"real test positives {held_out}.")
 
+    for name in CLASS_NAMES.values():
+        if name in results["quality"]:
+            lungaug.print_table(f"Quality of generated {name}s", QUALITY_HEAD,
+                                quality_rows(results["quality"][name]))
+    if "selection" in results["quality"]:
+        print(f"\n{selection_sentence(results['quality']['selection'])}")
+
+    lungaug.print_table("Operating points, each nodule counted once", OPERATING_HEAD,
+                        operating_rows(results))
+    lungaug.print_table("Differences, with 95% intervals over scans", DIFFERENCE_HEAD,
+                        difference_rows(results))
+    lungaug.print_table(f"The arms. {repeats_sentence(results)}", ARMS_HEAD, arm_rows(results))
+    print(f"\n{results['verdict']}")
+
+
+def compare_and_count(dataset, test, validation):
+    """The verdict and the numbers on which it rests, as results.json holds them."""
+    prevalence = training_prevalence(dataset)
+    differences = compare_arms(test)
+    n_scans = int(test.scans.max() + 1)
+    n_nodules = len(dataset.positives["test"])
+    return {
+        "verdict": verdict(differences, n_scans, n_nodules),
+        "counts": {
+            "prepared": dataset.fingerprint,
+            "repeats": len(test.scores["real"]),
+            "scans": n_scans,
+            "nodules": n_nodules,
+            "negatives": int((test.labels == 0).sum()),
+        },
+        "tables": tables(test),
+        "control": table_of(*CONTROL, test),
+        "arms": {arm: summarize_arm(arm, test, validation, prevalence) for arm in test.scores},
+        "differences": differences,
+    }
+
 
 def main():
     if sys.argv[1:2] == ["report"]:
         redraw_report()
+        return
+    if sys.argv[1:2] == ["--compare"]:
+        compare_runs([Path(word) for word in sys.argv[2:]])
         return
 
     options = lungaug.parse(__doc__.split("\n")[0], "evaluate")
@@ -845,16 +1835,23 @@ def main():
     draw_curves(folder, run)
     print(f"Wrote figures 2, 3 and (where logs exist) 7, 8 to {folder}.", flush=True)
 
-    # Score the test set.
+    # Score the validation set, for a threshold, and the test set.
     networks = load_networks(run, dataset, device)
-    scores = score_test(networks, dataset, device)
-    write_scores(folder / "scores.csv", dataset, scores)
+    validation = score_split(networks, dataset, "validation", device)
+    test = score_split(networks, dataset, "test", device)
+    write_scores(folder / "scores.csv", dataset, test.scores)
+
+    # Compare the arms, and look at what was generated.
+    results = compare_and_count(dataset, test, validation)
+    results["novelty"] = draw_novelty(folder, run, dataset)
+    results["quality"], profiles = assess_generated(run, dataset, networks, options.seed, device)
+    results = null_for_nan(results)
 
     # Report.
-    novelty = draw_novelty(folder, run, dataset)
-    results = {"tables": tables(dataset, scores), "novelty": novelty}
-    print_results(results)
+    lungaug.write(folder / "roc.svg", figure_roc(test))
+    lungaug.write(folder / "profiles.svg", figure_profiles(profiles))
     lungaug.write(folder / "results.json", results)
+    print_results(results)
     lungaug.save_page(folder, options, page(results))
     if all((run / name / "options.json").exists() for name in PAGE_FOLDERS):
         draw_report(run)

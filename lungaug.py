@@ -200,6 +200,8 @@ OPTIONS = (
            help="Minutes between two checkpoints."),
 
     # Sections 4.3 and 4.4
+    Option("--generated", CLASSIFIER, float, 1.0, 1.0, low=0.01, high=100, fixes=("generated",),
+           help="Generated positives per real one, the real ones counted with their flips."),
     Option("--score-quantile", CLASSIFIER, float, 0.0, 0.5, low=0, high=1, fixes=("generated",),
            help="A generated cube needs a score at this quantile of the real cubes' scores, or "
                 "above. In a short training a higher one picks the brightest and most alike.",
@@ -223,6 +225,9 @@ OPTIONS = (
            help="Epochs of each classifier, each one pass over the positives. "
                 "20 are enough for the demo's cubes.",
            source="4.4.1 [num_4_4_epochs]"),
+    Option("--repeats", CLASSIFIER, int, 3, 3, low=1, high=99, fixes=(),
+           help="Times that each classifier is trained, with other first weights and batches: "
+                "the tables show the mean and the spread."),
 )
 
 KIND_NAMES = {int: "a whole number", float: "a number"}
@@ -497,9 +502,9 @@ def torch_stream(seed, *names):
     return torch.Generator().manual_seed(seed_number(seed, *names))
 
 
-def seed_weights(seed, name):
+def seed_weights(seed, *names):
     """Seed torch's own generator, from which a network built next draws its initial weights."""
-    torch.manual_seed(seed_number(seed, name))
+    torch.manual_seed(seed_number(seed, *names))
 
 
 def allow_tf32(precision):
@@ -953,6 +958,12 @@ def tile(images, columns, gap=2, paper=40):
 def zoom(side, pixels):
     """The whole factor that enlarges an image of `side` pixels to about `pixels`, at least 1."""
     return max(1, pixels // side)
+
+
+def arm_folder(run, arm, repeat):
+    """The folder of a classifier: <run>/classifiers/<arm>, and repeat_2, repeat_3, … within it."""
+    folder = Path(run) / "classifiers" / arm
+    return folder if repeat == 1 else folder / f"repeat_{repeat}"
 
 
 def evenly(count, most):

@@ -2,10 +2,11 @@
 
     python train_classifier.py --run runs/demo       # after train_gan.py
 
-The GAN generates cubes, its critic scores them, the best are selected (4.3); then three classifiers
-are trained (4.4, 5.2): on real data with conventional augmentation, on real and generated data
-mixed, on generated data alone. Leaves <run>/classifiers: generated/positive.npy and negative.npy;
-samples.png; checkpoint.pt and log.jsonl of real, mixed and fake.
+The GAN generates cubes, its critic scores them, the best are selected (4.3); then classifiers are
+trained (4.4, 5.2): on real data with conventional augmentation, on real and generated data mixed,
+on generated data alone; and, as a control, on real data for as many steps as the mixed data take.
+Each is trained --repeats times. Leaves <run>/classifiers: generated/positive.npy and negative.npy;
+samples.png; checkpoint.pt and log.jsonl of real, longer, mixed and fake.
 """
 
 import math
@@ -22,7 +23,7 @@ from losses import classifier_loss
 from models import Classifier, Critic, Generator, draw_latent
 
 
-ARMS = ("real", "mixed", "fake")
+ARMS = ("real", "longer", "mixed", "fake")
 CLASS_NAMES = {1: "positive", 0: "negative"}
 BETAS = (0.9, 0.999)    # 4.4.1   [num_4_4_adam]
 BATCH = 64              # cubes generated at a time
@@ -144,7 +145,8 @@ def generate(generator, critic, label, requested, threshold, options, device):
     # The last batch may have brought more than were requested.
     accepted = np.concatenate(batches)[:requested]
     rejected_cubes = [cube for _, cube in rejected]
-    rejected_cubes = np.array(rejected_cubes, np.int16).reshape(-1, *accepted.shape[1:])
+    shape = (len(rejected), *accepted.shape[1:])
+    rejected_cubes = np.array(rejected_cubes, np.int16).reshape(shape)
     return Generated(accepted, rejected_cubes, n_accepted / attempts)
 
 
@@ -179,9 +181,10 @@ def generate_class(label, networks, folder, dataset, options, device):
     real_scores = score_reals(critic, dataset, label, device)
     threshold = float(np.quantile(real_scores, options.score_quantile))
 
-    # Request, of either class, as many cubes as there are real positives with their flips.
+    # Request, of either class, as many cubes as there are real positives with their flips, or
+    # --generated times as many.
     positives, _ = conventional_positives(dataset, "train")
-    requested = len(positives)
+    requested = max(1, round(options.generated * len(positives)))
     generated = generate(generator, critic, label, requested, threshold, options, device)
 
     # Save them.
@@ -200,9 +203,12 @@ def print_class(name, row, options):
           f"{row['rate']:.1%} (score ≥ {row['score_threshold']:.2f}, "
           f"class probability ≥ {options.class_probability}).", flush=True)
     if row["accepted"] < row["requested"]:
+        can_fall = [f"{option} (now {value})" for option, value in (
+            ("--score-quantile", options.score_quantile),
+            ("--class-probability", options.class_probability)) if value > 0]
+        advice = f", or lower {' or '.join(can_fall)}" if can_fall else ""
         print(f"  Too few passed within {options.attempts} attempts per requested cube. Train the "
-              f"GAN longer, or lower --score-quantile (now {options.score_quantile}) or "
-              "--class-probability.", flush=True)
+              f"GAN longer{advice}.", flush=True)
 
 
 def generated_settings(run, dataset, options):
@@ -343,11 +349,12 @@ class Pool:
 def arm_pools(arm, run, dataset):
     """The positives and the negatives of an arm, a Pool each   [rule_5_2_arms]
 
-    real: real cubes. mixed: real and generated positives, real negatives. fake: generated ones.
+    real, longer: real cubes. mixed: real and generated positives, real negatives. fake: generated
+    ones.
     """
     real_positives = conventional_positives(dataset, "train")
     real_negatives = no_flips(dataset.negatives["train"])
-    if arm == "real":
+    if arm in ("real", "longer"):
         return Pool(dataset, real_positives), Pool(dataset, real_negatives)
 
     generated_positives = open_generated(run, dataset, "positive")
@@ -360,6 +367,19 @@ def arm_pools(arm, run, dataset):
     return positives, negatives
 
 
+def positives_per_epoch(arm, run, dataset):
+    """|mixed| in `longer`, else each positive of the arm once   [rule_beyond_equal_steps]
+
+    An epoch of the mixed arm has more positives than one of the real arm, and so more steps of the
+    optimizer. `longer` is its control: real cubes alone, in as many steps, each of them as large
+    and at the same learning rate. What mixed gains over real may be training time; what it gains
+    over longer is not.
+    """
+    counted = "mixed" if arm == "longer" else arm
+    positives, _ = arm_pools(counted, run, dataset)
+    return len(positives)
+
+
 # 4.4.1 Training
 
 def learning_rate(epoch, early, late, decay):
@@ -370,17 +390,26 @@ def learning_rate(epoch, early, late, decay):
     return early if epoch < decay else late
 
 
-def balanced_batches(positives, negatives, size, rng):
+def balanced_batches(positives, negatives, size, rng, drawn=None):
     """Numbers of an epoch's batches, half positive, half negative   [rule_4_4_balanced]
 
     positives, negatives: how many there are. An epoch passes over the positives once, in a new
-    order; as many negatives are drawn from all of them.
+    order, or draws as many of them as `drawn` says, in pass after pass; as many negatives are drawn
+    from all of them.
     """
-    order = rng.permutation(positives)
-    for start in range(0, positives, size // 2):
+    if drawn is None:
+        drawn = positives
+    passes = math.ceil(drawn / positives)
+    order = np.concatenate([rng.permutation(positives) for _ in range(passes)])[:drawn]
+    for start in range(0, drawn, size // 2):
         positive_numbers = order[start:start + size // 2]
         negative_numbers = rng.integers(negatives, size=len(positive_numbers))
         yield positive_numbers, negative_numbers
+
+
+def steps_per_epoch(drawn, options):
+    """How many batches `balanced_batches` makes of so many positives."""
+    return math.ceil(drawn / (options.batch_size // 2))
 
 
 def f1_score(labels, predictions):
@@ -418,11 +447,13 @@ class Trainer:
     """All that training a classifier changes: the network, its optimizer, the randomness, the best.
 
     A checkpoint is its `state`, as in train_gan.py. classes: what was generated, as
-    `generate_classes` returns it; None for the arm real, which does not depend on it.
+    `generate_classes` returns it; None for the arm real, which does not depend on it. repeat: from
+    1 on; the arms of one repeat start with the same weights.
     """
 
-    def __init__(self, arm, options, dataset, classes, device):
+    def __init__(self, arm, options, dataset, classes, device, repeat=1):
         self.arm = arm
+        self.repeat = repeat
         self.options = options
         self.device = device
         self.epoch = 0
@@ -436,13 +467,14 @@ class Trainer:
 
         # Build the network. The arms start with the same weights; they differ in their data and,
         # as an epoch passes over the positives once, in their steps per epoch.
-        lungaug.seed_weights(options.seed, "classifier weights")
+        names = [] if repeat == 1 else [repeat]
+        lungaug.seed_weights(options.seed, "classifier weights", *names)
         self.classifier = Classifier(dataset.cube).to(device)
         parameters = self.classifier.parameters()
         self.optimizer = torch.optim.Adam(parameters, options.learning_rate, BETAS)
 
         # Seed what is drawn during the training.
-        self.draws = lungaug.stream(options.seed, "classifier batches", arm)
+        self.draws = lungaug.stream(options.seed, "classifier batches", arm, *names)
 
     def state(self):
         """The checkpoint: numbers, lists, and tensors."""
@@ -479,10 +511,11 @@ def read_batch(pools, numbers, device):
     return torch.from_numpy(cubes).to(device), torch.from_numpy(labels).to(device)
 
 
-def train_epoch(trainer, pools):
+def train_epoch(trainer, pools, drawn=None):
     """One pass over the positives, each batch with as many negatives. Returns the mean loss.
 
-    pools: the positives and the negatives, as `arm_pools` returns them.
+    pools: the positives and the negatives, as `arm_pools` returns them; drawn: how many positives
+    to draw, where that is not each of them once.
     """
     options = trainer.options
     positives, negatives = pools
@@ -494,7 +527,8 @@ def train_epoch(trainer, pools):
         group["lr"] = rate
 
     losses = []
-    batches = balanced_batches(len(positives), len(negatives), options.batch_size, trainer.draws)
+    batches = balanced_batches(len(positives), len(negatives), options.batch_size, trainer.draws,
+                               drawn)
 
     def read(numbers):
         return read_batch(pools, numbers, trainer.device)
@@ -538,16 +572,16 @@ def resume(trainer, folder):
     lungaug.rewind_log(folder / "log.jsonl", trainer.epoch)
 
 
-def train(trainer, pools, dataset, folder):
+def train(trainer, pools, drawn, dataset, folder):
     """Train, validate, keep the best, log, save.
 
     Every epoch is a checkpoint, so that a stopped run resumes and ends with the same bytes.
     """
     epochs = trainer.options.epochs
-    progress = lungaug.Progress(f"{trainer.arm} epochs", epochs)
+    progress = lungaug.Progress(f"{name_of(trainer)} epochs", epochs)
     while trainer.epoch < epochs:
         # Train.
-        train_loss = train_epoch(trainer, pools)
+        train_loss = train_epoch(trainer, pools, drawn)
 
         # Validate.
         f1, loss = validate(trainer.classifier, dataset, trainer.device)
@@ -568,37 +602,51 @@ def train(trainer, pools, dataset, folder):
         lungaug.write(folder / "checkpoint.pt", trainer.state())
 
 
-def missing_class(arm, pools):
-    """Of which class an arm lacks cubes, "positives" or "negatives"; None where it has both."""
+def name_of(trainer):
+    """An arm's name, with the number of the repeat where there is more than one."""
+    if trainer.options.repeats == 1:
+        return trainer.arm
+    return f"{trainer.arm}, repeat {trainer.repeat} of {trainer.options.repeats}"
+
+
+def missing_class(arm, pools, drawn):
+    """Of which class an arm lacks cubes, "positives" or "negatives"; None where it has both.
+
+    Without generated positives there is no mixed arm, and no control of it.
+    """
     positives, negatives = pools
-    if arm != "real" and len(positives.generated) == 0:
+    n_real = len(positives.rows)
+    if arm != "real" and drawn == n_real:
         return "positives"
     if len(negatives) == 0:
         return "negatives"
     return None
 
 
-def train_arm(arm, run, dataset, options, classes, device):
+def train_arm(arm, run, dataset, options, classes, device, repeat=1):
     """Train one arm's classifier, or skip it where there is nothing to train on.
 
     classes: what was generated, as `generate_classes` returns it; None for the arm real.
     """
-    folder = run / "classifiers" / arm
+    folder = lungaug.arm_folder(run, arm, repeat)
     pools = arm_pools(arm, run, dataset)
-    missing = missing_class(arm, pools)
+    drawn = positives_per_epoch(arm, run, dataset)
+    missing = missing_class(arm, pools, drawn)
     if missing:
-        print(f"{arm}: no generated {missing} to train on; skipped.", flush=True)
+        if repeat == 1:
+            print(f"{arm}: no generated {missing} to train on; skipped.", flush=True)
         # Remove the classifier of an earlier GAN, so that it is not taken for this one's.
         lungaug.remove(folder, "checkpoint.pt", "log.jsonl")
         return
 
-    trainer = Trainer(arm, options, dataset, classes, device)
+    trainer = Trainer(arm, options, dataset, classes, device, repeat)
     resume(trainer, folder)
-    train(trainer, pools, dataset, folder)
+    train(trainer, pools, drawn, dataset, folder)
 
     positives, negatives = pools
     best = trainer.best
-    print(f"{arm}: {len(positives)} positives, {len(negatives)} negatives; "
+    print(f"{name_of(trainer)}: {len(positives)} positives, {len(negatives)} negatives, "
+          f"{steps_per_epoch(drawn, options)} steps an epoch; "
           f"best validation F1 {best['f1']:.3f}, at epoch {best['epoch']}.", flush=True)
 
 
@@ -635,14 +683,16 @@ def main():
         if options.overwrite:
             # Load the GAN first: where it cannot be used, nothing may be lost.
             load_gan(run, dataset, device)
-            lungaug.remove(folder, "*/checkpoint.pt", "*/log.jsonl", "*/generated.json",
+            lungaug.remove(folder, "**/checkpoint.pt", "**/log.jsonl", "*/generated.json",
                            "options.json")
 
         classes = generate_classes(run, dataset, options, device)
         draw_samples(run, dataset)
-        for arm in ARMS:
-            generated = None if arm == "real" else classes
-            train_arm(arm, run, dataset, options, generated, device)
+        # Repeat by repeat, so that a training that is stopped leaves whole ones.
+        for repeat in range(1, options.repeats + 1):
+            for arm in ARMS:
+                generated = None if arm == "real" else classes
+                train_arm(arm, run, dataset, options, generated, device, repeat)
 
     lungaug.save_page(folder, options, page(classes))
 

@@ -110,7 +110,15 @@ def section_of(entry):
     """The section of an id as numbers, to sort by: eq_3_3_1_critic_loss → [3, 3, 1]."""
     if entry.id in SECTIONS:
         return SECTIONS[entry.id]
+    # What the thesis lacks comes last.
+    if is_beyond(entry):
+        return [9]
     return [int(number) for number in re.findall(r"_(\d)(?=_)", entry.id)]
+
+
+def is_beyond(entry):
+    """Whether an id belongs to no section of the thesis."""
+    return "_beyond_" in entry.id
 
 
 def docstring_entries(stem, text):
@@ -345,11 +353,16 @@ def audit_table():
     head = ("id", "equation, number or rule", "where", "tests", "note")
     tests_of = tests()
     note_of = notes()
-    rows = [(f"`{entry.id}`", entry.formula, f"`{entry.where}`",
-             str(len(tests_of.get(entry.id, []))), note_of.get(entry.id, ""))
-            for entry in entries()]
-    rows += [(row.section, row.says, "no code", "", row.reason) for row in WITHOUT_CODE]
-    return markdown(head, rows)
+    of_thesis = []
+    beyond = []
+    for entry in entries():
+        row = (f"`{entry.id}`", entry.formula, f"`{entry.where}`",
+               str(len(tests_of.get(entry.id, []))), note_of.get(entry.id, ""))
+        (beyond if is_beyond(entry) else of_thesis).append(row)
+
+    without_code = [(row.section, row.says, "no code", "", row.reason) for row in WITHOUT_CODE]
+    heading = ("**Beyond the thesis**", "", "", "", "")
+    return markdown(head, [*of_thesis, *without_code, heading, *beyond])
 
 
 TABLES = {"options": options_table, "audit": audit_table}

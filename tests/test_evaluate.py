@@ -249,8 +249,8 @@ def test_metrics__0_of_0_is_nan_printed_as_a_dash_and_null_in_json():
     """What has no value is nan, – in a table and null in results.json."""
     nothing = Confusion(0, 0, 0, 0)
     assert [lungaug.format_number(value) for value in evaluate.metrics(nothing)] == ["–"] * 4
-    as_json = json.loads(json.dumps(evaluate.as_json(nothing), allow_nan=False))
-    assert as_json["metrics"] == dict.fromkeys(Metrics._fields)
+    as_json = json.loads(json.dumps(evaluate.null_for_nan(evaluate.as_json([nothing])), allow_nan=False))
+    assert as_json["metrics"] == as_json["spread"] == dict.fromkeys(Metrics._fields)
 
 
 # The thesis' Tables 2–5
@@ -286,7 +286,7 @@ def test_num_table_5__erratum_its_precision_is_cut_off():
 
 def shown(table):
     """A table's metrics of the thesis' matrix, as our tables print them."""
-    metrics = evaluate.as_json(evaluate.TABLES[table][2])["metrics"]
+    metrics = evaluate.as_json([evaluate.TABLES[table][2]])["metrics"]
     return " ".join(lungaug.format_number(metrics[key]) for key in Metrics._fields)
 
 
@@ -336,48 +336,81 @@ def test_rule_5_2_argmax__probabilities_of_each_arm(tmp_path):
     """Each arm's score is its own softmax for "positive", on each nodule's eight flips and then the negatives."""
     dataset = small_run(tmp_path)
     cubes = np.concatenate([eight(cubes_of(dataset, "positives", "test")), cubes_of(dataset, "negatives", "test")])
-    scores = evaluate.score_test({"real": brighter, "fake": darker}, dataset, CPU)
+    scored = evaluate.score_split({"real": [brighter, darker], "critic": [darker]}, dataset, "test", CPU)
+    (first, second), (critic,) = scored.scores["real"], scored.scores["critic"]
     probability = 1 / (1 + np.exp(-4 * cubes[:, 0, 0, 0]))
-    assert scores.keys() == {"real", "fake"} and scores["real"].shape == (20,)
-    assert np.allclose(np.sort(scores["real"][:16]), np.sort(probability[:16]), atol=1e-6)
-    assert np.allclose(scores["real"][16:], probability[16:], atol=1e-6)
-    assert np.allclose(scores["real"] + scores["fake"], 1, atol=1e-6)
+    assert list(scored.scores) == ["real", "critic"] and first.shape == (20,)
+    assert np.allclose(np.sort(first[:16]), np.sort(probability[:16]), atol=1e-6)
+    assert np.allclose(first[16:], probability[16:], atol=1e-6)
+    assert np.allclose(first + second, 1, atol=1e-6) and np.array_equal(second, critic)
+    assert scored.labels.tolist() == [1] * 16 + [0] * 4 and scored.scans.tolist() == [0] * 20
+    assert scored.weights.tolist() == [0.125] * 16 + [1] * 4
 
 
 def test_rule_5_2_argmax__the_larger_logit_decides_and_a_tie_is_negative(tmp_path):
     """Positive where logit 1 is the larger; where both are equal argmax takes the first class, negative."""
     dataset = small_run(tmp_path, nodules=(1, 1, 1), negatives=(1, 1, 3))
     logits = torch.tensor([[0, 0.1], [0.1, 0], [5, 5], [-9, -8.9]] * 2 + [[0, 0], [0, 1e-3], [3, -3.0]])
-    scores = evaluate.score_test({"real": lambda x: logits}, dataset, CPU)
-    assert (scores["real"] > 0.5).tolist() == logits.argmax(1).bool().tolist()
-    assert evaluate.tables(dataset, scores)[2]["flips"]["confusion"] == {"tp": 4, "fp": 1, "fn": 4, "tn": 2}
+    scored = evaluate.score_split({"real": [lambda x: logits]}, dataset, "test", CPU)
+    assert (scored.scores["real"][0] > 0.5).tolist() == logits.argmax(1).bool().tolist()
+    assert evaluate.tables(scored)[2]["flips"]["confusion"] == {"tp": 4, "fp": 1, "fn": 4, "tn": 2}
 
 
-def test_tables__flips_and_nodules_are_counted_apart(tmp_path):
-    """"flips" counts each nodule eight times, "nodules" once, in its own orientation; the negatives are the same."""
-    dataset = small_run(tmp_path, nodules=(1, 1, 2), negatives=(1, 1, 3))
-    scores = {"real": np.array([0.9] * 3 + [0.1] * 5 + [0.1] * 2 + [0.9] * 6 + [0.9, 0.1, 0.1])}
-    table = evaluate.tables(dataset, scores)[2]
+def scored(nodules, negatives, **scores):
+    """A Scored of so many nodules with eight flips and negatives, all of one scan; scores: arm → repeats."""
+    labels = np.repeat([1, 0], [8 * nodules, negatives])
+    return evaluate.Scored(labels, evaluate.flip_weights(labels), np.zeros(len(labels), int),
+                           {arm: np.array(of_arm, float) for arm, of_arm in scores.items()})
+
+
+def test_tables__flips_and_nodules_are_counted_apart():
+    """"flips" counts each nodule eight times, "nodules" the mean over its flips; the negatives are the same."""
+    test = scored(2, 3, real=[[0.9] * 3 + [0.1] * 5 + [0.1] * 2 + [0.9] * 6 + [0.9, 0.1, 0.1]])
+    table = evaluate.tables(test)[2]
     assert table["flips"]["confusion"] == {"tp": 9, "fp": 1, "fn": 7, "tn": 2}
-    assert table["nodules"]["confusion"] == {"tp": 1, "fp": 1, "fn": 1, "tn": 2}
+    assert table["nodules"]["confusion"] == {"tp": 9 / 8, "fp": 1, "fn": 7 / 8, "tn": 2}
+    assert table["nodules"]["metrics"]["sensitivity"] == table["flips"]["metrics"]["sensitivity"] == 9 / 16
+    assert table["nodules"]["metrics"]["precision"] == pytest.approx(9 / 17)
 
 
-def test_tables__an_arm_that_was_left_out_has_dashes(tmp_path):
+def test_tables__mean_and_spread_over_the_repeats():
+    """Of two repeats with 8 and 4 hits of 8: sensitivity .75, its standard deviation ½/√2; of one repeat, none."""
+    test = scored(1, 2, real=[[0.9] * 8 + [0.1] * 2, [0.9] * 4 + [0.1] * 6], critic=[[0.9] * 10])
+    flips = evaluate.tables(test)[2]["flips"]
+    assert flips["confusion"] == {"tp": 6, "fp": 0, "fn": 2, "tn": 2}
+    assert flips["metrics"]["sensitivity"] == 0.75
+    assert flips["spread"]["sensitivity"] == pytest.approx(0.5 / math.sqrt(2)) and flips["spread"]["specificity"] == 0
+    assert math.isnan(evaluate.tables(test)[5]["flips"]["spread"]["sensitivity"])
+
+
+def test_tables__the_control_stands_between_tables_2_and_3():
+    """The thesis' comparison and the fair one stand together: real, longer, mixed; the thesis has no control."""
+    test = scored(1, 1, real=[[0.0] * 9], longer=[[0.9] * 9])
+    results = {"tables": evaluate.tables(test), "control": evaluate.table_of(*evaluate.CONTROL, test)}
+    in_order = [table for _, table in evaluate.with_control(results)]
+    assert [table["arm"] for table in in_order] == ["real", "longer", "mixed", "fake", "critic"]
+    assert list(results["tables"]) == [2, 3, 4, 5] and "thesis" not in results["control"]
+    assert evaluate.table_cells(results["control"])[0] == ("TP", "8", "1", "–")
+    assert evaluate.table_title(None, results["control"]).startswith("Control: real data")
+
+
+def test_tables__an_arm_that_was_left_out_has_dashes():
     """An arm without a classifier keeps the thesis' column, and dashes for ours."""
-    dataset = small_run(tmp_path)
-    table = evaluate.tables(dataset, {"real": np.zeros(20)})[4]
+    table = evaluate.tables(scored(1, 1, real=[np.zeros(9)]))[4]
     assert "flips" not in table and table["thesis"]["confusion"]["tp"] == 919
     assert [cells[1:] for cells in evaluate.table_cells(table)][:2] == [("–", "–", "919"), ("–", "–", "8,539")]
 
 
-def test_table_cells__each_number_stands_beside_its_name(tmp_path):
-    """A row of a table: its name, then flips, nodules and the thesis."""
-    dataset = small_run(tmp_path, nodules=(1, 1, 2), negatives=(1, 1, 3))
-    table = evaluate.tables(dataset, {"real": np.array([0.9] * 12 + [0.1] * 6 + [0.9])})[2]
-    assert evaluate.table_cells(table) == [
-        ("TP", "12", "2", "1,583"), ("FP", "1", "1", "2,776"), ("FN", "4", "0", "50"), ("TN", "2", "2", "113,451"),
-        ("sensitivity", "0.750", "1.000", "0.969"), ("specificity", "0.667", "0.667", "0.976"),
-        ("precision", "0.923", "0.667", "0.363"), ("F1", "0.828", "0.800", "0.528")]
+def test_table_cells__each_number_stands_beside_its_name():
+    """A row of a table: its name, then flips, nodules and the thesis; a spread beside a mean of repeats."""
+    once = [0.9] * 12 + [0.1] * 6 + [0.9]
+    cells = evaluate.table_cells(evaluate.tables(scored(2, 3, real=[once]))[2])
+    assert cells == [
+        ("TP", "12", "1.5", "1,583"), ("FP", "1", "1", "2,776"), ("FN", "4", "0.5", "50"), ("TN", "2", "2", "113,451"),
+        ("sensitivity", "0.750", "0.750", "0.969"), ("specificity", "0.667", "0.667", "0.976"),
+        ("precision", "0.923", "0.600", "0.363"), ("F1", "0.828", "0.667", "0.528")]
+    twice = evaluate.table_cells(evaluate.tables(scored(2, 3, real=[once, once]))[2])
+    assert twice[4] == ("sensitivity", "0.750 ± 0.000", "0.750 ± 0.000", "0.969")
 
 
 def test_labelled__the_test_set_positives_with_eight_flips_first(tmp_path):
@@ -398,8 +431,9 @@ def read_scores(path):
 def test_write_scores__a_line_a_cube_that_matches(tmp_path):
     """scores.csv: series, the voxel's place in mm (x, y, z), flip, label and each arm's probability, in order."""
     dataset = small_run(tmp_path)
-    scores = {"real": np.linspace(0, 1, 20, dtype=np.float32), "critic": np.linspace(1, 0.5, 20, dtype=np.float32)}
-    evaluate.write_scores(tmp_path / "scores.csv", dataset, scores)
+    first, second, critic = np.linspace([0, 1, 1], [1, 0, 0.5], 20, axis=1, dtype=np.float32)
+    evaluate.write_scores(tmp_path / "scores.csv", dataset, {"real": [first, second], "critic": [critic]})
+    scores = {"real": first, "real_2": second, "critic": critic}
     lines, scan = read_scores(tmp_path / "scores.csv"), dataset.info["scans"][2]
     assert len(lines) == 20 and {line["seriesuid"] for line in lines} == {"1.2.test"}
     assert [line["flip"] + line["label"] for line in lines] == [f"{flip}1" for flip in range(8)] * 2 + ["00"] * 4
@@ -412,7 +446,7 @@ def test_write_scores__on_which_side_of_a_half_survives(tmp_path):
     """A probability just above or below ½ does not become ½ in the file, or the tables could not be counted from it."""
     dataset = small_run(tmp_path, nodules=(1, 1, 1), negatives=(1, 1, 2))
     scores = np.nextafter(np.float32(0.5), np.float32([0, 1] * 5), dtype=np.float32)
-    evaluate.write_scores(tmp_path / "scores.csv", dataset, {"real": scores})
+    evaluate.write_scores(tmp_path / "scores.csv", dataset, {"real": [scores]})
     assert [float(line["real"]) > 0.5 for line in read_scores(tmp_path / "scores.csv")] == [False, True] * 5
 
 
@@ -420,7 +454,7 @@ def test_write_scores__a_hostile_name_stays_in_its_cell(tmp_path):
     """A series UID with a comma, a quote and a line end is one cell, and reads back as it is."""
     dataset = small_run(tmp_path)
     dataset.info["scans"][2]["seriesuid"] = '1,2"3\n4'
-    evaluate.write_scores(tmp_path / "scores.csv", dataset, {"real": np.zeros(20)})
+    evaluate.write_scores(tmp_path / "scores.csv", dataset, {"real": [np.zeros(20)]})
     assert [line["seriesuid"] for line in read_scores(tmp_path / "scores.csv")] == ['1,2"3\n4'] * 20
 
 
@@ -428,13 +462,13 @@ def test_write_scores__a_file_name_that_is_no_utf_8_can_be_written(tmp_path):
     """A MetaImage's series UID is its file's name, which may hold any bytes; its test cubes are still written."""
     dataset = small_run(tmp_path)
     dataset.info["scans"][2]["seriesuid"] = os.fsdecode(b"\xff")
-    evaluate.write_scores(tmp_path / "scores.csv", dataset, {"real": np.zeros(20)})
+    evaluate.write_scores(tmp_path / "scores.csv", dataset, {"real": [np.zeros(20)]})
     assert (tmp_path / "scores.csv").read_bytes().count(b"\n") == 21
 
 
 # What was trained
 
-def trained_run(run, arms=("real", "mixed", "fake"), accepted=3):
+def trained_run(run, arms=evaluate.TRAINED_ARMS, accepted=3):
     """A small run with classifiers of which no two are alike, and a GAN; returns its networks and its dataset."""
     dataset, networks = small_run(run), {arm: Classifier(6) for arm in arms}
     classes = {name: {"accepted": accepted} for name in ("positive", "negative")}
@@ -463,9 +497,26 @@ def test_load_networks__the_best_epoch_of_each_arm_and_the_critics_head_as_it_is
     """Each arm is its best epoch's classifier, not its last; the critic's class logits come without training."""
     (saved, dataset), x = trained_run(tmp_path), torch.randn(3, 1, 6, 6, 6)
     found = evaluate.load_networks(tmp_path, dataset, CPU)
-    assert list(found) == ["real", "mixed", "fake", "critic"] and capsys.readouterr().out == ""
-    assert all(torch.equal(found[arm](x), saved[arm](x)) for arm in ("real", "mixed", "fake"))
-    assert torch.equal(found["critic"](x), saved["critic"](x)[1])
+    assert list(found) == ["real", "longer", "mixed", "fake", "critic"] and capsys.readouterr().out == ""
+    assert all(len(of_arm) == 1 for of_arm in found.values())
+    assert all(torch.equal(found[arm][0](x), saved[arm](x)) for arm in evaluate.TRAINED_ARMS)
+    assert torch.equal(found["critic"][0](x), saved["critic"](x)[1])
+
+
+@pytest.mark.parametrize("missing, repeats", [(None, 3), (("mixed", 3), 2), (("real", 2), 1)])
+def test_load_networks__as_many_repeats_as_every_arm_has(tmp_path, missing, repeats):
+    """A repeat of which an arm is missing, as while it is trained, is left out in every arm, and those after it."""
+    _, dataset = trained_run(tmp_path)
+    for arm in evaluate.TRAINED_ARMS:
+        first = tmp_path / "classifiers" / arm / "checkpoint.pt"
+        for repeat in (2, 3):
+            if (arm, repeat) != missing:
+                path = lungaug.arm_folder(tmp_path, arm, repeat) / "checkpoint.pt"
+                path.parent.mkdir()
+                path.write_bytes(first.read_bytes())
+    found = evaluate.load_networks(tmp_path, dataset, CPU)
+    assert {arm: len(of_arm) for arm, of_arm in found.items()} == dict.fromkeys(evaluate.TRAINED_ARMS, repeats) | {
+        "critic": 1}
 
 
 def test_load_networks__arms_left_out_are_passed_over(tmp_path):

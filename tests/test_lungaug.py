@@ -122,7 +122,7 @@ def test_settings_of__every_option_that_fixes_a_file_is_in_its_settings(record, 
     settings = lungaug.settings_of(options, record)
     fixing = [option for option in lungaug.options_of(stage) if record in option.fixes]
     assert settings == {option.dest: option.thesis for option in fixing} and "seed" in settings
-    changeable = {"epochs", "micro_batch", "checkpoint_minutes", "workers"}
+    changeable = {"epochs", "repeats", "micro_batch", "checkpoint_minutes", "workers"}
     for option in lungaug.options_of(stage):
         if option.kind in (int, float):
             assert option.fixes or option.dest in changeable, option.name

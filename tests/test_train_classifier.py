@@ -272,14 +272,28 @@ def test_generate_classes__as_many_as_the_reals_with_flips_of_both_classes(tmp_p
         assert classes[name]["accepted"] == len(cubes) <= 24
 
 
-@pytest.mark.parametrize("probability, enough", [("0", True), ("1", False)])
+@pytest.mark.parametrize("generated, requested", [("0.5", 12), ("2", 48), ("0.01", 1)])
+def test_generate_classes__as_many_per_real_one_as_asked_for(
+        tmp_path, monkeypatch, generated, requested):
+    """--generated 0.5: one for every two of the 24 flips of real positives; at least one."""
+    _, classes = run_generate_classes(tmp_path, monkeypatch, "--generated", generated)
+    assert classes["positive"]["requested"] == classes["negative"]["requested"] == requested
+
+
+@pytest.mark.parametrize("quantile, probability, enough", [
+    ("0", "0", True), ("0", "1", False), ("0.1", "1", False)])
 def test_generate_classes__says_so_where_too_few_pass(
-        tmp_path, monkeypatch, capsys, probability, enough):
-    """Where fewer are accepted than requested, and only there, the output names the options."""
+        tmp_path, monkeypatch, capsys, quantile, probability, enough):
+    """Where fewer are accepted than requested, and only there, the output names the options.
+
+    It does not ask for what cannot be done: a lower quantile than 0.
+    """
     _, classes = run_generate_classes(
-        tmp_path, monkeypatch, "--score-quantile", "0", "--class-probability", probability)
+        tmp_path, monkeypatch, "--score-quantile", quantile, "--class-probability", probability)
+    out = capsys.readouterr().out
     assert (classes["positive"]["accepted"] == 24) == enough
-    assert ("lower --score-quantile" not in capsys.readouterr().out) == enough
+    assert ("lower" not in out and "Too few" not in out) == enough
+    assert ("--score-quantile" in out) == (not enough and quantile != "0")
 
 
 def test_generate_classes__a_second_time_they_are_read_back(tmp_path, monkeypatch):
@@ -633,8 +647,101 @@ def test_train_arm__the_arms_start_from_the_same_weights(tmp_path):
     for arm in train_classifier.ARMS:
         trainer = train_classifier.Trainer(arm, options(), dataset, None, CPU)
         starts.append(trainer.classifier.state_dict())
-    assert len(starts) == 3
-    assert same_state(starts[0], starts[1]) and same_state(starts[0], starts[2])
+    assert all(same_state(starts[0], start) for start in starts[1:])
+
+
+def test_train_arm__the_arms_of_a_repeat_start_from_the_same_weights(tmp_path):
+    """Arms are paired: of one repeat they start alike, and another repeat starts from others."""
+    dataset = small_run(tmp_path)
+    starts = {}
+    for repeat in (1, 2, 3):
+        for arm in ("real", "mixed"):
+            trainer = train_classifier.Trainer(arm, options(), dataset, None, CPU, repeat)
+            starts[arm, repeat] = trainer.classifier.state_dict()
+        assert same_state(starts["real", repeat], starts["mixed", repeat])
+    assert not same_state(starts["real", 1], starts["real", 2])
+    assert not same_state(starts["real", 2], starts["real", 3])
+
+
+def test_train_arm__a_repeat_lies_in_a_folder_of_its_own(tmp_path):
+    """The first repeat keeps its path and its bytes, whatever follows; no two repeats are alike."""
+    small_run(tmp_path)
+    dataset = preprocessing.open_dataset(tmp_path)
+    folder = tmp_path / "classifiers" / "real"
+    typed = options("--batch-size", "8", "--epochs", "1")
+    train_classifier.train_arm("real", tmp_path, dataset, typed, None, CPU)
+    first = (folder / "checkpoint.pt").read_bytes()
+
+    for repeat in (2, 3):
+        train_classifier.train_arm("real", tmp_path, dataset, typed, None, CPU, repeat)
+    checkpoints = [folder / "checkpoint.pt", folder / "repeat_2" / "checkpoint.pt",
+                   folder / "repeat_3" / "checkpoint.pt"]
+    assert checkpoints[0].read_bytes() == first
+    assert len({path.read_bytes() for path in checkpoints}) == 3
+
+
+# The control of the mixed arm
+
+
+def count_steps(run, monkeypatch, arm, *words):
+    """Train an arm: the rate and the size of the batch of each step of its optimizer."""
+    steps = []
+    step = torch.optim.Adam.step
+    loss = train_classifier.classifier_loss
+
+    def record_step(optimizer):
+        steps.append((optimizer.param_groups[0]["lr"], sizes[-1]))
+        return step(optimizer)
+
+    def record_loss(logits, labels):
+        sizes.append(len(labels))
+        return loss(logits, labels)
+
+    sizes = []
+    monkeypatch.setattr(torch.optim.Adam, "step", record_step)
+    monkeypatch.setattr(train_classifier, "classifier_loss", record_loss)
+    train(run, arm, *words)
+    monkeypatch.undo()
+    return steps
+
+
+@pytest.mark.parametrize("generated", [1, 5, 24, 50])
+def test_rule_beyond_equal_steps__rates_and_batches_of_mixed(tmp_path, monkeypatch, generated):
+    """Longer takes the steps of mixed, one by one at the same rate and of the same batch size."""
+    small_run(tmp_path)
+    write_generated(tmp_path, positives=generated)
+    words = ("--epochs", "2", "--decay-epoch", "1", "--batch-size", "10")
+    mixed = count_steps(tmp_path, monkeypatch, "mixed", *words)
+    longer = count_steps(tmp_path, monkeypatch, "longer", *words)
+    real = count_steps(tmp_path, monkeypatch, "real", *words)
+    assert longer == mixed
+    assert sum(size for _, size in real) == 2 * 2 * 24
+    assert sum(size for _, size in longer) == 2 * 2 * (24 + generated)
+
+
+def test_rule_beyond_equal_steps__of_real_cubes_alone(tmp_path):
+    """The control sees no generated cube; each real positive comes as often as any, or once more."""
+    dataset = small_run(tmp_path)
+    write_generated(tmp_path, positives=12)
+    positives, negatives = train_classifier.arm_pools("longer", tmp_path, dataset)
+    assert whole(positives) == as_set(eight(cubes_of(dataset, "positives", "train")))
+    assert whole(negatives) == as_set(cubes_of(dataset, "negatives", "train"))
+
+    drawn = train_classifier.positives_per_epoch("longer", tmp_path, dataset)
+    assert drawn == train_classifier.positives_per_epoch("mixed", tmp_path, dataset) == 36
+    batches = train_classifier.balanced_batches(24, 5, 10, lungaug.stream(0), drawn)
+    numbers = np.concatenate([numbers for numbers, _ in batches])
+    counts = np.bincount(numbers, minlength=24)
+    assert len(numbers) == 36 and set(counts) == {1, 2}
+
+
+def test_rule_beyond_equal_steps__the_other_arms_draw_each_positive_once(tmp_path):
+    """real, mixed and fake: an epoch has as many positives as the arm."""
+    dataset = small_run(tmp_path)
+    write_generated(tmp_path, positives=12)
+    drawn = {arm: train_classifier.positives_per_epoch(arm, tmp_path, dataset)
+             for arm in ("real", "mixed", "fake")}
+    assert drawn == {"real": 24, "mixed": 36, "fake": 12}
 
 
 @pytest.mark.parametrize("word, value", [
@@ -668,7 +775,8 @@ def test_train_arm__other_prepared_data_than_the_checkpoints_are_refused(tmp_pat
 
 
 @pytest.mark.parametrize("arm, counts, missing", [
-    ("mixed", (0, 4), "positives"), ("fake", (0, 4), "positives"), ("fake", (5, 0), "negatives")])
+    ("mixed", (0, 4), "positives"), ("longer", (0, 4), "positives"),
+    ("fake", (0, 4), "positives"), ("fake", (5, 0), "negatives")])
 def test_train_arm__a_skipped_arm_leaves_no_older_classifier(
         tmp_path, capsys, arm, counts, missing):
     """Where nothing of a new GAN passes, an arm is skipped, and its older checkpoint is removed."""

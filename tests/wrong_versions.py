@@ -31,6 +31,8 @@ import pydicom
 import torch
 from torch import nn
 
+import evaluate
+import train_classifier
 import train_gan
 from losses import (
     auxiliary_cross_entropy,
@@ -403,6 +405,48 @@ def split_by_scan(records, seed):
     return [record | {"split": splits[record["seriesuid"]]} for record in records]
 
 
+# Beyond the thesis
+
+def flips_as_independent(labels):
+    """Eight flips of one nodule counted as eight nodules."""
+    return np.ones(len(labels))
+
+
+def ties_as_wins(labels, scores):
+    """The area under the ROC curve with a tie counted as the right order."""
+    labels = np.asarray(labels, bool)
+    scores = np.asarray(scores)
+    return float((scores[labels][:, None] >= scores[~labels]).mean())
+
+
+def precision_by_trapezia(labels, scores, weights=None):
+    """Precision joined by straight lines between thresholds, which promises what none reaches."""
+    counts = evaluate.count_at_thresholds(labels, scores, weights)
+    recall = np.append(0, counts.tp / counts.positives)
+    precisions = counts.tp / (counts.tp + counts.fp)
+    return float(np.trapezoid(np.append(precisions[0], precisions), recall))
+
+
+def threshold_on_the_test_set(arm, repeat, test, validation):
+    """The threshold of the best F1 chosen on the very set on which that F1 is reported."""
+    return evaluate.best_threshold(test.labels, test.scores[arm][repeat], test.weights)
+
+
+def percentile_bootstrap(estimate, influences):
+    """A percentile bootstrap over scans, which is too narrow where there are few of them."""
+    rng = np.random.default_rng(0)
+    drawn = rng.integers(len(influences), size=(2000, len(influences)))
+    means = estimate + influences[drawn].mean(axis=1)
+    low, high = np.percentile(means, [2.5, 97.5])
+    return float(low), float(high)
+
+
+def control_with_fewer_steps(arm, run, dataset):
+    """The control trained for as many epochs as the mixed arm: half of its steps."""
+    positives, _ = train_classifier.arm_pools(arm, run, dataset)
+    return len(positives)
+
+
 # The table
 
 class Wrong(NamedTuple):
@@ -464,6 +508,15 @@ ROWS = (
     Wrong(axes_transposed, "preprocessing.nearest_voxel", "rule_2_1_4_centre"),
     Wrong(crop_shifted, "preprocessing.cut", "rule_2_1_4_padding"),
     Wrong(split_by_scan, "preprocessing.split_records", "rule_2_1_5_split"),
+    # Beyond the thesis
+    Wrong(flips_as_independent, "evaluate.flip_weights", "rule_beyond_flip_weight"),
+    Wrong(ties_as_wins, "evaluate.roc_auc", "eq_beyond_roc_auc"),
+    Wrong(precision_by_trapezia, "evaluate.average_precision", "eq_beyond_average_precision"),
+    Wrong(threshold_on_the_test_set, "evaluate.chosen_threshold",
+          "rule_beyond_best_threshold"),
+    Wrong(percentile_bootstrap, "evaluate.t_interval", "eq_beyond_t_interval"),
+    Wrong(control_with_fewer_steps, "train_classifier.positives_per_epoch",
+          "rule_beyond_equal_steps"),
 )
 WRONG = {row.function.__name__: row for row in ROWS}
 

@@ -1,0 +1,583 @@
+"""Beyond the thesis: operating points, differences with intervals, the quality of what was generated.
+
+    python -m pytest tests/test_beyond.py -v
+"""
+
+import itertools
+import math
+
+import lungaug
+
+import numpy as np
+import pytest
+import torch
+from scipy import linalg, stats
+from scipy.spatial.distance import cdist
+
+import evaluate
+from evaluate import Confusion
+from helpers import CPU, in_one_line, small_run
+from models import Classifier, Critic, Generator
+
+
+def random_scores(seed, n=12, values=5):
+    """Labels and scores of which many are equal."""
+    rng = np.random.default_rng(seed)
+    return rng.integers(0, 2, n), rng.integers(0, values, n) / values
+
+
+# Counting
+
+def test_rule_beyond_flip_weight__a_nodule_weighs_as_much_as_a_negative():
+    """Two nodules with eight flips and three negatives weigh 2 and 3."""
+    weights = evaluate.flip_weights(np.repeat([1, 0], [16, 3]))
+    assert weights[:16].sum() == 2 and weights[16:].sum() == 3 and len(set(weights[:16])) == 1
+
+
+def test_rule_beyond_flip_weight__a_matrix_of_weights():
+    """TP, FP, FN and TN are sums of weights: 2·⅛, 1, ⅛ and 2."""
+    weights = np.array([0.125, 0.125, 0.125, 1, 1, 1])
+    confusion = evaluate.confusion_matrix([1, 1, 1, 0, 0, 0], [1, 1, 0, 1, 0, 0], weights)
+    assert confusion == Confusion(tp=0.25, fp=1, fn=0.125, tn=2)
+
+
+# Operating points
+
+def auc_by_pairs(labels, scores):
+    """The share of pairs in the right order, a tie being half."""
+    pairs = list(itertools.product(scores[labels == 1], scores[labels == 0]))
+    return sum((p > q) + (p == q) / 2 for p, q in pairs) / len(pairs) if pairs else math.nan
+
+
+@pytest.mark.parametrize("seed", range(30))
+def test_eq_beyond_roc_auc__is_the_share_of_pairs_in_order(seed):
+    """Over all pairs of a positive and a negative, ties half."""
+    labels, scores = random_scores(seed)
+    assert evaluate.roc_auc(labels, scores) == pytest.approx(auc_by_pairs(labels, scores), nan_ok=True, abs=1e-14)
+
+
+@pytest.mark.parametrize("labels, scores, auc", [
+    ([1, 1, 0, 0], [4, 3, 2, 1], 1), ([1, 1, 0, 0], [1, 2, 3, 4], 0), ([1, 0, 1, 0], [5, 5, 5, 5], 0.5),
+    # By hand: 3 > 1, 3 > 2, 2 > 1, and a tie of 2 with 2.
+    ([1, 1, 0, 0], [3, 2, 2, 1], 3.5 / 4)])
+def test_eq_beyond_roc_auc__by_hand(labels, scores, auc):
+    """Perfect, reversed, all tied, one tie."""
+    assert evaluate.roc_auc(labels, scores) == auc
+
+
+@pytest.mark.parametrize("label", [0, 1])
+def test_eq_beyond_roc_auc__of_one_class_is_nan(label):
+    """Without positives, or without negatives, there is no pair; nor is there one in an empty set."""
+    assert math.isnan(evaluate.roc_auc([label] * 3, [1, 2, 3])) and math.isnan(evaluate.roc_auc([], []))
+
+
+def test_eq_beyond_roc_auc__a_constant_classifier_has_a_half_and_order_is_all_that_counts():
+    """A rising function of the scores changes nothing."""
+    labels, scores = random_scores(1, 40, 20)
+    assert evaluate.roc_auc(labels, np.exp(3 * scores)) == evaluate.roc_auc(labels, scores)
+
+
+def average_precision_by_loop(labels, scores):
+    """The sum over thresholds of precision times what recall gains."""
+    total, before = 0, 0
+    for threshold in sorted(set(scores), reverse=True):
+        called = scores >= threshold
+        recall = labels[called].sum() / labels.sum()
+        total += (recall - before) * labels[called].mean()
+        before = recall
+    return total
+
+
+@pytest.mark.parametrize("seed", range(30))
+def test_eq_beyond_average_precision__is_the_loop_over_thresholds(seed):
+    """Equal scores are called positive together, in whatever order they stand."""
+    labels, scores = random_scores(seed)
+    expected = average_precision_by_loop(labels, scores) if labels.any() else math.nan
+    assert evaluate.average_precision(labels, scores) == pytest.approx(expected, nan_ok=True, abs=1e-14)
+    order = np.random.default_rng(seed).permutation(len(labels))
+    assert evaluate.average_precision(labels[order], scores[order]) == pytest.approx(expected, nan_ok=True, abs=1e-14)
+
+
+@pytest.mark.parametrize("labels, scores, expected", [
+    # The example of scikit-learn's documentation.
+    ([0, 0, 1, 1], [0.1, 0.4, 0.35, 0.8], 0.8333333333333333),
+    ([1, 0, 0, 0], [5, 5, 5, 5], 0.25), ([1, 1], [1, 2], 1), ([0, 1], [2, 1], 0.5)])
+def test_eq_beyond_average_precision__published_and_by_hand(labels, scores, expected):
+    """All tied, it is the prevalence; without negatives, 1."""
+    assert evaluate.average_precision(labels, scores) == pytest.approx(expected, abs=1e-15)
+
+
+def test_eq_beyond_average_precision__without_positives_is_nan():
+    """No recall, no average."""
+    assert math.isnan(evaluate.average_precision([0, 0], [1, 2])) and math.isnan(evaluate.average_precision([], []))
+
+
+def test_eq_beyond_average_precision__weights_are_repetitions():
+    """A cube of weight 3 counts as three cubes with its score."""
+    labels, scores = random_scores(3, 20, 6)
+    weights = np.random.default_rng(0).integers(1, 4, 20)
+    repeated = evaluate.average_precision(labels.repeat(weights), scores.repeat(weights))
+    assert evaluate.average_precision(labels, scores, weights) == pytest.approx(repeated, abs=1e-14)
+
+
+def test_rule_beyond_sensitivity_at__the_most_that_the_rate_allows():
+    """Negatives at 9, 5, 3, 1: at 0 found are the positives above 9, at ¼ those above 5, a tie with 5 excluded."""
+    labels = [1, 0, 1, 1, 0, 1, 0, 0]
+    scores = [10, 9, 8, 5, 5, 4, 3, 1]
+    reached = [evaluate.sensitivity_at(labels, scores, rate) for rate in (0, 0.24, 0.25, 0.49, 0.5, 1)]
+    assert reached == [0.25, 0.25, 0.5, 0.5, 1, 1]
+
+
+def test_rule_beyond_sensitivity_at__nothing_is_found_where_the_best_is_a_negative():
+    """0 at a rate of 0, and nan without a class."""
+    assert evaluate.sensitivity_at([0, 1], [2, 1], 0) == 0
+    assert math.isnan(evaluate.sensitivity_at([1, 1], [2, 1], 0.5))
+    assert math.isnan(evaluate.sensitivity_at([0, 0], [2, 1], 0.5))
+
+
+@pytest.mark.parametrize("seed", range(20))
+def test_rule_beyond_best_threshold__no_other_has_a_higher_f1(seed):
+    """Of all thresholds, on the set on which it is chosen, none is better."""
+    labels, scores = random_scores(seed, 14, 9)
+    labels[0] = 1
+    weights = evaluate.flip_weights(labels)
+
+    def f1(threshold):
+        return evaluate.f1(evaluate.confusion_matrix(labels, scores > threshold, weights))
+
+    best = evaluate.best_threshold(labels, scores, weights)
+    candidates = [f1(threshold) for threshold in np.linspace(-0.01, 0.99, 101)]
+    assert f1(best) == pytest.approx(np.nanmax(candidates), abs=1e-14)
+
+
+def test_rule_beyond_best_threshold__lies_between_two_scores():
+    """Positives at .9 and .6, negatives at .4 and .2: half-way, .5; below all scores; without positives ½ itself."""
+    assert evaluate.best_threshold([1, 1, 0, 0], [0.9, 0.6, 0.4, 0.2], np.ones(4)) == pytest.approx(0.5)
+    assert evaluate.best_threshold([1, 1], [0.9, 0.6], np.ones(2)) < 0.6
+    assert evaluate.best_threshold([0, 0], [0.9, 0.6], np.ones(2)) == 0.5
+
+
+@pytest.mark.parametrize("prevalence", [0.5, 0.1, 0.0014])
+def test_eq_beyond_prior__is_bayes_rule(prevalence):
+    """Above the threshold the odds of training, times those of the prior, are above 1; below they are not."""
+    threshold = evaluate.prior_threshold(prevalence)
+    for probability, above in ((threshold + 1e-6, True), (threshold - 1e-6, False)):
+        odds = probability / (1 - probability) * prevalence / (1 - prevalence)
+        assert (odds > 1) == above
+
+
+def test_eq_beyond_prior__a_balanced_prior_changes_nothing():
+    """π = ½ is how it was trained: the threshold is argmax's."""
+    assert evaluate.prior_threshold(0.5) == 0.5
+
+
+def test_rule_beyond_best_threshold__comes_from_the_validation_set():
+    """On a test set whose scores are all lower, the F1 is that of the validation set's threshold, not of the best."""
+    labels = np.repeat([1, 0], [8, 4])
+    test = evaluate.Scored(labels, evaluate.flip_weights(labels), np.zeros(12, int),
+                           {"real": np.repeat([[0.3, 0.1]], [8, 4], axis=1)})
+    validation = test._replace(scores={"real": np.repeat([[0.9, 0.7]], [8, 4], axis=1)})
+    summary = evaluate.summarize_arm("real", test, validation, 0.5)
+    assert summary["f1_validation"]["mean"] == 0 and summary["auc"]["mean"] == 1
+    on_itself = evaluate.summarize_arm("real", test, test, 0.5)
+    assert on_itself["f1_validation"]["mean"] == 1 and on_itself["f1_argmax"]["mean"] == 0
+
+
+# Differences
+
+def of_scans(seed, n_scans=6, n=90):
+    """Labels, scores of two classifiers and the scan of each cube; no scan is empty."""
+    rng = np.random.default_rng(seed)
+    scans = np.concatenate([np.arange(n_scans), rng.integers(0, n_scans, n - n_scans)])
+    labels = rng.integers(0, 2, n)
+    scores = rng.integers(0, 12, (2, n)) / 12 + 0.2 * labels
+    return labels, scores, scans
+
+
+def derivative(statistic, n_scans, step=1e-5):
+    """S·∂θ/∂wₛ by central differences; statistic: of the weights of the scans, (S,)."""
+    slopes = []
+    for scan in range(n_scans):
+        weights = np.ones(n_scans)
+        weights[scan] += step
+        high = statistic(weights)
+        weights[scan] -= 2 * step
+        slopes.append((high - statistic(weights)) / (2 * step))
+    return n_scans * np.array(slopes)
+
+
+@pytest.mark.parametrize("seed", range(5))
+def test_eq_beyond_f1_influence__is_the_derivative(seed):
+    """What F1 gains where a scan weighs more, by central differences."""
+    labels, (scores, _), scans = of_scans(seed)
+    weights, predictions = evaluate.flip_weights(labels), scores > 0.6
+
+    def f1(of_scan):
+        return evaluate.f1(evaluate.confusion_matrix(labels, predictions, weights * of_scan[scans]))
+
+    ours = evaluate.f1_influence(labels, predictions, weights, scans)
+    assert np.allclose(ours, derivative(f1, 6), atol=1e-7) and abs(ours.mean()) < 1e-12
+
+
+@pytest.mark.parametrize("seed", range(5))
+def test_eq_beyond_auc_influence__is_the_derivative(seed):
+    """What AUC gains where a scan weighs more, by central differences over weighted pairs; ties included."""
+    labels, (scores, _), scans = of_scans(seed)
+    positive, negative = np.flatnonzero(labels == 1), np.flatnonzero(labels == 0)
+    above = scores[positive][:, None] - scores[negative]
+    in_order = (above > 0) + (above == 0) / 2
+
+    def auc(of_scan):
+        weights = of_scan[scans[positive]][:, None] * of_scan[scans[negative]]
+        return (weights * in_order).sum() / weights.sum()
+
+    ours = evaluate.auc_influence(labels, scores, scans)
+    assert np.allclose(ours, derivative(auc, 6), atol=1e-7) and abs(ours.mean()) < 1e-12
+
+
+def test_eq_beyond_auc_influence__of_single_cubes_is_delong():
+    """Each cube a scan: the variance is DeLong's, s²(V₊)/n₊ + s²(V₋)/n₋, but for the divisors n − 1."""
+    labels, (scores, _), _ = of_scans(7, n=60)
+    n = len(labels)
+    influences = evaluate.auc_influence(labels, scores, np.arange(n))
+    positive, negative = scores[labels == 1], scores[labels == 0]
+    above = positive[:, None] - negative
+    in_order = (above > 0) + (above == 0) / 2
+    delong = in_order.mean(1).var() / len(positive) + in_order.mean(0).var() / len(negative)
+    assert (influences ** 2).sum() / n ** 2 == pytest.approx(delong, rel=1e-12)
+
+
+def test_eq_beyond_t_interval__by_hand():
+    """Influences 1, 2, 3 about 0.5: s = 1, so ± t/√3 with t = 4.3027 of 2 degrees of freedom."""
+    low, high = evaluate.t_interval(0.5, np.array([1.0, 2, 3]))
+    assert (low, high) == pytest.approx((0.5 - 4.302653 / math.sqrt(3), 0.5 + 4.302653 / math.sqrt(3)), abs=1e-6)
+
+
+def test_eq_beyond_t_interval__of_a_mean_is_students():
+    """For a mean, whose influences are its values less the mean, it is Student's interval."""
+    values = np.random.default_rng(0).normal(size=7)
+    expected = stats.t.interval(0.95, 6, values.mean(), stats.sem(values))
+    assert evaluate.t_interval(values.mean(), values - values.mean()) == pytest.approx(expected, abs=1e-12)
+
+
+def test_eq_beyond_t_interval__one_scan_has_none():
+    """What a single scan says about others is unknown: nan."""
+    assert all(map(math.isnan, evaluate.t_interval(0.5, np.array([0.0]))))
+
+
+def scored_arms(seed=0, repeats=3, **gains):
+    """A Scored of arms whose positives score higher by the gains, in `repeats` repeats."""
+    labels, _, scans = of_scans(seed, n_scans=6, n=400)
+    rng = np.random.default_rng(seed)
+    scores = {arm: rng.uniform(0, 0.6, (repeats, 400)) + gain * labels for arm, gain in gains.items()}
+    return evaluate.Scored(labels, evaluate.flip_weights(labels), scans, scores)
+
+
+def test_compare__is_the_mean_over_paired_repeats():
+    """The difference is the mean of the repeats' differences; the spread their standard deviation."""
+    test = scored_arms(mixed=0.3, longer=0.2)
+    differences = []
+    for ours, others in zip(test.scores["mixed"], test.scores["longer"]):
+        differences.append(auc_by_pairs(test.labels, ours) - auc_by_pairs(test.labels, others))
+    row = evaluate.compare(test, "mixed", "longer")["auc"]
+    assert row["difference"] == pytest.approx(np.mean(differences), abs=1e-12)
+    assert row["spread"] == pytest.approx(np.std(differences, ddof=1), abs=1e-12)
+
+
+def test_compare__an_arm_with_itself_has_no_difference():
+    """0, with an interval of no width: the arms are compared cube by cube, not as if independent."""
+    test = scored_arms(mixed=0.3)
+    for row in evaluate.compare(test, "mixed", "mixed").values():
+        assert row["difference"] == row["low"] == row["high"] == row["spread"] == 0
+
+
+def test_compare__flips_do_not_narrow_the_interval():
+    """A nodule's eight flips with the same score give the interval of the nodule alone."""
+    labels, scores, scans = of_scans(2, n=80)
+    alone = evaluate.Scored(labels, np.ones(80), scans, dict(zip("ab", scores[:, None])))
+    times = np.where(labels == 1, 8, 1)
+    flipped = evaluate.Scored(labels.repeat(times), evaluate.flip_weights(labels.repeat(times)), scans.repeat(times),
+                              {name: scores[:, None].repeat(times, axis=2)[i] for i, name in enumerate("ab")})
+    for name in ("f1", "auc"):
+        one, other = (evaluate.compare(test, "a", "b")[name] for test in (alone, flipped))
+        assert [other[key] for key in ("difference", "low", "high")] == pytest.approx(
+            [one[key] for key in ("difference", "low", "high")], abs=1e-12)
+
+
+def test_compare_arms__the_three_differences_of_those_trained():
+    """mixed − real, mixed − longer, fake − real; without an arm, those of the others."""
+    test = scored_arms(real=0.1, longer=0.2, mixed=0.3, fake=0.1, critic=0.1)
+    assert list(evaluate.compare_arms(test)) == ["mixed - real", "mixed - longer", "fake - real"]
+    assert list(evaluate.compare_arms(scored_arms(real=0.1, fake=0.2))) == ["fake - real"]
+    assert evaluate.compare_arms(test)["mixed - real"]["auc"]["difference"] > 0
+
+
+def interval(low, high):
+    return {"difference": (low + high) / 2, "low": low, "high": high, "spread": 0.0}
+
+
+@pytest.mark.parametrize("f1, auc, shown", [
+    ((0.01, 0.1), (0.02, 0.1), True),
+    # One of them is not enough, nor is 0 itself, nor a harm.
+    ((0.01, 0.1), (-0.02, 0.1), False), ((-0.01, 0.1), (0.02, 0.1), False), ((0.0, 0.1), (0.02, 0.1), False),
+    ((-0.2, -0.1), (-0.2, -0.1), False), ((math.nan, math.nan), (0.02, 0.1), False)])
+def test_rule_beyond_verdict__only_where_mixed_exceeds_longer_in_both(f1, auc, shown):
+    """Both intervals lie above 0; what mixed gains over real does not count."""
+    differences = {"mixed - real": {"f1": interval(0.5, 0.6), "auc": interval(0.5, 0.6)},
+                   "mixed - longer": {"f1": interval(*f1), "auc": interval(*auc)}}
+    sentence = evaluate.verdict(differences, 5, 27)
+    assert sentence.startswith("Shown to help") == shown and sentence.startswith("Not shown to help") != shown
+    assert "5 test scans" in sentence and "27 nodules" in sentence and sentence.count("[") == 2
+
+
+def test_rule_beyond_verdict__without_a_mixed_arm():
+    """Where the GAN made nothing, nothing is shown."""
+    assert evaluate.verdict({}, 5, 27).startswith("Not shown to help: no classifier")
+
+
+# The quality of generated cubes: sets made so that it is known which faults they have
+
+SIDE = 12
+
+
+def blobs(n, seed, height=1200.0, radius=3.0, spread=0.15):
+    """n bright balls of about a radius in a dark cube, in [-1, 1], each with noise of its own: "nodules"."""
+    rng = np.random.default_rng(seed)
+    steps = np.arange(SIDE) - SIDE // 2
+    distance = np.sqrt(sum(axis ** 2 for axis in np.meshgrid(steps, steps, steps)))
+    radii = radius * rng.normal(1, spread, n)
+    hu = -900 + height / (1 + np.exp(2 * (distance - radii[:, None, None, None])))
+    hu += rng.normal(0, 40, hu.shape)
+    return np.clip(hu / 700 + 3 / 7, -1, 1)
+
+
+def test_eq_beyond_radial_profile__of_a_known_function():
+    """A cube whose HU are -10·r about its centre voxel: h(r) is the shell's mean of that, without spread."""
+    steps = np.arange(SIDE) - SIDE // 2
+    distance = np.sqrt(sum(axis ** 2 for axis in np.meshgrid(steps, steps, steps)))
+    cube = (-10 * distance) / 700 + 3 / 7
+    mean, deviation = evaluate.radial_profile(np.stack([cube, cube]))
+    assert mean[0] == pytest.approx(0, abs=1e-9) and np.abs(mean + 10 * np.arange(SIDE // 2)).max() < 5
+    shell = distance[np.rint(distance) == 3]
+    assert mean[3] == pytest.approx(-10 * shell.mean(), abs=1e-4) and not deviation.round(4).any()      # float32
+
+
+def test_eq_beyond_radial_profile__mean_and_spread_over_the_cubes():
+    """Two constant cubes of -1000 and 400 HU: mean -300, standard deviation 700, at every radius."""
+    cubes = np.stack([np.full((6, 6, 6), -1.0), np.full((6, 6, 6), 1.0)])
+    mean, deviation = evaluate.radial_profile(cubes)
+    assert np.allclose(mean, -300) and np.allclose(deviation, 700) and mean.shape == deviation.shape == (3,)
+
+
+def test_rule_beyond_profile_difference__within_a_third_of_the_side():
+    """A difference at r ≤ 4 of a cube of 12 counts; one at its corner does not."""
+    cubes = blobs(4, 0)
+    near, far = cubes.copy(), cubes.copy()
+    near[:, 6, 6, 6] -= 1
+    far[:, 0, 0, 0] += 1
+    assert evaluate.profile_difference(near, cubes) == pytest.approx(700, rel=1e-6)
+    assert evaluate.profile_difference(far, cubes) == 0
+
+
+def test_rule_beyond_called_positive__the_share_above_a_half():
+    """Two of four, a probability of exactly ½ being negative."""
+    assert evaluate.share_called_positive(np.array([0.9, 0.51, 0.5, 0.1])) == 0.5
+
+
+def test_eq_beyond_distances__are_those_of_differences():
+    """The matrix product gives the distances of differences; of a float32 copy less than 10⁻⁵."""
+    rng = np.random.default_rng(0)
+    queries, references = rng.uniform(-1, 1, (5, 24, 24, 24)), rng.uniform(-1, 1, (7, 24, 24, 24))
+    ours = evaluate.pairwise_distances(queries, references)
+    assert np.allclose(ours, cdist(queries.reshape(5, -1), references.reshape(7, -1)), rtol=1e-12)
+    copies = references.astype(np.float32)
+    assert np.diagonal(evaluate.pairwise_distances(copies, copies)).max() < 1e-5
+
+
+def test_eq_beyond_copy_ratio__by_hand():
+    """Distances 1, 2, 4 and 3, 3, 9: the mean of ½ and 1; a copy has 0, two equal training cubes 1."""
+    assert evaluate.copy_ratio(np.array([[4, 1, 2], [9, 3, 3.0]])) == 0.75
+    assert evaluate.copy_ratio(np.array([[0, 5.0]])) == 0 and evaluate.copy_ratio(np.array([[0, 0.0]])) == 1
+
+
+@pytest.mark.parametrize("seed", range(10))
+def test_eq_beyond_copying_test__is_the_count_of_pairs(seed):
+    """U counts the pairs in which the generated cube lies farther away, ties half; then its mean and deviation."""
+    rng = np.random.default_rng(seed)
+    generated, held_out = rng.integers(0, 9, 14), rng.integers(0, 9, 11)
+    farther = generated[:, None] - held_out
+    u = (farther > 0).sum() + (farther == 0).sum() / 2
+    expected = (u - 14 * 11 / 2) / math.sqrt(14 * 11 * 26 / 12)
+    assert evaluate.copying_test(generated, held_out) == pytest.approx(expected, abs=1e-12)
+
+
+def test_eq_beyond_copying_test__sign():
+    """Nearer than held-out ones: far below 0; farther: far above; alike: 0; of none: nan."""
+    near, far = np.linspace(1, 2, 30), np.linspace(3, 4, 30)
+    assert evaluate.copying_test(near, far) < -6 and evaluate.copying_test(far, near) > 6
+    assert evaluate.copying_test(near, near) == 0 and math.isnan(evaluate.copying_test(near[:0], far))
+
+
+def test_eq_beyond_two_sample__apart_alike_and_copied():
+    """Two far clusters 1, one distribution about ½, copies 0."""
+    rng = np.random.default_rng(0)
+    one, other = rng.normal(size=(2, 200, 3))
+    assert evaluate.two_sample_accuracy(one, other + 100) == 1
+    assert abs(evaluate.two_sample_accuracy(one, other) - 0.5) < 3 * math.sqrt(0.25 / 400) + 0.02
+    assert evaluate.two_sample_accuracy(one, one.copy()) == 0
+
+
+def test_eq_beyond_frechet__is_scipys_root():
+    """With scipy's matrix root in place of eigenvalues; 0 for a set and itself."""
+    rng = np.random.default_rng(0)
+    one, other = rng.normal(size=(60, 5)), rng.normal(size=(50, 5)) @ rng.normal(size=(5, 5)) + 1
+    first, second = np.cov(one.T), np.cov(other.T)
+    root = linalg.sqrtm(first @ second).real
+    expected = ((one.mean(0) - other.mean(0)) ** 2).sum() + np.trace(first + second - 2 * root)
+    assert evaluate.frechet_distance(one, other) == pytest.approx(expected, rel=1e-9)
+    assert evaluate.frechet_distance(one, one) == pytest.approx(0, abs=1e-9)
+
+
+def test_eq_beyond_frechet__of_normals_by_hand():
+    """Means 3 apart, deviations 1 and 2 in one dimension of two: 9 + (2 − 1)²."""
+    rng = np.random.default_rng(1)
+    one, other = rng.normal(size=(2, 200_000, 2))
+    other[:, 0] = 2 * other[:, 0] + 3
+    assert evaluate.frechet_distance(one, other) == pytest.approx(10, rel=0.02)
+
+
+@pytest.fixture(scope="module")
+def assessed():
+    """kind → Quality of constructed sets, against the same training set; a classifier by brightness."""
+    training, held_out = blobs(120, 1), blobs(60, 2)
+    nearest = evaluate.pairwise_distances(held_out, training).min(axis=1)
+    scale = evaluate.Scale(training, training, nearest, 60)
+    torch.manual_seed(0)
+    classifier = Classifier(SIDE).eval()
+    rng = np.random.default_rng(3)
+    kinds = evaluate.kinds_of_cubes(blobs(120, 4), blobs(120, 5, height=500), training, held_out, rng)
+    return {kind: evaluate.assess(cubes, scale, classifier, CPU) for kind, cubes in kinds.items()}
+
+
+def test_assess__right_cubes_look_like_held_out_ones(assessed):
+    """Cubes of the right distribution: no measure tells them from held-out real ones."""
+    right, held_out = assessed["generated and accepted"], assessed["held-out real"]
+    assert right.profile_difference < 40 and abs(right.copying) < 3 and abs(right.two_sample - 0.5) < 0.15
+    assert abs(right.copy_ratio - held_out.copy_ratio) < 0.05 and right.frechet < 3 * held_out.frechet
+
+
+def test_assess__which_measure_sees_copies(assessed):
+    """d₁/d₂, C_T and the two-sample accuracy see copies; profile and Fréchet distance cannot."""
+    copies = assessed["copies of training cubes"]
+    assert copies.copy_ratio < 0.01 and copies.copying < -6 and copies.two_sample == 0
+    assert copies.profile_difference == 0 and copies.frechet < assessed["held-out real"].frechet
+
+
+def test_assess__which_measure_sees_one_cube_repeated(assessed):
+    """The profile's spread, the two-sample accuracy and the Fréchet distance see it; d₁/d₂ cannot."""
+    repeated, right = assessed["one real cube, repeated"], assessed["generated and accepted"]
+    assert repeated.centre_spread < 1e-3 < right.centre_spread
+    assert repeated.two_sample > 0.7 and repeated.frechet > 3 * right.frechet
+    assert repeated.copy_ratio > 0.9
+
+
+def test_assess__which_measure_sees_noise(assessed):
+    """The profile, C_T and the Fréchet distance see noise; d₁/d₂ cannot: it is as far from every cube."""
+    noise, right = assessed["noise"], assessed["generated and accepted"]
+    assert noise.profile_difference > 300 and noise.copying > 6 and noise.frechet > 3 * right.frechet
+    assert noise.copy_ratio > 0.9
+
+
+def test_assess__which_measure_sees_pale_nodules(assessed):
+    """Balls of 500 HU in place of 1200: the profile differs by about 700 HU at the centre, C_T is far above 0."""
+    pale = assessed["generated, before selection"]
+    assert 600 < pale.profile_difference < 800 and pale.copying > 6 and pale.two_sample > 0.9
+
+
+def test_eq_beyond_selection__sign():
+    """A critic that scores as the classifier does: ρ = 1; one that scores against it: −1; a constant one: nan."""
+    cubes = np.random.default_rng(0).uniform(-1, 1, (20, 6, 6, 6)).astype(np.float32)
+    torch.manual_seed(0)
+    classifier = Classifier(6).eval()
+
+    def critic(sign):
+        return lambda x: (sign * (classifier(x)[:, 1] - classifier(x)[:, 0]), None)
+
+    rho = [evaluate.score_selection(critic(sign), classifier, cubes, CPU) for sign in (1, -1, 0)]
+    assert rho[:2] == pytest.approx([1, -1]) and math.isnan(rho[2])
+
+
+def test_generate_unselected__is_of_the_class_and_of_the_seed(tmp_path):
+    """The latents carry the class; the same seed gives the same cubes, another one others."""
+    torch.manual_seed(0)
+    generator = Generator(6, 1).eval()
+    cubes = evaluate.generate_unselected(generator, 1, 70, 3, CPU)
+    assert cubes.shape == (70, 6, 6, 6) and np.abs(cubes).max() <= 1
+    assert np.array_equal(cubes, evaluate.generate_unselected(generator, 1, 70, 3, CPU))
+    for other in ((0, 70, 3), (1, 70, 4)):
+        assert not np.array_equal(cubes, evaluate.generate_unselected(generator, *other, CPU))
+
+
+@pytest.mark.parametrize("n_nodules, assessed", [((3, 2, 2), {"positive", "negative", "selection"}),
+                                                 ((3, 2, 1), {"negative"}), ((1, 2, 2), {"negative"})])
+def test_assess_generated__of_each_class_that_can_be(tmp_path, n_nodules, assessed):
+    """A class of which training or test set has fewer than two cubes is left out, and nothing fails."""
+    dataset = small_run(tmp_path, nodules=n_nodules)
+    torch.manual_seed(0)
+    state = {"settings": {"width": 1, "prepared": dataset.fingerprint}, "generator": Generator(6, 1).state_dict()}
+    lungaug.write(tmp_path / "gan" / "checkpoint.pt", state)
+    for name, count in (("positive", 0), ("negative", 5)):
+        lungaug.write(tmp_path / "classifiers" / "generated" / f"{name}.npy", np.zeros((count, 6, 6, 6), np.int16))
+    networks = {"real": [Classifier(6).eval()], "critic": [evaluate.CriticHead(Critic(6, 1)).eval()]}
+    quality, profiles = evaluate.assess_generated(tmp_path, dataset, networks, 0, CPU)
+    assert set(quality) == assessed and set(profiles) == assessed - {"selection"}
+    for name in profiles:
+        assert ("generated and accepted" in quality[name]) == (name == "negative")
+        assert len(quality[name]) >= 5
+
+
+# Several runs side by side
+
+def evaluated_run(run, gain, prepared=1, log=True):
+    """What `--compare` reads of a run: results.json, and a GAN's log."""
+    test = scored_arms(real=0.1, longer=0.1, mixed=gain)
+    arms = {arm: evaluate.summarize_arm(arm, test, test, 0.1) for arm in test.scores}
+    results = {"verdict": "Not shown to help: nothing", "counts": {"prepared": prepared},
+               "tables": evaluate.tables(test), "control": evaluate.table_of(*evaluate.CONTROL, test),
+               "arms": arms}
+    lungaug.write(run / "evaluation" / "results.json", evaluate.null_for_nan(results))
+    for epoch in (1, 2, 3) if log else ():
+        critic = dict(wasserstein=1.0, penalty=1, auxiliary=2, real_accuracy=0.25, fake_accuracy=0.75)
+        lungaug.append_log(run / "gan" / "log.jsonl", {"epoch": epoch, "critic": critic,
+                                                       "generator": {"auxiliary": 3}})
+    return run
+
+
+
+def test_compare_runs__one_table_and_one_picture(tmp_path, run):
+    """Each run's arms in one table, its verdict, and a line of each in the four charts of figure 7."""
+    first, second = evaluated_run(tmp_path / "one", 0.2), evaluated_run(tmp_path / "two", 0.5)
+    done = run(evaluate, "--compare", first, second)
+    assert done.status == 0 and done.err == "" and "different scans" not in done.out
+    for folder in (first, second):
+        assert sum(str(folder) in line for line in done.out.splitlines()) >= 6
+    figure = (first / "evaluation" / "comparison.svg").read_text(encoding="utf-8")
+    assert figure.count("<polyline") == 4 * 2 and ">one<" in figure and ">two<" in figure
+    assert not (second / "evaluation" / "comparison.svg").exists()
+
+
+def test_compare_runs__other_test_sets_are_told(tmp_path, run):
+    """Runs that were tested on other scans, or another split, are compared, and it is said."""
+    done = run(evaluate, "--compare", evaluated_run(tmp_path / "one", 0.2),
+               evaluated_run(tmp_path / "two", 0.5, prepared=2, log=False))
+    assert done.status == 0 and "different scans" in done.out
+
+
+@pytest.mark.parametrize("fault", ["none", "no results", "damaged"])
+def test_compare_runs__what_cannot_be_compared_is_one_line(tmp_path, run, fault):
+    """No run at all, one that was not evaluated, or whose results are damaged."""
+    runs = [evaluated_run(tmp_path / "one", 0.2), tmp_path / "two"]
+    if fault == "damaged":
+        lungaug.write(runs[1] / "evaluation" / "results.json", {"tables": {}})
+    done = run(evaluate, "--compare", *([] if fault == "none" else runs))
+    assert in_one_line(done, "give the folders" if fault == "none" else "run python evaluate.py --run")
