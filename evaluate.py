@@ -1056,6 +1056,14 @@ class Line(NamedTuple):
     band: tuple = None  # low (n,), high (n,)
 
 
+class Point(NamedTuple):
+    """One point of a chart, with its name beside it."""
+    name: str
+    x: float
+    y: float
+    colour: str
+
+
 def ticks(low, high):
     """Round numbers within [low, high], half a dozen or so."""
     # The step is 1, 2 or 5 times a power of ten, and leaves at most nine numbers.
@@ -1144,11 +1152,14 @@ class Axes:
         points = self.points(line.x, line.y)
         parts.append(f'<polyline fill="none" stroke="{colour}" stroke-width="1.6" '
                      f'points="{points}"/>')
-        # A line of one point would not be seen.
-        if len(line.x) == 1 and points:
-            x, y = points.split(",")
-            parts.append(f'<circle cx="{x}" cy="{y}" r="4" fill="{colour}"/>')
         return "".join(parts)
+
+    def dot(self, point):
+        """A Point, and its name beside it."""
+        x = self.x(point.x)
+        y = self.y(point.y)
+        circle = f'<circle cx="{x:.1f}" cy="{y:.1f}" r="4" fill="{point.colour}" stroke="#fff"/>'
+        return circle + chart_text(x + 7, y + 4, point.name, "start")
 
 
 def legend(lines):
@@ -1159,9 +1170,10 @@ def legend(lines):
     return f'<text x="{RIGHT}" y="29" text-anchor="end">{"".join(names)}</text>'
 
 
-def curves(title, lines, x_label, y_label):
-    """A chart of Lines, as a group of SVG."""
-    axes = Axes(x_limits(lines), y_limits(lines))
+def curves(title, lines, x_label, y_label, points=()):
+    """A chart of Lines and Points, as a group of SVG."""
+    dots = [Line(point.name, [point.x], [point.y]) for point in points]
+    axes = Axes(x_limits(lines), y_limits([*lines, *dots]))
     turned = f'transform="translate(13 {CHART_HEIGHT / 2}) rotate(-90)"'
     parts = [
         f'<rect width="{CHART_WIDTH}" height="{CHART_HEIGHT}" fill="#fff"/>',
@@ -1172,6 +1184,7 @@ def curves(title, lines, x_label, y_label):
     ]
     for line, colour in zip(lines, itertools.cycle(COLOURS)):
         parts.append(axes.curve(line, colour))
+    parts += [axes.dot(point) for point in points]
     parts.append(legend(lines))
     return f"<g>{''.join(parts)}</g>"
 
@@ -1267,8 +1280,16 @@ def roc_curve(labels, scores, rates):
 def figure_roc(test):
     """ROC curves of the arms, each the mean over repeats, and the thesis' Tables 2–5, one SVG.
 
-    The whole curves, and the part below a false positive rate of 10%, where the thesis' points lie.
+    The whole curves, and the part below a false positive rate of 10%, where the thesis' points lie,
+    each in the colour of its arm.
     """
+    colours = dict(zip(test.scores, COLOURS))
+    points = []
+    for number, (arm, _, thesis) in TABLES.items():
+        colour = colours.get(arm, "#444")
+        rate = 1 - specificity(thesis)
+        points.append(Point(f"Table {number}", rate, sensitivity(thesis), colour))
+
     charts = []
     for widest in (1.0, 0.1):
         rates = np.linspace(0, widest, 101)
@@ -1276,11 +1297,10 @@ def figure_roc(test):
         for arm, of_arm in test.scores.items():
             of_repeats = [roc_curve(test.labels, scores, rates) for scores in of_arm]
             lines.append(Line(arm, rates, np.mean(of_repeats, axis=0)))
-        for number, (_, _, thesis) in TABLES.items():
-            rate = [1 - specificity(thesis)]
-            lines.append(Line(f"T{number}", rate, [sensitivity(thesis)]))
+        # The points of the thesis lie too close to each other in the whole curve.
+        shown = points if widest < 1 else ()
         title = "ROC" if widest == 1 else "ROC, few false positives"
-        charts.append(curves(title, lines, "false positive rate", "sensitivity"))
+        charts.append(curves(title, lines, "false positive rate", "sensitivity", shown))
     return side_by_side(charts)
 
 
@@ -1293,7 +1313,7 @@ def figure_profiles(profiles):
     for name, of_class in profiles.items():
         lines = []
         for kind, (mean, deviation) in of_class.items():
-            short = kind.removeprefix("generated").strip(", ")
+            short = kind.removeprefix("generated and ").removeprefix("generated, ")
             band = (mean - deviation, mean + deviation)
             lines.append(Line(short, np.arange(len(mean)), mean, band))
         charts.append(curves(f"HU of {name}s by distance", lines, "mm from the centre", "HU"))
@@ -1575,8 +1595,8 @@ def beyond_items(results):
                       "Then the sensitivity at false positive rates; 0.65% and 2.39% are those of "
                       "the thesis' Tables 3 and 2. Each nodule counts once.",
                       OPERATING_HEAD, operating_rows(results)),
-        lungaug.Figure("ROC curves of the arms, means over the repeats; T2 to T5 are the thesis' "
-                       "Tables.", "roc.svg"),
+        lungaug.Figure("ROC curves of the arms, means over the repeats. The dots are the thesis' "
+                       "Tables 2 to 5, each in the colour of its arm.", "roc.svg"),
         lungaug.Heading("Beyond the thesis: quality of the generated cubes"),
     ]
     for name in CLASS_NAMES.values():

@@ -5,6 +5,7 @@
 
 import itertools
 import math
+import re
 
 import lungaug
 
@@ -581,3 +582,31 @@ def test_compare_runs__what_cannot_be_compared_is_one_line(tmp_path, run, fault)
         lungaug.write(runs[1] / "evaluation" / "results.json", {"tables": {}})
     done = run(evaluate, "--compare", *([] if fault == "none" else runs))
     assert in_one_line(done, "give the folders" if fault == "none" else "run python evaluate.py --run")
+
+
+def test_figure_roc__curves_of_the_arms_and_the_thesis_points():
+    """A curve per arm in two charts; Tables 2–5 as dots at their rates, each in the colour of its arm."""
+    test = scored_arms(real=0.1, mixed=0.3, critic=0.1)
+    figure = evaluate.figure_roc(test)
+    assert figure.count("<polyline") == 6 and figure.count("<circle") == 4
+    colours = dict(zip(test.scores, evaluate.COLOURS))
+    dots = re.findall('<circle cx="([^"]*)" cy="([^"]*)" r="4" fill="([^"]*)"', figure)
+    for (x, y, colour), (arm, _, thesis) in zip(dots, evaluate.TABLES.values()):
+        share = (float(x) - evaluate.LEFT) / (evaluate.RIGHT - evaluate.LEFT)
+        assert 0.1 * share == pytest.approx(1 - evaluate.specificity(thesis), abs=2e-5)
+        assert colour == colours.get(arm, "#444") and evaluate.TOP <= float(y) <= evaluate.BOTTOM
+
+
+def test_figure_profiles__a_chart_a_class_with_bands():
+    """The mean of each kind, and a band of a standard deviation on both sides."""
+    profile = (np.linspace(-200, -800, 12), np.full(12, 50.0))
+    figure = evaluate.figure_profiles({"positive": {"real": profile, "generated and accepted": profile},
+                                       "negative": {"real": profile}})
+    assert figure.count("<polyline") == figure.count("<polygon") == 3 and ">accepted<" in figure
+
+
+def test_selection_sentence__says_which_it_prefers():
+    """A negative ρ is told as what it is; without one, why there is none."""
+    assert "worse" in evaluate.selection_sentence(-0.69) and "-0.69" in evaluate.selection_sentence(-0.69)
+    assert "better" in evaluate.selection_sentence(0.4).split(":")[1]
+    assert "cannot be said" in evaluate.selection_sentence(None)
