@@ -52,7 +52,7 @@ def stage_commands(run, short):
         # Every generated cube passes, so that each arm has something to train on.
         "train_classifier":
             f"--batch-size 8 --epochs {classifier_epochs} --attempts 3 "
-            "--score-quantile 0 --class-probability 0",
+            f"--score-quantile 0 --class-probability 0 --repeats {1 if short else 2}",
         "evaluate":
             "",
     }

@@ -19,6 +19,7 @@ from lungaug import Refusal
 import numpy as np
 import pytest
 import torch
+from scipy import stats
 
 import evaluate
 import preprocessing
@@ -319,6 +320,41 @@ def test_num_table_3__erratum_it_and_table_2_are_two_operating_points():
     conventional, mixed = (Confusion(*THESIS[table][0]) for table in (2, 3))
     assert [round(1 - evaluate.specificity(c), 4) for c in (conventional, mixed)] == [0.0239, 0.0065]
     assert [round(1 - evaluate.sensitivity(c), 3) for c in (conventional, mixed)] == [0.031, 0.157]
+
+
+def test_num_table_1__erratum_one_and_a_half_percent_counts_flips():
+    """8,160 of 589,290 is 1.4%; the 1,020 nodules among as many negatives are 0.175%."""
+    assert round(8160 / 589_290, 3) == 0.014
+    assert round(1020 / (1020 + 581_130), 5) == 0.00175
+
+
+def test_num_table_1__erratum_166_nodules_of_luna16_are_missing():
+    """LUNA16 has 1,186 nodules; Table 1 has 8 · 1,020, where 8 · 1,186 would be 9,488."""
+    assert sum(positives for positives, _ in preprocessing.TABLE_1.values()) == 8 * 1020
+    assert 1186 - 1020 == 166 and 8 * 1186 == 9488
+
+
+def test_num_table_1__erratum_cut_in_floating_point():
+    """1,633 and 116,227 are what is left of 8,160 and 581,130 after int((0.7 + 0.1)·n): 0.7 + 0.1 is below 0.8."""
+    assert 0.7 + 0.1 < 0.8
+    assert [n - int((0.7 + 0.1) * n) for n in (8160, 581_130)] == [1633, 116_227]
+
+
+def test_num_table_1__erratum_multiples_of_8_prove_nothing():
+    """70%, 10% and 20% of 8,160 are multiples of 8 whether nodules or flips are cut; 70% of 581,130 is exact, too."""
+    assert [8160 * share // 100 % 8 for share in (70, 10, 20)] == [0, 0, 0]
+    assert preprocessing.TABLE_1["train"] == (8160 * 70 // 100, 581_130 * 70 // 100)
+
+
+def test_num_table_3__erratum_only_f1_ranks_it_above_table_2():
+    """Youden's index, the odds ratio and d′, which do not depend on the prevalence, rank the baseline first."""
+    conventional, mixed = (Confusion(*THESIS[table][0]) for table in (2, 3))
+    assert evaluate.f1(mixed) > evaluate.f1(conventional)
+    for measure in (
+            lambda c: evaluate.sensitivity(c) + evaluate.specificity(c) - 1,
+            lambda c: c.tp * c.tn / (c.fp * c.fn),
+            lambda c: stats.norm.ppf(evaluate.sensitivity(c)) + stats.norm.ppf(evaluate.specificity(c))):
+        assert measure(conventional) > measure(mixed)
 
 
 # The test set's scores

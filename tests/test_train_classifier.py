@@ -452,6 +452,13 @@ def test_rule_4_4_balanced__half_and_half_and_the_last_batch_is_kept():
     assert sizes == [(32, 32), (32, 32), (6, 6)]
 
 
+def test_rule_4_4_balanced__erratum_the_last_batch_of_table_1_is_16_and_16():
+    """5,712 = 178 · 32 + 16: not each batch of the thesis' own epoch holds 32 + 32."""
+    batches = train_classifier.balanced_batches(5712, 9, 64, lungaug.stream(0))
+    sizes = [(len(positives), len(negatives)) for positives, negatives in batches]
+    assert sizes == [(32, 32)] * 178 + [(16, 16)]
+
+
 def test_rule_4_4_balanced__negatives_come_from_all_of_them():
     """However few the positives, every negative can be drawn, the last one too."""
     drawn = set()
