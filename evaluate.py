@@ -32,7 +32,7 @@ from scipy import stats
 from scipy.spatial.distance import cdist
 
 import preprocessing
-from models import Classifier, Critic, Generator, draw_latent
+from models import Classifier, Critic, Generator, draw_latent, memory_layout
 
 
 # 5.1 GAN generated samples: novelty
@@ -263,7 +263,8 @@ def load_networks(run, dataset, device):
         networks[arm] = []
         for repeat in range(1, repeats + 1):
             path = lungaug.arm_folder(run, arm, repeat) / "checkpoint.pt"
-            networks[arm].append(load_classifier(path, dataset, made_with, remedy))
+            classifier = load_classifier(path, dataset, made_with, remedy)
+            networks[arm].append(classifier.to(memory_format=memory_layout(device)))
     networks["critic"] = [load_critic(gan, dataset, remedy)]
 
     remedy = (f"run python train_classifier.py --run {run} --overwrite, which generates again and "

@@ -275,6 +275,9 @@ class Classifier(nn.Sequential):
         layers += [nn.Flatten(), nn.Linear(into * 27, 64), activation(), nn.Linear(64, CLASSES)]
         super().__init__(*layers)
 
+    def forward(self, x):
+        return super().forward(x.contiguous(memory_format=memory_layout(x.device)))
+
 
 # Figures 4–6, as tables
 

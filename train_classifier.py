@@ -20,7 +20,7 @@ import torch
 
 import preprocessing
 from losses import classifier_loss
-from models import Classifier, Critic, Generator, draw_latent
+from models import Classifier, Critic, Generator, draw_latent, memory_layout
 
 
 ARMS = ("real", "longer", "mixed", "fake")
@@ -469,7 +469,8 @@ class Trainer:
         # as an epoch passes over the positives once, in their steps per epoch.
         names = [] if repeat == 1 else [repeat]
         lungaug.seed_weights(options.seed, "classifier weights", *names)
-        self.classifier = Classifier(dataset.cube).to(device)
+        layout = {"device": device, "memory_format": memory_layout(device)}
+        self.classifier = Classifier(dataset.cube).to(**layout)
         parameters = self.classifier.parameters()
         self.optimizer = torch.optim.Adam(parameters, options.learning_rate, BETAS)
 
