@@ -630,9 +630,10 @@ def draw_novelty(folder, run, dataset, count=6):
     queries, n_accepted = choose_generated(run, dataset, count)
     held_out = queries[:0]
     test_rows = dataset.positives["test"]
-    test_rows = test_rows[lungaug.evenly(len(test_rows), count)]
-    if len(test_rows):
-        held_out = preprocessing.read_cubes(dataset, test_rows)[:, 0]
+    chosen = lungaug.evenly(len(test_rows), count)
+    if len(chosen):
+        test_flips = preprocessing.first_flips(dataset, "test")
+        held_out = preprocessing.read_cubes(dataset, test_rows[chosen], test_flips[chosen])[:, 0]
 
     # Find the nearest of both in one pass over the training set.
     rows, flips, labels = preprocessing.labelled(dataset, "train")

@@ -160,6 +160,12 @@ OPTIONS = (
            help="Largest distance between slices, in mm, of a scan that is used, as in LUNA16. "
                 "Where it is raised, only scans skipped before are prepared.",
            source="2 [num_2_slices]"),
+    Option("--split", PREPROCESSING, str, "patient", "patient", fixes=("prepared",),
+           choices=("patient", "cube", "subsets"),
+           help="What is split: patients; cubes with their flips, as the thesis seems to have "
+                "done, so that the test set leaks; or LUNA16's folders: subset0 to 6 train, 7 "
+                "validates, 8 and 9 test. With another one, --overwrite keeps the scans.",
+           source="2.1.5"),
 
     # Section 4.1
     Option("--width", GAN, int, 4, 16, low=1, fixes=("gan",),

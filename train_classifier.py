@@ -35,9 +35,9 @@ REJECTED = 16           # rejected cubes that are kept for the pictures
 def conventional_positives(dataset, split):
     """Every positive of a split with its eight flips   [rule_4_2_flips]
 
-    Returns rows (8n, 4) and flips (8n,).
+    Returns rows (8n, 4) and flips (8n,): fewer where cubes were split (--split cube).
     """
-    return preprocessing.with_flips(dataset.positives[split])
+    return preprocessing.positives_with_flips(dataset, split)
 
 
 def no_flips(rows):

@@ -67,7 +67,8 @@ def draw_batch(dataset, count, rng):
     all_positives = dataset.positives["train"]
     all_negatives = dataset.negatives["train"]
 
-    # Draw rows and flips. A negative has the flip 0, which is none.
+    # Draw rows and flips. A negative has the flip 0, which is none. All eight flips are drawn where
+    # cubes were split, too, as by the thesis' GAN: so it sees flips that are in the test set.
     positives = all_positives[rng.integers(len(all_positives), size=n_positives)]
     negatives = all_negatives[rng.integers(len(all_negatives), size=n_negatives)]
     flips = rng.integers(8, size=count)

@@ -112,9 +112,10 @@ def test_alone__a_second_training_is_refused(again, run, stage, folder):
 
 @pytest.mark.parametrize("option, value, says", [
     ("--seed", "1", "seed 0, not 1"), ("--negatives", "10", "negatives 20, not 10"),
+    ("--split", "cube", "split patient, not cube"),
     ("--max-slice-mm", "10", "max_slice_mm 20.0, not 10.0")])
 def test_claim__a_changed_parameter_is_refused_and_overwrite_is_named(scans, again, run, option, value, says):
-    """Another --seed or --negatives, a lower --max-slice-mm: one line with both values and the way out."""
+    """Another --seed, --negatives or --split, a lower --max-slice-mm: one line with both values and the way out."""
     before = prepared(again)
     assert in_one_line(run(preprocessing, "--scans", scans, "--run", again, *WORDS, option, value), says, "--overwrite")
     assert prepared(again) == before
