@@ -137,6 +137,8 @@ OPTIONS = (
            help="auto, cpu, cuda, cuda:1, …; auto takes a GPU where there is one."),
     Option("--overwrite", STAGES[:3], bool, False, False, fixes=(),
            help="Discard earlier results and start over."),
+    Option("--prepared", STAGES[:2], Path, None, None, fixes=(),
+           help="Another run, whose prepared scans this one uses from now on."),
 
     # Section 2
     Option("--scans", PREPROCESSING, Path, None, None, fixes=(),
@@ -1118,8 +1120,25 @@ def submit(pool, *call):
         return pool.submit(*call)
 
 
+OTHER_RUN = "other_run.json"    # in <run>/prepared, names the run whose prepared scans it uses
+
+
+def uses_other_run(run):
+    """Whether a run uses another's prepared scans (see preprocessing.py)."""
+    return (run / "prepared" / OTHER_RUN).exists()
+
+
+def is_prepared(run):
+    """Whether a run has all its prepared scans, or uses another's."""
+    return uses_other_run(run) or (run / "prepared" / "dataset.json").exists()
+
+
 def warn_before_stages(options):
     """`warn_of_days` for the options of all stages, with the preset that follows the scans."""
+    # Nothing slow comes before train_gan.py, which knows the preset of another run's scans.
+    if options.prepared or uses_other_run(options.run):
+        return
+
     preset = "thesis" if options.scans else "demo"
     filled = apply_preset(argparse.Namespace(**vars(options)), "train_gan", preset)
     apply_preset(filled, "preprocessing", preset)
@@ -1140,7 +1159,7 @@ def main():
     warn_before_stages(options)
     for stage in STAGES:
         run_script(f"{stage}.py", *command_words(options, stage))
-        if not (options.run / "prepared" / "dataset.json").exists():
+        if not is_prepared(options.run):
             print("The other stages follow once every part is prepared: then run this command "
                   "again.")
             return

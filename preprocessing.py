@@ -2,6 +2,7 @@
 
     python preprocessing.py --scans LUNA16 --run runs/luna16 --workers 8     # your scans
     python preprocessing.py                                                  # synthetic ones
+    python preprocessing.py --run runs/e1 --prepared runs/luna16             # another run's
 
 Reads MetaImage and DICOM (2), resamples them to 1×1×1 mm (2.1.1) and scales them to [-1, 1]
 (2.1.2), finds the lungs (2.1.3), cuts cubes (2.1.4), splits them (2.1.5) and flips (2.1.6).
@@ -19,7 +20,7 @@ import os
 import re
 import zlib
 from collections import defaultdict
-from contextlib import ExitStack
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import NamedTuple
 
@@ -968,12 +969,20 @@ def split_rows_by_cube(scans, seed):
 
 
 def open_dataset(run, to_train=True):
-    """The Dataset in <run>/prepared. Raises Refusal where there is none.
+    """The Dataset in <run>/prepared, or in that of the run that it names. Raises Refusal.
 
     to_train: whether the training set must hold both classes.
     """
+    other = other_run(run)
+    if other is not None:
+        return open_others_dataset(run, other, to_train)
     path = Path(run) / "prepared" / "dataset.json"
-    info = lungaug.read_json(path, f"run python preprocessing.py --run {run} first")
+    return read_dataset(path, f"run python preprocessing.py --run {run} first", to_train)
+
+
+def read_dataset(path, if_missing, to_train):
+    """The Dataset of a dataset.json; if_missing: the remedy where there is none. Raises Refusal."""
+    info = lungaug.read_json(path, if_missing)
     remedy = "run preprocessing.py again"
     with lungaug.refuse_on_error(path, remedy):
         # A damaged file may say anything: check what is used as a size or as a path.
@@ -994,6 +1003,95 @@ def open_dataset(run, to_train=True):
         fingerprint = lungaug.fingerprint(split_by)
         return Dataset(path.parent, info, cube, positives, negatives, fingerprint, flips)
 
+
+# Another run's prepared scans (--prepared): <run>/prepared/other_run.json names it
+
+def other_run(run):
+    """The run whose prepared scans a run uses; None where it has its own, or none yet.
+
+    Raises Refusal where the file that names it is damaged.
+    """
+    if not lungaug.uses_other_run(Path(run)):
+        return None
+    path = Path(run) / "prepared" / lungaug.OTHER_RUN
+    remedy = f"name the run again: python preprocessing.py --run {run} --prepared RUN"
+    with lungaug.refuse_on_error(path, remedy):
+        named = lungaug.read_json(path, remedy)["run"]
+        return short(Path(run).resolve() / named)
+
+
+def short(path):
+    """A path from the current folder on, where it lies below it: as a user would type it."""
+    path = path.resolve()
+    return path.relative_to(Path.cwd()) if path.is_relative_to(Path.cwd()) else path
+
+
+def is_same_folder(one, other):
+    """Whether two paths lead to one folder; it need not exist."""
+    return Path(one).resolve() == Path(other).resolve()
+
+
+def uses_prepared_of(run, other):
+    """Whether a run uses the prepared scans of another, or the same ones as it."""
+    used = other_run(run)
+    return used is not None and is_same_folder(used, other_run(other) or other)
+
+
+def open_others_dataset(run, other, to_train):
+    """The Dataset of the run `other`, for the run that uses its prepared scans.
+
+    Raises Refusal where they are gone, or are no longer those that this run was given.
+    """
+    names_it = Path(run) / "prepared" / lungaug.OTHER_RUN
+    path = other / "prepared" / "dataset.json"
+    command = f"python preprocessing.py --run {run} --prepared"
+    check(path.exists(), names_it, f"names {other}, which has no prepared scans",
+          f"put them back, or name the run that has them: {command} RUN")
+
+    dataset = read_dataset(path, "put it back", to_train)
+    remedy = f"prepare them as they were, or use them as they are: {command} {other}"
+    with lungaug.refuse_on_error(names_it, remedy):
+        known = lungaug.read_json(names_it, remedy)["fingerprint"]
+        check(known == dataset.fingerprint, names_it,
+              f"the scans of {other} were prepared anew, with other content", remedy)
+    return dataset
+
+
+@contextmanager
+def keep_prepared(run):
+    """Keep another run's prepared scans as they are for the block, in which this run reads them."""
+    other = other_run(run)
+    # Scans that somebody shares may lie where nothing can be written.
+    if other is None or not os.access(other / "prepared", os.W_OK):
+        yield
+        return
+
+    # Each run that trains has a lock of its own, for several may do so at the same time.
+    path = Path(run).resolve()
+    name = "".join(letter if letter.isascii() and letter.isalnum() else "-" for letter in path.name)
+    checksum = zlib.crc32(os.fsencode(path))
+    with lungaug.lock(other / "prepared", f"training in {name}-{checksum:08x} on the scans"):
+        yield
+
+
+@contextmanager
+def lock_trainings(run):
+    """Keep any training from reading a run's prepared scans for the block.
+
+    Raises Refusal where one does: in this run, or in another that uses them.
+    """
+    with ExitStack() as stack:
+        for stage in ("gan", "classifiers"):
+            if (run / stage).exists():
+                stack.enter_context(lungaug.lock(run / stage, "training"))
+
+        for path in sorted((run / "prepared").glob(".training_in_*_on_the_scans.lock")):
+            activity = path.name.removeprefix(".").removesuffix(".lock").replace("_", " ")
+            stack.enter_context(lungaug.lock(run / "prepared", activity))
+        yield
+
+
+# What the other stages take from a Dataset
 
 def positives_with_flips(dataset, split):
     """A split's positives with their flips, each nodule's together: rows (m, 4), flips (m,)
@@ -1331,14 +1429,11 @@ def claim_prepared(part, folder, parameters, options):
     changes = options.overwrite or raises_limit(folder, parameters)
     discards_scans = options.overwrite and not changes_split(folder, parameters)
     with ExitStack() as stack:
-        # A training that runs at this moment reads these volumes.
-        for stage in ("gan", "classifiers"):
-            if changes and (options.run / stage).exists():
-                stack.enter_context(lungaug.lock(options.run / stage, "training"))
-
+        if changes:
+            stack.enter_context(lock_trainings(options.run))
         lungaug.claim_folder(folder, parameters, changes)
         if changes:
-            lungaug.remove(folder, "dataset.json", "options.json")
+            lungaug.remove(folder, "dataset.json", "options.json", lungaug.OTHER_RUN)
         if discards_scans:
             lungaug.remove(folder, *[record_path(source, folder).name for source in part])
 
@@ -1456,8 +1551,126 @@ def print_summary(dataset):
           f"{max(litres):.1f} litres. One picture per scan in {dataset.folder}.")
 
 
+# The command with --prepared: nothing is read but another run's dataset.json
+
+def typed_parameters(options):
+    """What was typed of what prepared scans depend on, as dataset.json has it, but the seed."""
+    settings = lungaug.settings_of(options, "prepared")
+    typed = {name: value for name, value in settings.items() if value is not None}
+    # Networks of another seed may be trained on the same scans.
+    typed.pop("seed", None)
+    if options.scans:
+        typed["scans"] = str(options.scans.resolve())
+    if options.annotations:
+        typed["annotations"] = lungaug.file_crc32(options.annotations, "leave out --annotations")
+    return typed
+
+
+def check_trained_on(run, other, dataset):
+    """Raise Refusal where a run has a GAN that was trained on other scans than this Dataset's."""
+    path = run / "gan" / "checkpoint.pt"
+    if not path.exists():
+        return
+    remedy = "give another --run, or start over with --overwrite"
+    state = lungaug.load_checkpoint(path, remedy)
+    with lungaug.refuse_on_error(path, remedy):
+        check(state["settings"]["prepared"] == dataset.fingerprint, path,
+              f"was trained on other scans than those of {other}", remedy)
+
+
+def choose_other_run(options):
+    """The run whose prepared scans are to be used: that of --prepared, or the one named before.
+
+    Where that one uses another's itself, it is the other. Raises Refusal where it cannot be used.
+    """
+    run = options.run
+    folder = run / "prepared"
+    given = options.prepared
+    if given is None:
+        return other_run(run)
+
+    check(given.is_dir(), given, "is not a folder", "give a run that is prepared with --prepared")
+    other = other_run(given) or given
+    check(not is_same_folder(other, run), given, "is this run itself, or uses its prepared scans",
+          "give another --run, or leave out --prepared")
+    has_own = (folder / "parameters.json").exists() or (folder / "dataset.json").exists()
+    check(not has_own, folder, "holds prepared scans of this run's own",
+          "give another --run, leave out --prepared, or remove this folder")
+    return other
+
+
+def name_other_run(run, other, fingerprint):
+    """Write down whose prepared scans a run uses, by a path from the run: both can be moved."""
+    try:
+        place = Path(os.path.relpath(other.resolve(), run.resolve()))
+    except ValueError:
+        # On Windows no path leads from one drive to another.
+        place = other.resolve()
+    named = {"run": place.as_posix(), "fingerprint": fingerprint}
+
+    path = run / "prepared" / lungaug.OTHER_RUN
+    try:
+        known = lungaug.read_json(path, "")
+    except Refusal:
+        known = None
+    if known == named:
+        return
+    # A training that runs at this moment reads what was named before.
+    with lock_trainings(run):
+        lungaug.write(path, named)
+
+
+def use_prepared(options):
+    """Let a run use another run's prepared scans from now on. Returns the other run.
+
+    Raises Refusal where they cannot be used, or are not what was typed or what its GAN has seen.
+    """
+    run = options.run
+    other = choose_other_run(options)
+    path = other / "prepared" / "dataset.json"
+    dataset = read_dataset(path, "give a run that is prepared with --prepared", to_train=False)
+    lungaug.require_settings(path, dataset.info["parameters"], typed_parameters(options),
+                             "leave these options out, or prepare scans with them in another --run")
+    if not options.overwrite:
+        check_trained_on(run, other, dataset)
+    name_other_run(run, other, dataset.fingerprint)
+    return other
+
+
+def page_of_other(dataset, other, folder):
+    """What the report shows of another run's prepared scans; its picture is copied to `folder`."""
+    heading, *items = page(dataset)
+    for item in items:
+        if isinstance(item, lungaug.Figure) and (dataset.folder / item.file).exists():
+            lungaug.write(folder / item.file, lungaug.read_bytes(dataset.folder / item.file, ""))
+    return [heading, lungaug.Text(f"The prepared scans are those of {other}."), *items]
+
+
+def main_with_other_run(options):
+    """The command where the prepared scans are another run's."""
+    lungaug.pick_device(options.device or "auto")
+    other = use_prepared(options)
+    dataset = open_dataset(options.run, to_train=False)
+    info = dataset.info
+    print(f"Prepared scans of {other}: preset {info['preset']}, cube {dataset.cube}.")
+    seed = info["parameters"].get("seed")
+    if options.seed not in (None, seed):
+        print(f"--seed {options.seed} is for the networks: these scans were prepared with {seed}.")
+    print_summary(dataset)
+
+    options.prepared = other
+    folder = options.run / "prepared"
+    lungaug.save_page(folder, options, page_of_other(dataset, other, folder))
+
+
 def main():
     options = lungaug.parse(__doc__.split("\n")[0], "preprocessing")
+    # Scans of its own take the place of another run's under --overwrite alone.
+    has_new_scans = options.scans and options.overwrite
+    if options.prepared or (lungaug.uses_other_run(options.run) and not has_new_scans):
+        main_with_other_run(options)
+        return
+
     synthetic = options.scans is None
     lungaug.apply_preset(options, "preprocessing", "demo" if synthetic else "thesis")
     kind = "synthetic scans" if synthetic else "your scans"

@@ -631,7 +631,7 @@ def main():
     print(f"Preset {options.preset}, cube {dataset.cube}, on {device}.", flush=True)
 
     folder = run / "classifiers"
-    with lungaug.lock(folder, "training"):
+    with lungaug.lock(folder, "training"), preprocessing.keep_prepared(run):
         if options.overwrite:
             # Load the GAN first: where it cannot be used, nothing may be lost.
             load_gan(run, dataset, device)
