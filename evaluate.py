@@ -925,10 +925,16 @@ MOST_TRAINING = 2048    # training cubes of a class to which they are compared
 CLASS_NAMES = {1: "positive", 0: "negative"}
 
 
-def read_evenly(dataset, rows, most):
-    """At most `most` of the cubes at `rows`, without flips: (n, c, c, c) in [-1, 1]."""
-    chosen = evenly_chosen(rows, most)
-    return preprocessing.read_cubes(dataset, chosen)[:, 0]
+def read_held_out(dataset, label, most):
+    """At most `most` test cubes of a class, a nodule once: (n, c, c, c) in [-1, 1]."""
+    if label == 1:
+        rows = dataset.positives["test"]
+        flips = preprocessing.first_flips(dataset, "test")
+    else:
+        rows = dataset.negatives["test"]
+        flips = np.zeros(len(rows), int)
+    chosen = lungaug.evenly(len(rows), most)
+    return preprocessing.read_cubes(dataset, rows[chosen], flips[chosen])[:, 0]
 
 
 @torch.no_grad()
@@ -983,14 +989,13 @@ class Assessed(NamedTuple):
 def assess_class(label, run, dataset, generator, classifier, seed, device):
     """Assessed: the cubes of one class; classifier: the real-trained one."""
     name = CLASS_NAMES[label]
-    of_class = dataset.positives if label == 1 else dataset.negatives
 
     # Read the real cubes. The training set has the flips of its positives: a copy may be one.
     rows, flips, labels = preprocessing.labelled(dataset, "train")
     chosen = evenly_chosen(np.flatnonzero(labels == label), MOST_TRAINING)
     training = preprocessing.read_cubes(dataset, rows[chosen], flips[chosen])[:, 0]
     references = evenly_chosen(training[flips[chosen] == 0], MOST_CUBES)
-    held_out = read_evenly(dataset, of_class["test"], MOST_CUBES)
+    held_out = read_held_out(dataset, label, MOST_CUBES)
     held_out_nearest = pairwise_distances(held_out, training).min(axis=1)
     scale = Scale(training, references, held_out_nearest, min(len(held_out), len(references)))
 
@@ -1427,9 +1432,10 @@ def draw_novelty(folder, run, dataset, count=6):
     queries, n_accepted = choose_generated(run, dataset, count)
     held_out = queries[:0]
     test_rows = dataset.positives["test"]
-    test_rows = test_rows[lungaug.evenly(len(test_rows), count)]
-    if len(test_rows):
-        held_out = preprocessing.read_cubes(dataset, test_rows)[:, 0]
+    chosen = lungaug.evenly(len(test_rows), count)
+    if len(chosen):
+        test_flips = preprocessing.first_flips(dataset, "test")
+        held_out = preprocessing.read_cubes(dataset, test_rows[chosen], test_flips[chosen])[:, 0]
 
     # Find the nearest of both in one pass over the training set.
     rows, flips, labels = preprocessing.labelled(dataset, "train")

@@ -137,6 +137,8 @@ OPTIONS = (
            help="auto, cpu, cuda, cuda:1, …; auto takes a GPU where there is one."),
     Option("--overwrite", STAGES[:3], bool, False, False, fixes=(),
            help="Discard earlier results and start over."),
+    Option("--prepared", STAGES[:2], Path, None, None, fixes=(),
+           help="Another run, whose prepared scans this one uses from now on."),
 
     # Section 2
     Option("--scans", PREPROCESSING, Path, None, None, fixes=(),
@@ -160,6 +162,12 @@ OPTIONS = (
            help="Largest distance between slices, in mm, of a scan that is used, as in LUNA16. "
                 "Where it is raised, only scans skipped before are prepared.",
            source="2 [num_2_slices]"),
+    Option("--split", PREPROCESSING, str, "patient", "patient", fixes=("prepared",),
+           choices=("patient", "cube", "subsets"),
+           help="What is split: patients; cubes with their flips, as the thesis seems to have "
+                "done, so that the test set leaks; or LUNA16's folders: subset0 to 6 train, 7 "
+                "validates, 8 and 9 test. With another one, --overwrite keeps the scans.",
+           source="2.1.5"),
 
     # Section 4.1
     Option("--width", GAN, int, 4, 16, low=1, fixes=("gan",),
@@ -1123,8 +1131,25 @@ def submit(pool, *call):
         return pool.submit(*call)
 
 
+OTHER_RUN = "other_run.json"    # in <run>/prepared, names the run whose prepared scans it uses
+
+
+def uses_other_run(run):
+    """Whether a run uses another's prepared scans (see preprocessing.py)."""
+    return (run / "prepared" / OTHER_RUN).exists()
+
+
+def is_prepared(run):
+    """Whether a run has all its prepared scans, or uses another's."""
+    return uses_other_run(run) or (run / "prepared" / "dataset.json").exists()
+
+
 def warn_before_stages(options):
     """`warn_of_days` for the options of all stages, with the preset that follows the scans."""
+    # Nothing slow comes before train_gan.py, which knows the preset of another run's scans.
+    if options.prepared or uses_other_run(options.run):
+        return
+
     preset = "thesis" if options.scans else "demo"
     filled = apply_preset(argparse.Namespace(**vars(options)), "train_gan", preset)
     apply_preset(filled, "preprocessing", preset)
@@ -1145,7 +1170,7 @@ def main():
     warn_before_stages(options)
     for stage in STAGES:
         run_script(f"{stage}.py", *command_words(options, stage))
-        if not (options.run / "prepared" / "dataset.json").exists():
+        if not is_prepared(options.run):
             print("The other stages follow once every part is prepared: then run this command "
                   "again.")
             return

@@ -2,9 +2,10 @@
 
     python preprocessing.py --scans LUNA16 --run runs/luna16 --workers 8     # your scans
     python preprocessing.py                                                  # synthetic ones
+    python preprocessing.py --run runs/e1 --prepared runs/luna16             # another run's
 
 Reads MetaImage and DICOM (2), resamples them to 1×1×1 mm (2.1.1) and scales them to [-1, 1]
-(2.1.2), finds the lungs (2.1.3), cuts cubes (2.1.4), splits by patient (2.1.5) and flips (2.1.6).
+(2.1.2), finds the lungs (2.1.3), cuts cubes (2.1.4), splits them (2.1.5) and flips (2.1.6).
 Leaves <run>/prepared: dataset.json; a volume, a picture and a record of each scan.
 
 The order of this file: axes; 2.1.1 to 2.1.6 and Table 1, rule by rule; from a scan to its cubes;
@@ -19,7 +20,7 @@ import os
 import re
 import zlib
 from collections import defaultdict
-from contextlib import ExitStack
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import NamedTuple
 
@@ -463,6 +464,76 @@ def split_records(records, seed):
     return [record | {"split": splits[record["patient"]]} for record in records]
 
 
+def cut_places(count):
+    """The places of a row of `count` cubes, cut at int(0.7·n) and int((0.7 + 0.1)·n): split → slice
+
+    In floating point this sum is a little below 0.8. So the thesis' Tables 2–5 have 1,633 of 8,160
+    positives and 116,227 of 581,130 negatives, where its Table 1 has 1,632 and 116,226.
+    """
+    train_end = int(SPLITS["train"] * count)
+    validation_end = int((SPLITS["train"] + SPLITS["validation"]) * count)
+    return {
+        "train": slice(0, train_end),
+        "validation": slice(train_end, validation_end),
+        "test": slice(validation_end, count),
+    }
+
+
+def split_cubes(count, rng):
+    """Numbers of cubes, shuffled, then cut at 70% and 80% of the row   [rule_2_1_5_split_cubes]
+
+    As the thesis seems to have done. Where the cubes are flips of nodules, those of one nodule come
+    into several splits: the test set leaks. Returns split → numbers from 0 to count − 1, rising.
+    """
+    order = rng.permutation(count)
+    return {split: np.sort(order[places]) for split, places in cut_places(count).items()}
+
+
+SUBSETS = {"train": range(0, 7), "validation": range(7, 8), "test": range(8, 10)}
+NOT_LUNA16 = "give LUNA16's ten folders, or --split patient"
+
+
+def subset_of(path):
+    """The number of the innermost folder subset0 … subset9 around a file; None where there is none.
+
+    The downloads unpack to subset0/*.mhd, by some programs to subset0/subset0/*.mhd.
+    """
+    for name in reversed(path.parent.parts):
+        match = re.fullmatch("subset([0-9])", name, re.IGNORECASE)
+        if match:
+            return int(match[1])
+    return None
+
+
+def check_subsets(paths, folder):
+    """Raise Refusal where a split would hold none of the scans whose files these are.
+
+    folder: of all scans, for the message.
+    """
+    found = {subset_of(path) for path in paths}
+    for split, of_split in SUBSETS.items():
+        names = ", ".join(f"subset{number}" for number in of_split)
+        check(found.intersection(of_split), folder,
+              f"no usable scan in {names}: the {split} set would be empty", NOT_LUNA16)
+
+
+def split_by_subset(records, paths):
+    """subset0 … subset6 train, 7 validates, 8 and 9 test   [rule_2_1_5_split_subsets]
+
+    LUNA16's own ten folders. paths: series UID → a file of the scan. Returns the scans' records,
+    each with its split. Raises Refusal where a scan lies in none of these folders.
+    """
+    with_split = []
+    for record in records:
+        path = paths[record["seriesuid"]]
+        number = subset_of(path)
+        check(number is not None, path, "lies in no folder subset0 … subset9", NOT_LUNA16)
+        for split, of_split in SUBSETS.items():
+            if number in of_split:
+                with_split.append(record | {"split": split})
+    return with_split
+
+
 # 2.1.6 Conventional data augmentation
 
 FLIPS = tuple(itertools.product((False, True), repeat=3))       # along z, y, x; the first is none
@@ -495,18 +566,19 @@ def with_flips(rows):
 TABLE_1 = {"train": (5712, 406791), "validation": (816, 58113), "test": (1632, 116226)}
 
 
-def table_1(scans):
+def table_1(scans, parameters=None):
     """Table 1: split → nodules, positives, negatives   [num_table_1]
 
-    Each nodule counts eight times among the positives, once per flip, as in the thesis.
+    Each nodule counts eight times among the positives, once per flip, as in the thesis. Where cubes
+    were split, `parameters` say so: a nodule then counts in each split that has flips of it.
     """
+    positives, negatives, flips = split_rows(scans, parameters or {})
     table = {}
     for split in SPLITS:
-        in_split = [scan for scan in scans if scan["split"] == split]
-        nodules = sum(len(scan["positives"]) for scan in in_split)
-        negatives = sum(len(scan["negatives"]) for scan in in_split)
-        table[split] = {"positive": 8 * nodules, "nodules": nodules, "negative": negatives,
-                        "thesis": TABLE_1[split]}
+        nodules = len(positives[split])
+        n_positives = 8 * nodules if flips is None else int(flips[split].sum())
+        table[split] = {"positive": n_positives, "nodules": nodules,
+                        "negative": len(negatives[split]), "thesis": TABLE_1[split]}
     return table
 
 
@@ -849,27 +921,68 @@ class Dataset(NamedTuple):
     folder: Path
     info: dict              # dataset.json
     cube: int
-    positives: dict         # split → rows, int (n, 4)
+    positives: dict         # split → rows, int (n, 4), each nodule once
     negatives: dict
     fingerprint: int        # of its scans: whatever is made from them records it
+    flips: dict = None      # split → which flips of each positive lie in it, bool (n, 8); None: all
 
 
-def rows_of_split(scans, kind, split):
-    """The rows (n, 4) of a split's "positives" or "negatives"."""
+def rows_of_split(scans, kind, split=None):
+    """The rows (n, 4) of a split's "positives" or "negatives"; of all scans where it is None."""
     rows = []
     for number, scan in enumerate(scans):
-        if scan["split"] == split:
+        if split is None or scan["split"] == split:
             rows += [(number, *voxel) for voxel in scan[kind]]
     return np.array(rows, np.int32).reshape(-1, 4)
 
 
+def split_rows(scans, parameters):
+    """A Dataset's `positives`, `negatives` and `flips`; parameters: of dataset.json."""
+    # Where cubes were split, the records name no split: it follows from the seed alone.
+    if parameters.get("split") == "cube":
+        return split_rows_by_cube(scans, parameters["seed"])
+    positives = {split: rows_of_split(scans, "positives", split) for split in SPLITS}
+    negatives = {split: rows_of_split(scans, "negatives", split) for split in SPLITS}
+    return positives, negatives, None
+
+
+def split_rows_by_cube(scans, seed):
+    """The same where the cubes of all scans are split, after the positives have been flipped."""
+    # The cube 8·i + j is flip j of nodule i.
+    nodules = rows_of_split(scans, "positives")
+    rng = lungaug.stream(seed, "split cubes", "positives")
+    positives = {}
+    flips = {}
+    for split, numbers in split_cubes(8 * len(nodules), rng).items():
+        in_split = np.zeros((len(nodules), 8), bool)
+        in_split.flat[numbers] = True
+        has_flips = in_split.any(1)
+        positives[split] = nodules[has_flips]
+        flips[split] = in_split[has_flips]
+
+    others = rows_of_split(scans, "negatives")
+    rng = lungaug.stream(seed, "split cubes", "negatives")
+    negatives = {}
+    for split, numbers in split_cubes(len(others), rng).items():
+        negatives[split] = others[numbers]
+    return positives, negatives, flips
+
+
 def open_dataset(run, to_train=True):
-    """The Dataset in <run>/prepared. Raises Refusal where there is none.
+    """The Dataset in <run>/prepared, or in that of the run that it names. Raises Refusal.
 
     to_train: whether the training set must hold both classes.
     """
+    other = other_run(run)
+    if other is not None:
+        return open_others_dataset(run, other, to_train)
     path = Path(run) / "prepared" / "dataset.json"
-    info = lungaug.read_json(path, f"run python preprocessing.py --run {run} first")
+    return read_dataset(path, f"run python preprocessing.py --run {run} first", to_train)
+
+
+def read_dataset(path, if_missing, to_train):
+    """The Dataset of a dataset.json; if_missing: the remedy where there is none. Raises Refusal."""
+    info = lungaug.read_json(path, if_missing)
     remedy = "run preprocessing.py again"
     with lungaug.refuse_on_error(path, remedy):
         # A damaged file may say anything: check what is used as a size or as a path.
@@ -880,20 +993,131 @@ def open_dataset(run, to_train=True):
         check(type(cube) is int and cube in lungaug.CUBES, path, "invalid cube size", remedy)
         check(all(Path(name).name == name for name in names), path, "invalid file name", remedy)
 
-        positives = {split: rows_of_split(scans, "positives", split) for split in SPLITS}
-        negatives = {split: rows_of_split(scans, "negatives", split) for split in SPLITS}
+        positives, negatives, flips = split_rows(scans, info["parameters"])
         for kind, rows in (("positives", positives), ("negatives", negatives)):
             check(not to_train or len(rows["train"]) > 0, path, f"training scans without {kind}",
                   "give more scans, or another --seed")
-        return Dataset(path.parent, info, cube, positives, negatives, lungaug.fingerprint(scans))
+
+        # The records say how they are split, unless cubes are.
+        split_by = scans if flips is None else [scans, info["parameters"]["seed"]]
+        fingerprint = lungaug.fingerprint(split_by)
+        return Dataset(path.parent, info, cube, positives, negatives, fingerprint, flips)
+
+
+# Another run's prepared scans (--prepared): <run>/prepared/other_run.json names it
+
+def other_run(run):
+    """The run whose prepared scans a run uses; None where it has its own, or none yet.
+
+    Raises Refusal where the file that names it is damaged.
+    """
+    if not lungaug.uses_other_run(Path(run)):
+        return None
+    path = Path(run) / "prepared" / lungaug.OTHER_RUN
+    remedy = f"name the run again: python preprocessing.py --run {run} --prepared RUN"
+    with lungaug.refuse_on_error(path, remedy):
+        named = lungaug.read_json(path, remedy)["run"]
+        return short(Path(run).resolve() / named)
+
+
+def short(path):
+    """A path from the current folder on, where it lies below it: as a user would type it."""
+    path = path.resolve()
+    return path.relative_to(Path.cwd()) if path.is_relative_to(Path.cwd()) else path
+
+
+def is_same_folder(one, other):
+    """Whether two paths lead to one folder; it need not exist."""
+    return Path(one).resolve() == Path(other).resolve()
+
+
+def uses_prepared_of(run, other):
+    """Whether a run uses the prepared scans of another, or the same ones as it."""
+    used = other_run(run)
+    return used is not None and is_same_folder(used, other_run(other) or other)
+
+
+def open_others_dataset(run, other, to_train):
+    """The Dataset of the run `other`, for the run that uses its prepared scans.
+
+    Raises Refusal where they are gone, or are no longer those that this run was given.
+    """
+    names_it = Path(run) / "prepared" / lungaug.OTHER_RUN
+    path = other / "prepared" / "dataset.json"
+    command = f"python preprocessing.py --run {run} --prepared"
+    check(path.exists(), names_it, f"names {other}, which has no prepared scans",
+          f"put them back, or name the run that has them: {command} RUN")
+
+    dataset = read_dataset(path, "put it back", to_train)
+    remedy = f"prepare them as they were, or use them as they are: {command} {other}"
+    with lungaug.refuse_on_error(names_it, remedy):
+        known = lungaug.read_json(names_it, remedy)["fingerprint"]
+        check(known == dataset.fingerprint, names_it,
+              f"the scans of {other} were prepared anew, with other content", remedy)
+    return dataset
+
+
+@contextmanager
+def keep_prepared(run):
+    """Keep another run's prepared scans as they are for the block, in which this run reads them."""
+    other = other_run(run)
+    # Scans that somebody shares may lie where nothing can be written.
+    if other is None or not os.access(other / "prepared", os.W_OK):
+        yield
+        return
+
+    # Each run that trains has a lock of its own, for several may do so at the same time.
+    path = Path(run).resolve()
+    name = "".join(letter if letter.isascii() and letter.isalnum() else "-" for letter in path.name)
+    checksum = zlib.crc32(os.fsencode(path))
+    with lungaug.lock(other / "prepared", f"training in {name}-{checksum:08x} on the scans"):
+        yield
+
+
+@contextmanager
+def lock_trainings(run):
+    """Keep any training from reading a run's prepared scans for the block.
+
+    Raises Refusal where one does: in this run, or in another that uses them.
+    """
+    with ExitStack() as stack:
+        for stage in ("gan", "classifiers"):
+            if (run / stage).exists():
+                stack.enter_context(lungaug.lock(run / stage, "training"))
+
+        for path in sorted((run / "prepared").glob(".training_in_*_on_the_scans.lock")):
+            activity = path.name.removeprefix(".").removesuffix(".lock").replace("_", " ")
+            stack.enter_context(lungaug.lock(run / "prepared", activity))
+        yield
+
+
+# What the other stages take from a Dataset
+
+def positives_with_flips(dataset, split):
+    """A split's positives with their flips, each nodule's together: rows (m, 4), flips (m,)
+
+    A nodule has all eight, unless cubes were split (--split cube): then those in this split.
+    """
+    rows = dataset.positives[split]
+    if dataset.flips is None:
+        return with_flips(rows)
+    places, flips = np.nonzero(dataset.flips[split])
+    return rows[places], flips
+
+
+def first_flips(dataset, split):
+    """For each row of a split's positives the first of its flips in this split, (n,): mostly 0."""
+    if dataset.flips is None:
+        return np.zeros(len(dataset.positives[split]), int)
+    return dataset.flips[split].argmax(1)
 
 
 def labelled(dataset, split):
     """A split's cubes to score: rows (n, 4), flips (n,), labels (n,).
 
-    Positives come first, each with its eight flips; negatives have the flip 0, which is none.
+    Positives come first, each with its flips; negatives have the flip 0, which is none.
     """
-    positives, positive_flips = with_flips(dataset.positives[split])
+    positives, positive_flips = positives_with_flips(dataset, split)
     negatives = dataset.negatives[split]
     negative_flips = np.zeros(len(negatives), int)
 
@@ -960,11 +1184,12 @@ def read_record(source, folder, parameters):
 def record_fingerprint(record, parameters):
     """CRC-32 of a record and of the parameters on which it depends.
 
-    A scan that is used would be the same under a higher --max-slice-mm.
+    A scan is the same however the scans are split; one that is used would be the same under a
+    higher --max-slice-mm.
     """
-    if "problem" not in record:
-        parameters = {name: value for name, value in parameters.items() if name != "max_slice_mm"}
-    return lungaug.fingerprint([parameters, record])
+    irrelevant = ["split"] if "problem" in record else ["split", "max_slice_mm"]
+    relevant = {name: value for name, value in parameters.items() if name not in irrelevant}
+    return lungaug.fingerprint([relevant, record])
 
 
 def is_whole(record, folder):
@@ -1051,7 +1276,24 @@ def prepare(sources, annotations, folder, parameters, options):
         print(f"ignored: {lungaug.printable(text)}")
 
 
-def gather(records, folder, parameters, options):
+def split_scans(records, sources, options):
+    """The records of usable scans, each with the split that --split gives it. Raises Refusal.
+
+    They are left as they are where cubes are split in place of scans.
+    """
+    if options.split == "cube":
+        return records
+    if options.split == "patient":
+        return split_records(records, options.seed)
+
+    usable = {record["seriesuid"] for record in records}
+    paths = {source.seriesuid: source.files[0] for source in sources if source.seriesuid in usable}
+    scans = split_by_subset(records, paths)
+    check_subsets(paths.values(), options.scans or "the synthetic scans")
+    return scans
+
+
+def gather(records, sources, folder, parameters, options):
     """Write dataset.json of what all parts left, and print which scans are skipped."""
     skipped = [record for record in records if "problem" in record]
     for record in skipped:
@@ -1061,12 +1303,12 @@ def gather(records, folder, parameters, options):
     print_misplaced(usable)
     check(usable, options.scans or "the synthetic scans", "none can be used",
           "see the reasons above")
-    scans = split_records(usable, options.seed)
+    scans = split_scans(usable, sources, options)
     lungaug.write(folder / "dataset.json", {
         "parameters": parameters,
         "preset": options.preset,
         "synthetic": options.scans is None,
-        "table_1": table_1(scans),
+        "table_1": table_1(scans, parameters),
         "skipped": skipped,
         "scans": scans,
     })
@@ -1148,6 +1390,9 @@ def find_data(options):
           "none of the scans' series is in it",
           "a MetaImage's series UID is its file's name, a DICOM file's is its tag")
     print_annotations(table, annotations, sources)
+    if options.split == "subsets":
+        # Say now, not after all scans are prepared, that a folder is missing.
+        check_subsets([source.files[0] for source in sources], scans)
 
     parameters = lungaug.settings_of(options, "prepared")
     parameters["scans"] = origin
@@ -1166,22 +1411,30 @@ def raises_limit(folder, parameters):
         return earlier | {"max_slice_mm": limit} == parameters and earlier["max_slice_mm"] < limit
 
 
+def changes_split(folder, parameters):
+    """Whether a folder holds what differs by --split alone: no scan need be prepared again."""
+    try:
+        earlier = lungaug.read_json(folder / "parameters.json", "")
+        return earlier != parameters and earlier | {"split": parameters["split"]} == parameters
+    except (Refusal, TypeError):
+        return False
+
+
 def claim_prepared(part, folder, parameters, options):
     """Reserve the folder for these parameters; under --overwrite, remove this part's records.
 
-    A higher --max-slice-mm needs no --overwrite: only scans skipped before are then prepared.
+    A higher --max-slice-mm needs no --overwrite: only scans skipped before are then prepared. With
+    another --split the records stay, also under --overwrite.
     """
     changes = options.overwrite or raises_limit(folder, parameters)
+    discards_scans = options.overwrite and not changes_split(folder, parameters)
     with ExitStack() as stack:
-        # A training that runs at this moment reads these volumes.
-        for stage in ("gan", "classifiers"):
-            if changes and (options.run / stage).exists():
-                stack.enter_context(lungaug.lock(options.run / stage, "training"))
-
+        if changes:
+            stack.enter_context(lock_trainings(options.run))
         lungaug.claim_folder(folder, parameters, changes)
         if changes:
-            lungaug.remove(folder, "dataset.json", "options.json")
-        if options.overwrite:
+            lungaug.remove(folder, "dataset.json", "options.json", lungaug.OTHER_RUN)
+        if discards_scans:
             lungaug.remove(folder, *[record_path(source, folder).name for source in part])
 
 
@@ -1206,8 +1459,23 @@ def prepare_part(sources, annotations, parameters, folder, options):
             print(f"This part is done; {missing} scans belong to other parts. "
                   "The part that finishes last writes dataset.json.")
             return False
-        gather(records, folder, parameters, options)
+        gather(records, sources, folder, parameters, options)
         return True
+
+
+def is_split_by_cube(info):
+    """Whether --split cube was given; info: dataset.json."""
+    return info["parameters"].get("split") == "cube"
+
+
+def leak_text(dataset):
+    """What must be said of a run whose cubes were split, in one line."""
+    in_training = set(map(tuple, dataset.positives["train"]))
+    in_test = list(map(tuple, dataset.positives["test"]))
+    n_both = sum(nodule in in_training for nodule in in_test)
+    nodules = counted(len(in_test), "nodule")
+    return (f"--split cube: the test set leaks. Of its {nodules}, {n_both:,} are in the training "
+            "set, too, in other flips: the results say nothing of new patients.")
 
 
 def table_1_item(info):
@@ -1223,6 +1491,8 @@ def table_1_item(info):
         kind = "synthetic scans (a functional test, no clinical meaning)"
     title = (f"Table 1. Sample counts, {len(info['scans'])} {kind}. "
              "Each nodule counts eight times, once per flip.")
+    if is_split_by_cube(info):
+        title += " Cubes were split: a nodule is counted in each set that has flips of it."
     head = ("", "positive", "nodules", "negative", "thesis: positive", "negative")
     return lungaug.Table(title, head, rows)
 
@@ -1231,6 +1501,8 @@ def page(dataset):
     """What the report shows of section 2."""
     info = dataset.info
     items = [lungaug.Heading("2 Dataset"), table_1_item(info)]
+    if is_split_by_cube(info):
+        items.append(lungaug.Text(leak_text(dataset)))
     if info["skipped"]:
         rows = [(record["seriesuid"], reason_of(record)) for record in info["skipped"]]
         items.append(lungaug.Table("Skipped scans.", ("series", "reason"), rows))
@@ -1261,6 +1533,8 @@ def print_summary(dataset):
     """Print Table 1, and a sentence on the scans."""
     info = dataset.info
     lungaug.print_table(*table_1_item(info))
+    if is_split_by_cube(info):
+        print(f"warning: {leak_text(dataset)}")
     for split, rows in dataset.positives.items():
         if len(rows) == 0:
             print(f"warning: the {split} set has no nodule")
@@ -1277,8 +1551,126 @@ def print_summary(dataset):
           f"{max(litres):.1f} litres. One picture per scan in {dataset.folder}.")
 
 
+# The command with --prepared: nothing is read but another run's dataset.json
+
+def typed_parameters(options):
+    """What was typed of what prepared scans depend on, as dataset.json has it, but the seed."""
+    settings = lungaug.settings_of(options, "prepared")
+    typed = {name: value for name, value in settings.items() if value is not None}
+    # Networks of another seed may be trained on the same scans.
+    typed.pop("seed", None)
+    if options.scans:
+        typed["scans"] = str(options.scans.resolve())
+    if options.annotations:
+        typed["annotations"] = lungaug.file_crc32(options.annotations, "leave out --annotations")
+    return typed
+
+
+def check_trained_on(run, other, dataset):
+    """Raise Refusal where a run has a GAN that was trained on other scans than this Dataset's."""
+    path = run / "gan" / "checkpoint.pt"
+    if not path.exists():
+        return
+    remedy = "give another --run, or start over with --overwrite"
+    state = lungaug.load_checkpoint(path, remedy)
+    with lungaug.refuse_on_error(path, remedy):
+        check(state["settings"]["prepared"] == dataset.fingerprint, path,
+              f"was trained on other scans than those of {other}", remedy)
+
+
+def choose_other_run(options):
+    """The run whose prepared scans are to be used: that of --prepared, or the one named before.
+
+    Where that one uses another's itself, it is the other. Raises Refusal where it cannot be used.
+    """
+    run = options.run
+    folder = run / "prepared"
+    given = options.prepared
+    if given is None:
+        return other_run(run)
+
+    check(given.is_dir(), given, "is not a folder", "give a run that is prepared with --prepared")
+    other = other_run(given) or given
+    check(not is_same_folder(other, run), given, "is this run itself, or uses its prepared scans",
+          "give another --run, or leave out --prepared")
+    has_own = (folder / "parameters.json").exists() or (folder / "dataset.json").exists()
+    check(not has_own, folder, "holds prepared scans of this run's own",
+          "give another --run, leave out --prepared, or remove this folder")
+    return other
+
+
+def name_other_run(run, other, fingerprint):
+    """Write down whose prepared scans a run uses, by a path from the run: both can be moved."""
+    try:
+        place = Path(os.path.relpath(other.resolve(), run.resolve()))
+    except ValueError:
+        # On Windows no path leads from one drive to another.
+        place = other.resolve()
+    named = {"run": place.as_posix(), "fingerprint": fingerprint}
+
+    path = run / "prepared" / lungaug.OTHER_RUN
+    try:
+        known = lungaug.read_json(path, "")
+    except Refusal:
+        known = None
+    if known == named:
+        return
+    # A training that runs at this moment reads what was named before.
+    with lock_trainings(run):
+        lungaug.write(path, named)
+
+
+def use_prepared(options):
+    """Let a run use another run's prepared scans from now on. Returns the other run.
+
+    Raises Refusal where they cannot be used, or are not what was typed or what its GAN has seen.
+    """
+    run = options.run
+    other = choose_other_run(options)
+    path = other / "prepared" / "dataset.json"
+    dataset = read_dataset(path, "give a run that is prepared with --prepared", to_train=False)
+    lungaug.require_settings(path, dataset.info["parameters"], typed_parameters(options),
+                             "leave these options out, or prepare scans with them in another --run")
+    if not options.overwrite:
+        check_trained_on(run, other, dataset)
+    name_other_run(run, other, dataset.fingerprint)
+    return other
+
+
+def page_of_other(dataset, other, folder):
+    """What the report shows of another run's prepared scans; its picture is copied to `folder`."""
+    heading, *items = page(dataset)
+    for item in items:
+        if isinstance(item, lungaug.Figure) and (dataset.folder / item.file).exists():
+            lungaug.write(folder / item.file, lungaug.read_bytes(dataset.folder / item.file, ""))
+    return [heading, lungaug.Text(f"The prepared scans are those of {other}."), *items]
+
+
+def main_with_other_run(options):
+    """The command where the prepared scans are another run's."""
+    lungaug.pick_device(options.device or "auto")
+    other = use_prepared(options)
+    dataset = open_dataset(options.run, to_train=False)
+    info = dataset.info
+    print(f"Prepared scans of {other}: preset {info['preset']}, cube {dataset.cube}.")
+    seed = info["parameters"].get("seed")
+    if options.seed not in (None, seed):
+        print(f"--seed {options.seed} is for the networks: these scans were prepared with {seed}.")
+    print_summary(dataset)
+
+    options.prepared = other
+    folder = options.run / "prepared"
+    lungaug.save_page(folder, options, page_of_other(dataset, other, folder))
+
+
 def main():
     options = lungaug.parse(__doc__.split("\n")[0], "preprocessing")
+    # Scans of its own take the place of another run's under --overwrite alone.
+    has_new_scans = options.scans and options.overwrite
+    if options.prepared or (lungaug.uses_other_run(options.run) and not has_new_scans):
+        main_with_other_run(options)
+        return
+
     synthetic = options.scans is None
     lungaug.apply_preset(options, "preprocessing", "demo" if synthetic else "thesis")
     kind = "synthetic scans" if synthetic else "your scans"

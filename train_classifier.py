@@ -36,9 +36,9 @@ REJECTED = 16           # rejected cubes that are kept for the pictures
 def conventional_positives(dataset, split):
     """Every positive of a split with its eight flips   [rule_4_2_flips]
 
-    Returns rows (8n, 4) and flips (8n,).
+    Returns rows (8n, 4) and flips (8n,): fewer where cubes were split (--split cube).
     """
-    return preprocessing.with_flips(dataset.positives[split])
+    return preprocessing.positives_with_flips(dataset, split)
 
 
 def no_flips(rows):
@@ -680,7 +680,7 @@ def main():
     print(f"Preset {options.preset}, cube {dataset.cube}, on {device}.", flush=True)
 
     folder = run / "classifiers"
-    with lungaug.lock(folder, "training"):
+    with lungaug.lock(folder, "training"), preprocessing.keep_prepared(run):
         if options.overwrite:
             # Load the GAN first: where it cannot be used, nothing may be lost.
             load_gan(run, dataset, device)

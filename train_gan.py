@@ -3,6 +3,7 @@
     python train_gan.py                              # without prepared scans: synthetic ones first
     python train_gan.py --run runs/luna16            # the thesis preset, on your prepared scans
     python train_gan.py --run runs/demo --epochs 900 # resume from the checkpoint, up to epoch 900
+    python train_gan.py --run runs/e1 --prepared runs/demo      # on another run's prepared scans
     torchrun --nproc-per-node 2 -- train_gan.py --run runs/luna16   # on two GPUs
 
 An epoch is five critic iterations (two in the demo) and one generator iteration. Leaves
@@ -67,7 +68,8 @@ def draw_batch(dataset, count, rng):
     all_positives = dataset.positives["train"]
     all_negatives = dataset.negatives["train"]
 
-    # Draw rows and flips. A negative has the flip 0, which is none.
+    # Draw rows and flips. A negative has the flip 0, which is none. All eight flips are drawn where
+    # cubes were split, too, as by the thesis' GAN: so it sees flips that are in the test set.
     positives = all_positives[rng.integers(len(all_positives), size=n_positives)]
     negatives = all_negatives[rng.integers(len(all_negatives), size=n_negatives)]
     flips = rng.integers(8, size=count)
@@ -477,8 +479,14 @@ def summary(path):
 
 
 def prepare_first(options):
-    """Run preprocessing.py if its data are not complete."""
-    if not (options.run / "prepared" / "dataset.json").exists():
+    """Run preprocessing.py if its data are not complete, or are to be another run's."""
+    run = options.run
+    if options.prepared:
+        if not preprocessing.uses_prepared_of(run, options.prepared):
+            words = ["--overwrite"] if options.overwrite else []
+            lungaug.run_script("preprocessing.py", "--run", run, "--prepared", options.prepared,
+                               *words)
+    elif not lungaug.is_prepared(run):
         print(f"Preprocessing is not finished for {options.run}; running it now.", flush=True)
         words = ["--seed", options.seed or 0]
         if options.preset:
@@ -528,7 +536,7 @@ def main():
         train_in(folder, options, dataset, device)
         return
 
-    with lungaug.lock(folder, "training"):
+    with lungaug.lock(folder, "training"), preprocessing.keep_prepared(run):
         train_in(folder, options, dataset, device)
 
     print(f"{summary(folder / 'log.jsonl')} Picture: {folder / 'progression.png'}; "

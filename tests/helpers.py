@@ -96,6 +96,42 @@ def series(folder, scan, names=None, numbers=None, header=None, rescale=None, ke
     return folder
 
 
+# A small chest, and a set of them
+
+def ellipse(shape, centre, radii):
+    """A mask (z, y, x): an ellipsoid, in voxels; a radius of ∞ makes a cylinder."""
+    return sum(((axis - c) / r) ** 2 for axis, c, r in zip(np.ogrid[tuple(map(slice, shape))], centre, radii)) < 1
+
+
+def small_chest(number):
+    """A chest of a child's size, quick to prepare: two lungs of 0.9 litres in a block, two nodules in each."""
+    rng, shape, origin = np.random.default_rng(number), (46, 40, 70), (10.5 * number, -70.25, -500)
+    hu = np.full(shape, -1000)
+    hu[:, 3:-3, 3:-3] = 40
+    nodules = []
+    for x in (20, 49):
+        hu[ellipse(shape, (23, 20, x), (18, 14, 13.5))] = -850
+        for z, y in ((14, 20), (31, 20)):
+            hu[ellipse(shape, (z, y, x), (2, 2, 2))] = 30
+            nodules.append((*(np.array(origin) + 4 * np.array((x, y, z))).tolist(), 10 + number))
+    hu = (hu + rng.normal(0, 15, shape)).clip(-1024, 400).astype(np.int16)
+    return phantom.Phantom(f"1.2.{number}", f"P{max(1, number)}", hu, (4, 4, 4), origin, np.eye(3), nodules, None, None)
+
+
+def write_chests(folder, numbers, places=None):
+    """Small chests of these numbers as MetaImages, with annotations.csv, in a folder. Returns the folder.
+
+    places: the folder of each below it, such as subset0; all in `folder` itself where there are none.
+    """
+    rows = []
+    for number, place in zip(numbers, places or [""] * len(numbers)):
+        chest = small_chest(number)
+        scan_files.write_metaimage(folder / place, chest)
+        rows += [(chest.seriesuid, *row) for row in chest.nodules]
+    scan_files.write_annotations(folder / "annotations.csv", rows)
+    return folder
+
+
 def change(path, **tags):
     """Write a DICOM file again with other tags, or without those that are None."""
     found = pydicom.dcmread(path)

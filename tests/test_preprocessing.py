@@ -17,7 +17,7 @@ import shutil
 import subprocess
 import sys
 import tracemalloc
-from pathlib import Path
+from pathlib import Path, PurePosixPath, PureWindowsPath
 from types import SimpleNamespace
 
 import lungaug
@@ -31,6 +31,7 @@ import phantom
 import preprocessing
 import scan_files
 import train_gan
+from helpers import refused
 from preprocessing import Scan, Source, Volume
 
 
@@ -858,6 +859,189 @@ def test_rule_2_1_5_split__every_patient_may_come_into_any():
     assert np.abs(np.array(list(times_in_test.values())) - 40).max() < 5 * deviation
 
 
+def counts_of_parts(count):
+    """How many of `count` cubes each split has."""
+    parts = preprocessing.split_cubes(count, lungaug.stream(0))
+    return [len(parts[split]) for split in ("train", "validation", "test")]
+
+
+def test_rule_2_1_5_split_cubes__has_the_counts_of_the_thesis_own_tables():
+    """8,160 and 581,130 are cut as in its Tables 2–5: the test sets are one larger than in Table 1."""
+    assert counts_of_parts(8160) == [5712, 815, 1633]
+    assert counts_of_parts(581130) == [406791, 58112, 116227]
+    assert [row[0] for row in preprocessing.TABLE_1.values()] == [5712, 816, 1632]
+
+
+@pytest.mark.parametrize("count", [0, 1, 7, 8, 100])
+def test_rule_2_1_5_split_cubes__each_cube_is_in_one_part(count):
+    """No cube is lost, none is in two parts, and each part is in rising order."""
+    parts = preprocessing.split_cubes(count, lungaug.stream(3))
+    assert sorted(np.concatenate(list(parts.values())).tolist()) == list(range(count))
+    for numbers in parts.values():
+        assert np.array_equal(numbers, np.sort(numbers))
+
+
+def test_rule_2_1_5_split_cubes__by_position_in_the_shuffled_row():
+    """The first seven tenths of the row train, the next tenth validates, the rest tests."""
+    row = np.random.default_rng(4).permutation(40).tolist()
+    parts = preprocessing.split_cubes(40, np.random.default_rng(4))
+    assert set(parts["train"]) == set(row[:28])
+    assert set(parts["validation"]) == set(row[28:31])      # 0.7 + 0.1 is below 0.8
+    assert set(parts["test"]) == set(row[31:])
+
+
+def three_scans(nodules=(2, 0, 3), negatives=10):
+    """Records of scans without a split, each cube at a place of its own."""
+    scans = []
+    place = 0
+    for number, count in enumerate(nodules):
+        voxels = [[place + i, 5, 6] for i in range(count + negatives)]
+        place += count + negatives
+        scans.append({"seriesuid": f"1.{number}", "positives": voxels[:count], "negatives": voxels[count:]})
+    return scans
+
+
+def cube_dataset(scans, seed=0):
+    """The Dataset of these records, split by cube."""
+    positives, negatives, flips = preprocessing.split_rows(scans, {"split": "cube", "seed": seed})
+    info = {"scans": scans, "parameters": {"split": "cube", "seed": seed}}
+    return preprocessing.Dataset(None, info, 12, positives, negatives, 0, flips)
+
+
+def flipped_cubes(dataset, split):
+    """Every positive of a split as (scan, z, y, x, flip)."""
+    rows, flips = preprocessing.positives_with_flips(dataset, split)
+    return [(*row, number) for row, number in zip(rows.tolist(), flips.tolist())]
+
+
+def test_rule_2_1_5_split_cubes__every_flip_is_in_one_split_and_nodules_in_several():
+    """The eight flips of five nodules are 40 cubes; the test set shares nodules with the training set."""
+    dataset = cube_dataset(three_scans())
+    of_split = {split: flipped_cubes(dataset, split) for split in preprocessing.SPLITS}
+    expected = [(scan, *voxel, number) for scan, record in enumerate(three_scans())
+                for voxel in record["positives"] for number in range(8)]
+    assert sorted(sum(of_split.values(), [])) == expected
+    assert [len(cubes) for cubes in of_split.values()] == [28, 3, 9]
+
+    nodules = {split: {cube[:4] for cube in cubes} for split, cubes in of_split.items()}
+    assert nodules["train"] & nodules["test"]
+    for split, rows in dataset.positives.items():
+        assert len(rows) == len(nodules[split])
+        assert set(map(tuple, rows.tolist())) == nodules[split]
+
+
+def test_rule_2_1_5_split_cubes__negatives_likewise():
+    """Each of the 30 negatives is in one split: 21, 2 and 7; one scan has them in several."""
+    dataset = cube_dataset(three_scans(negatives=10))
+    rows = {split: list(map(tuple, part.tolist())) for split, part in dataset.negatives.items()}
+    assert [len(part) for part in rows.values()] == [21, 2, 7]
+    assert len(set(sum(rows.values(), []))) == 30
+    assert {row[0] for row in rows["train"]} & {row[0] for row in rows["test"]}
+
+
+def test_rule_2_1_5_split_cubes__each_class_is_shuffled_on_its_own():
+    """40 flips of five nodules and 40 negatives do not come into the test set by the same numbers."""
+    dataset = cube_dataset(three_scans(nodules=(5, 0, 0), negatives=40)[:1])
+    positives = [8 * z + number for _, z, _, _, number in flipped_cubes(dataset, "test")]
+    negatives = [z - 5 for _, z, _, _ in dataset.negatives["test"].tolist()]
+    assert len(positives) == len(negatives) == 9
+    assert positives != negatives
+
+
+def test_rule_2_1_5_split_cubes__follows_from_the_seed():
+    """One seed gives one split, another seed another."""
+    scans = three_scans()
+    assert flipped_cubes(cube_dataset(scans), "test") == flipped_cubes(cube_dataset(scans), "test")
+    assert flipped_cubes(cube_dataset(scans), "test") != flipped_cubes(cube_dataset(scans, seed=1), "test")
+
+
+def test_rule_2_1_5_split_cubes__a_nodules_first_flip_in_the_split():
+    """Pictures and distances take a flip that is in the split, not the cube as it is."""
+    dataset = cube_dataset(three_scans())
+    cubes = flipped_cubes(dataset, "test")
+    first = [min(number for *nodule, number in cubes if nodule == row) for row in dataset.positives["test"].tolist()]
+    assert preprocessing.first_flips(dataset, "test").tolist() == first
+    assert max(first) > 0
+
+
+def test_first_flips__none_where_each_nodule_has_all_eight(dataset):
+    """A split by patient takes the cubes as they are."""
+    assert preprocessing.first_flips(dataset, "train").tolist() == [0, 0]
+
+
+def test_positives_with_flips__all_eight_of_each_where_patients_are_split(dataset):
+    """The same as with_flips, in its order."""
+    rows, flips = preprocessing.positives_with_flips(dataset, "train")
+    expected_rows, expected_flips = preprocessing.with_flips(dataset.positives["train"])
+    assert np.array_equal(rows, expected_rows) and np.array_equal(flips, expected_flips)
+
+
+@pytest.mark.parametrize("split", preprocessing.SPLITS)
+def test_labelled__of_a_cube_split_scores_the_flips_that_lie_in_it(split):
+    """Positives are those of positives_with_flips, then each negative once, unflipped."""
+    dataset = cube_dataset(three_scans())
+    rows, flips, labels = preprocessing.labelled(dataset, split)
+    positives, positive_flips = preprocessing.positives_with_flips(dataset, split)
+    assert np.array_equal(rows[labels == 1], positives)
+    assert np.array_equal(flips[labels == 1], positive_flips)
+    assert np.array_equal(rows[labels == 0], dataset.negatives[split])
+    assert not flips[labels == 0].any()
+
+
+FOLDERS = [
+    (PurePosixPath("LUNA16/subset3/1.2.mhd"), 3),
+    (PurePosixPath("/data/LUNA16/subset9/subset9/1.2.mhd"), 9),
+    (PurePosixPath("subset1/more/subset7/deep/1.2.mhd"), 7),
+    (PurePosixPath("LUNA16/Subset0/1.2/000.dcm"), 0),
+    (PureWindowsPath(r"D:\LUNA16\subset8\1.2.mhd"), 8),
+    (PurePosixPath("LUNA16/subset10/1.2.mhd"), None),
+    (PurePosixPath("LUNA16/subset/1.2.mhd"), None),
+    (PurePosixPath("LUNA16/my subset1/1.2.mhd"), None),
+    (PurePosixPath("LUNA16/subset4.mhd"), None),
+    (PurePosixPath("1.2.mhd"), None),
+]
+
+
+@pytest.mark.parametrize("path, number", FOLDERS, ids=str)
+def test_rule_2_1_5_split_subsets__the_innermost_folder_counts(path, number):
+    """At any depth, on any system, in any case of letters; a name that only looks alike is none."""
+    assert preprocessing.subset_of(path) == number
+
+
+def test_rule_2_1_5_split_subsets__seven_train_one_validates_two_test():
+    """subset0 to 6, subset7, subset8 and 9; each record is otherwise as it was."""
+    records = [{"seriesuid": f"1.{number}", "patient": "P"} for number in range(10)]
+    paths = {f"1.{number}": Path(f"LUNA16/subset{number}/1.{number}.mhd") for number in range(10)}
+    scans = preprocessing.split_by_subset(records, paths)
+    assert [scan["split"] for scan in scans] == ["train"] * 7 + ["validation"] + ["test"] * 2
+    assert [{"seriesuid": scan["seriesuid"], "patient": scan["patient"]} for scan in scans] == records
+
+
+def test_rule_2_1_5_split_subsets__a_scan_in_none_is_refused():
+    """The line names its file."""
+    paths = {"1.0": Path("LUNA16/subset0/1.0.mhd"), "1.1": Path("LUNA16/other/1.1.mhd")}
+    records = [{"seriesuid": uid} for uid in paths]
+    refused(lambda: preprocessing.split_by_subset(records, paths), "other/1.1.mhd", "in no folder subset0")
+
+
+@pytest.mark.parametrize("numbers, says", [
+    ((7, 8, 9), "subset0, subset1, subset2, subset3, subset4, subset5, subset6: the train set"),
+    ((0, 9), "in subset7: the validation set"),
+    ((6, 7), "in subset8, subset9: the test set"),
+    ((), "the train set"),
+])
+def test_rule_2_1_5_split_subsets__an_empty_split_is_refused(numbers, says):
+    """The line names the folders that are missing."""
+    paths = [Path(f"LUNA16/subset{number}/1.mhd") for number in numbers]
+    refused(lambda: preprocessing.check_subsets(paths, "LUNA16"), "LUNA16", says, "--split patient")
+
+
+@pytest.mark.parametrize("numbers", [(0, 7, 8), (6, 7, 9)])
+def test_rule_2_1_5_split_subsets__one_folder_each_will_do(numbers):
+    """No split is empty, and nothing is said."""
+    preprocessing.check_subsets([Path(f"LUNA16/subset{number}/1.mhd") for number in numbers], "LUNA16")
+
+
 # 2.1.6 Conventional data augmentation
 
 CUBE = np.arange(24).reshape(2, 3, 4)
@@ -942,12 +1126,29 @@ def test_num_table_1__thesis_cut_cubes_at_exactly_70_10_20():
         assert 10 * negative == tenths * 581130
 
 
+def test_num_table_1__of_split_cubes_counts_the_flips_that_are_there():
+    """40 flips of five nodules in 28, 3 and 9; a nodule counts in each split that has flips of it."""
+    table = preprocessing.table_1(three_scans(), {"split": "cube", "seed": 0})
+    assert [row["positive"] for row in table.values()] == [28, 3, 9]
+    assert [row["negative"] for row in table.values()] == [21, 2, 7]
+    assert table["train"]["nodules"] == 5 and sum(row["nodules"] for row in table.values()) > 5
+
+
+def test_num_table_1__erratum_its_tables_cut_cubes_by_a_sum_below_four_fifths():
+    """0.7 + 0.1 is below 0.8 in floating point: one more positive and one more negative are test cubes."""
+    assert 0.7 + 0.1 < 0.8
+    for count, in_table_1 in ((8160, 1632), (581130, 116226)):
+        assert count - int((0.7 + 0.1) * count) == in_table_1 + 1
+        test = preprocessing.cut_places(count)["test"]
+        assert test.stop - test.start == in_table_1 + 1
+
+
 def test_num_table_1__counts_with_flips_and_as_nodules():
     """Positives count eight times as samples and once as nodules; negatives once."""
     counts = (("train", 3, 20), ("test", 1, 7), ("train", 2, 15), ("validation", 0, 11))
     scans = []
     for split, positives, negatives in counts:
-        scans.append({"split": split, "positives": [0] * positives, "negatives": [0] * negatives})
+        scans.append({"split": split, "positives": [(5, 6, 7)] * positives, "negatives": [(5, 6, 7)] * negatives})
 
     table = preprocessing.table_1(scans)
     columns = ("positive", "nodules", "negative")

@@ -26,7 +26,7 @@ import preprocessing
 import scan_files
 import train_classifier
 import train_gan
-from helpers import in_one_line
+from helpers import ellipse, in_one_line, small_chest
 
 
 WORDS = ("--cube", "12", "--negatives", "20", "--workers", "1", "--max-slice-mm", "20")
@@ -41,26 +41,6 @@ def prepared(run):
 
 def info(run):
     return json.loads((run / "prepared" / "dataset.json").read_bytes())
-
-
-def ellipse(shape, centre, radii):
-    """A mask (z, y, x): an ellipsoid, in voxels; a radius of ∞ makes a cylinder."""
-    return sum(((axis - c) / r) ** 2 for axis, c, r in zip(np.ogrid[tuple(map(slice, shape))], centre, radii)) < 1
-
-
-def small_chest(number):
-    """A chest of a child's size, quick to prepare: two lungs of 0.9 litres in a block, two nodules in each."""
-    rng, shape, origin = np.random.default_rng(number), (46, 40, 70), (10.5 * number, -70.25, -500)
-    hu = np.full(shape, -1000)
-    hu[:, 3:-3, 3:-3] = 40
-    nodules = []
-    for x in (20, 49):
-        hu[ellipse(shape, (23, 20, x), (18, 14, 13.5))] = -850
-        for z, y in ((14, 20), (31, 20)):
-            hu[ellipse(shape, (z, y, x), (2, 2, 2))] = 30
-            nodules.append((*(np.array(origin) + 4 * np.array((x, y, z))).tolist(), 10 + number))
-    hu = (hu + rng.normal(0, 15, shape)).clip(-1024, 400).astype(np.int16)
-    return phantom.Phantom(f"1.2.{number}", f"P{max(1, number)}", hu, (4, 4, 4), origin, np.eye(3), nodules, None, None)
 
 
 @pytest.fixture(scope="module")
@@ -132,9 +112,10 @@ def test_alone__a_second_training_is_refused(again, run, stage, folder):
 
 @pytest.mark.parametrize("option, value, says", [
     ("--seed", "1", "seed 0, not 1"), ("--negatives", "10", "negatives 20, not 10"),
+    ("--split", "cube", "split patient, not cube"),
     ("--max-slice-mm", "10", "max_slice_mm 20.0, not 10.0")])
 def test_claim__a_changed_parameter_is_refused_and_overwrite_is_named(scans, again, run, option, value, says):
-    """Another --seed or --negatives, a lower --max-slice-mm: one line with both values and the way out."""
+    """Another --seed, --negatives or --split, a lower --max-slice-mm: one line with both values and the way out."""
     before = prepared(again)
     assert in_one_line(run(preprocessing, "--scans", scans, "--run", again, *WORDS, option, value), says, "--overwrite")
     assert prepared(again) == before
