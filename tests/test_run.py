@@ -7,6 +7,7 @@ in one process, which saves starting torch five times.
 """
 
 import csv
+import errno
 import html
 import json
 import math
@@ -320,6 +321,72 @@ def test_without_its_input__report_says_what_to_run(tmp_path, run):
     """A report of a run that is not there is one line."""
     done = run(evaluate, "report", "--run", tmp_path / "none")
     assert in_one_line(done, "none", "not found", "python lungaug.py")
+
+
+READ_ONLY = {"mounted": errno.EROFS, "permitted": errno.EACCES}
+
+
+def make_read_only(patch, folder, number):
+    """Let nothing below a folder be made, renamed or removed, which root may do whatever its permissions are.
+
+    number: EROFS, of a disk mounted read-only, where files that are there cannot be opened for writing, either.
+    """
+    def is_below(path):
+        return folder in Path(path).absolute().parents
+
+    def refuse(path):
+        raise OSError(number, os.strerror(number), str(path))
+
+    def guard(function):
+        def guarded(path, *more, **named):
+            # Of a rename the target may lie below, too.
+            if any(isinstance(part, (str, Path)) and is_below(part) for part in (path, *more)):
+                refuse(path)
+            return function(path, *more, **named)
+        return guarded
+
+    def guarded_open(path, mode="r", *more, **named):
+        is_written = set(mode) & set("wax+") and isinstance(path, (str, Path)) and is_below(path)
+        if is_written and (number == errno.EROFS or not Path(path).exists()):
+            refuse(path)
+        return opened(path, mode, *more, **named)
+
+    opened = open
+    patch.setattr("builtins.open", guarded_open)
+    patch.setattr("io.open", guarded_open)
+    for name in ("mkdir", "replace", "rename", "unlink", "rmdir"):
+        patch.setattr(os, name, guard(getattr(os, name)))
+
+
+@pytest.mark.parametrize("why", READ_ONLY)
+@pytest.mark.parametrize("stage, gone, more", [
+    ("preprocessing", None, []), ("preprocessing", None, ["--overwrite"]), ("preprocessing", "prepared", []),
+    ("train_gan", None, []), ("train_gan", None, ["--overwrite"]), ("train_gan", "gan", []),
+    ("train_classifier", None, []), ("train_classifier", None, ["--overwrite"]),
+    ("train_classifier", "classifiers", []), ("evaluate", None, []), ("evaluate", "evaluation", []),
+    ("evaluate", None, ["report"])])
+def test_read_only__is_one_line_and_changes_nothing(tiny, copy, monkeypatch, run, stage, gone, more, why):
+    """A finished run that may only be read, or one that lacks a stage: the line names what could not be written."""
+    if gone:
+        shutil.rmtree(copy / gone)
+    if stage == "preprocessing":
+        more = [*more, "--scans", tiny.folder / "scans"]
+    before = files(copy)
+    with monkeypatch.context() as patch:
+        make_read_only(patch, copy, READ_ONLY[why])
+        done = run(__import__(stage), *more, "--run", copy, *own_words(stage))
+    assert in_one_line(done, f"{copy}/", os.strerror(READ_ONLY[why]), "fix this")
+    assert files(copy) == before
+
+
+def test_read_only__a_run_that_cannot_be_made_is_one_line(tiny, monkeypatch, tmp_path, run):
+    """Neither for the user's scans nor for synthetic ones, of which none is made."""
+    with monkeypatch.context() as patch:
+        make_read_only(patch, tmp_path, errno.EROFS)
+        for words in (["--scans", tiny.folder / "scans"], []):
+            done = run(preprocessing, "--run", tmp_path / "new", *words, *own_words("preprocessing"))
+            assert in_one_line(done, f"{tmp_path}/new", os.strerror(errno.EROFS), "fix this")
+    assert not list(tmp_path.iterdir())
 
 
 @pytest.mark.parametrize("path, stage", [
