@@ -595,6 +595,14 @@ def f1_influence(labels, predictions, weights, scans):
     return n_scans * (2 * tp - score * counted) / counted.sum()
 
 
+def standard_error(influences):
+    """s/√S, s over the influences of S scans, (S,); nan for fewer than two scans."""
+    n_scans = len(influences)
+    if n_scans < 2:
+        return math.nan
+    return float(np.std(influences, ddof=1) / math.sqrt(n_scans))
+
+
 def t_interval(estimate, influences):
     """θ ± t·s/√S, t of S − 1 degrees of freedom   [eq_beyond_t_interval]
 
@@ -602,12 +610,26 @@ def t_interval(estimate, influences):
     interval; nan for fewer than two scans. A percentile bootstrap of few scans is too narrow:
     tests/coverage.py.
     """
-    n_scans = len(influences)
-    if n_scans < 2:
+    error = standard_error(influences)
+    if math.isnan(error):
         return math.nan, math.nan
-    error = np.std(influences, ddof=1) / math.sqrt(n_scans)
-    half = stats.t.ppf(0.975, n_scans - 1) * error
+    half = stats.t.ppf(0.975, len(influences) - 1) * error
     return float(estimate - half), float(estimate + half)
+
+
+def welch_interval(difference, errors, counts):
+    """θ₁ − θ₂ ± t·√(e₁² + e₂²), for two sets of other scans   [eq_beyond_welch]
+
+    The degrees of freedom of t are (e₁² + e₂²)²/Σ e⁴/(S − 1) (Welch 1947). errors: e, a pair of
+    `standard_error`; counts: S, the scans of each. Returns (low, high) of the 95% interval.
+    """
+    variances = np.square(errors)
+    # Two perfect classifiers have no error.
+    if variances.sum() == 0:
+        return difference, difference
+    freedom = variances.sum() ** 2 / (variances ** 2 / (np.array(counts) - 1)).sum()
+    half = stats.t.ppf(0.975, freedom) * math.sqrt(variances.sum())
+    return float(difference - half), float(difference + half)
 
 
 class Measured(NamedTuple):
@@ -731,6 +753,13 @@ def summarize_arm(arm, test, validation, prevalence):
     for name in rows[0]:
         values = [row[name] for row in rows]
         summary[name] = {"mean": float(np.mean(values)), "spread": spread(values)}
+
+    # F1 and AUC have an interval over the scans, too.
+    measured = [measure(test, scores) for scores in test.scores[arm]]
+    for name, entry in (("f1", summary["f1_argmax"]), ("auc", summary["auc"])):
+        influences = np.mean([getattr(row, f"{name}_influence") for row in measured], axis=0)
+        entry["low"], entry["high"] = t_interval(entry["mean"], influences)
+        entry["error"] = standard_error(influences)
     return summary
 
 
@@ -1480,6 +1509,7 @@ def novelty_figures(records):
 
 
 ARMS_HEAD = ("arm", "F1 with flips", "thesis", "F1", "AUC", "average precision")
+UNPAIRED_HEAD = ("difference", "arm", "F1", "AUC")
 OPERATING_HEAD = ("arm", "F1: ŷ > ½", "validation", "prior",
                   *[f"sens. at {rate:.3%}".replace("0%", "%") for rate in FALSE_POSITIVE_RATES])
 
@@ -1487,6 +1517,12 @@ OPERATING_HEAD = ("arm", "F1: ŷ > ½", "validation", "prior",
 def format_summary(summary, *names):
     """Some entries of `summarize_arm` as text: mean ± spread."""
     return [format_spread(summary[name]["mean"], summary[name]["spread"]) for name in names]
+
+
+def format_interval(entry):
+    """A mean with its 95% interval: 0.985 [0.970, 1.000]."""
+    numbers = [lungaug.format_number(entry[name]) for name in ("mean", "low", "high")]
+    return f"{numbers[0]} [{numbers[1]}, {numbers[2]}]".replace("-", "−")
 
 
 def arm_rows(results):
@@ -1502,8 +1538,10 @@ def arm_rows(results):
             continue
         flips = table["flips"]
         with_flips = format_spread(flips["metrics"]["f1"], flips["spread"]["f1"])
-        once = format_summary(results["arms"][arm], "f1_argmax", "auc", "average_precision")
-        rows.append((arm, with_flips, thesis, *once))
+        summary = results["arms"][arm]
+        rows.append((arm, with_flips, thesis, format_interval(summary["f1_argmax"]),
+                     format_interval(summary["auc"]),
+                     *format_summary(summary, "average_precision")))
     return rows
 
 
@@ -1575,7 +1613,8 @@ def help_items(results):
         lungaug.Heading("Did it help?"),
         lungaug.Text(results["verdict"]),
         lungaug.Table("The arms: F1 with flips and the thesis' beside it; then F1, AUC and average "
-                      f"precision with each nodule counted once. {repeats_sentence(results)}",
+                      "precision with each nodule counted once; in brackets 95% intervals over the "
+                      f"test scans. {repeats_sentence(results)}",
                       ARMS_HEAD, arm_rows(results)),
         lungaug.Table("Differences, each nodule counted once, with 95% intervals over the test "
                       "scans; spread: standard deviation over the repeats. Only mixed − longer is "
@@ -1764,6 +1803,24 @@ def redraw_report():
     print(draw_report(options.run))
 
 
+def unpaired_rows(results, others):
+    """The rows of the table of differences between two runs, an arm each, as text."""
+    rows = []
+    counts = (results["counts"]["scans"], others["counts"]["scans"])
+    for arm, summary in results["arms"].items():
+        if arm not in others["arms"] or min(counts) < 2:
+            continue
+        cells = []
+        for name in ("f1_argmax", "auc"):
+            pair = (summary[name], others["arms"][arm][name])
+            difference = pair[0]["mean"] - pair[1]["mean"]
+            errors = [entry["error"] for entry in pair]
+            low, high = welch_interval(difference, errors, counts)
+            cells.append(format_difference({"difference": difference, "low": low, "high": high}))
+        rows.append((arm, *cells))
+    return rows
+
+
 def compare_runs(runs):
     """The command `python evaluate.py --compare RUN …`: one table of arms, one picture of curves.
 
@@ -1772,6 +1829,8 @@ def compare_runs(runs):
     check(len(runs) > 0, "--compare", "no runs", "give the folders of evaluated runs")
     rows = []
     logs = {}
+    differences = []
+    first_results = None
     test_sets = set()
     for run in runs:
         path = run / "evaluation" / "results.json"
@@ -1781,11 +1840,19 @@ def compare_runs(runs):
             rows += [(str(run), *cells) for cells in arm_rows(results)]
             rows.append((str(run), results["verdict"].partition(":")[0], *[""] * 5))
             test_sets.add(results["counts"]["prepared"])
+            if first_results is None:
+                first_results = results
+            else:
+                name = f"{run} − {runs[0]}"
+                differences += [(name, *cells) for cells in unpaired_rows(results, first_results)]
         log = lungaug.read_log(run / "gan" / "log.jsonl")
         if log:
             logs[run.name] = log
 
     lungaug.print_table("Arms of each run", ("run", *ARMS_HEAD), rows)
+    if differences:
+        lungaug.print_table("Differences, with 95% intervals as if the test scans were others",
+                            UNPAIRED_HEAD, differences)
     if len(test_sets) > 1:
         print("\nThe runs are tested on different scans, splits or cubes: their numbers differ for "
               "that reason, too.")

@@ -7,7 +7,6 @@ import os
 import signal
 import sys
 from pathlib import Path
-from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -23,8 +22,6 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")
 # Where a script runs the tests in the background, Ctrl-C is ignored, and so it would be by the
 # processes that the tests start and interrupt.
 signal.signal(signal.SIGINT, signal.default_int_handler)
-
-import lungaug
 
 import preprocessing
 
@@ -59,14 +56,15 @@ def dataset(tmp_path):
 
 
 @pytest.fixture
-def run(monkeypatch, capsys):
-    """A function that runs a stage's main as its command would: status, out, err."""
-    def call(module, *words):
-        monkeypatch.setattr(sys, "argv", [f"{module.__name__}.py", *map(str, words)])
-        capsys.readouterr()
-        with pytest.raises(SystemExit) as stopped:
-            lungaug.command(module.main)
-        out, err = capsys.readouterr()
-        return SimpleNamespace(status=stopped.value.code or 0, out=out, err=err)
-    return call
+def run():
+    """helpers.run_main, which runs a stage's main as its command would."""
+    import helpers
+    return helpers.run_main
+
+
+@pytest.fixture(scope="session")
+def chests(tmp_path_factory):
+    """A folder of four small scans of three patients, quick to prepare."""
+    import helpers
+    return helpers.write_mixed_chests(tmp_path_factory.mktemp("chests"))
 

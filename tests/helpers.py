@@ -1,8 +1,15 @@
-"""What more than one test file needs: small runs, small scans, and how two states or scans are compared."""
+"""What more than one test file needs: commands, small scans and runs, and how two states or scans are compared."""
 
+import contextlib
+import io
 import itertools
 import re
+import signal
+import subprocess
+import sys
 import warnings
+from concurrent.futures import ThreadPoolExecutor
+from types import SimpleNamespace
 
 import lungaug
 from lungaug import Refusal
@@ -26,6 +33,49 @@ AXES = [axes for n in range(4) for axes in itertools.combinations(range(3), n)]
 SHAPE = (4, 5, 7)               # (z, y, x)
 SPACING = (0.7, 0.8, 1.3)       # (x, y, z), mm
 ORIGIN = (-31.4, 17.3, -205.9)
+
+
+# Running a command
+
+def run_main(module, *words):
+    """Run a stage's main in this process as its command would: .status, .out, .err."""
+    out, err = io.StringIO(), io.StringIO()
+    with pytest.MonkeyPatch.context() as patch, pytest.raises(SystemExit) as stopped:
+        patch.setattr(sys, "argv", [f"{module.__name__}.py", *map(str, words)])
+        with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
+            lungaug.command(module.main)
+    # A command that ends ignores Ctrl-C, as Python is about to end, too; here it is not.
+    signal.signal(signal.SIGINT, signal.default_int_handler)
+    return SimpleNamespace(status=stopped.value.code or 0, out=out.getvalue(), err=err.getvalue())
+
+
+def run_python(*words, **more):
+    """Run Python with these words in a process of its own: .status, .out, .err; more: as subprocess.run takes it."""
+    done = subprocess.run([sys.executable, *map(str, words)], capture_output=True, text=True, encoding="utf-8", **more)
+    return SimpleNamespace(status=done.returncode, out=done.stdout, err=done.stderr)
+
+
+def at_once(*calls):
+    """What functions return that are called two at a time: a process mostly imports, on one core."""
+    with ThreadPoolExecutor(2) as pool:
+        return [job.result() for job in [pool.submit(call) for call in calls]]
+
+
+def descendants(pid):
+    """The processes that a process started, and theirs, by pid; from ps, which every POSIX system has."""
+    listed = subprocess.run(["ps", "-A", "-o", "pid=,ppid="], capture_output=True, text=True, check=True).stdout
+    children = {}
+    for line in listed.splitlines():
+        child, parent = map(int, line.split())
+        children.setdefault(parent, []).append(child)
+
+    found = []
+    waiting = [pid]
+    while waiting:
+        of_one = children.get(waiting.pop(), [])
+        found += of_one
+        waiting += of_one
+    return found
 
 
 # What a command or a reader says
@@ -128,6 +178,17 @@ def write_chests(folder, numbers, places=None):
         chest = small_chest(number)
         scan_files.write_metaimage(folder / place, chest)
         rows += [(chest.seriesuid, *row) for row in chest.nodules]
+    scan_files.write_annotations(folder / "annotations.csv", rows)
+    return folder
+
+
+def write_mixed_chests(folder):
+    """Write four small scans of three patients, two MetaImage, two DICOM, and annotations.csv; the folder."""
+    rows = []
+    for number, made in enumerate(map(small_chest, range(4))):
+        write = scan_files.write_metaimage if number > 1 else scan_files.write_dicom
+        write(folder, made)
+        rows += [(made.seriesuid, *row) for row in made.nodules]
     scan_files.write_annotations(folder / "annotations.csv", rows)
     return folder
 

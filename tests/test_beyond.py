@@ -266,6 +266,29 @@ def test_eq_beyond_t_interval__one_scan_has_none():
     assert all(map(math.isnan, evaluate.t_interval(0.5, np.array([0.0]))))
 
 
+def test_eq_beyond_welch__is_welchs_test():
+    """For means, whose influences are values less the mean, it is the interval of Welch's t test."""
+    rng = np.random.default_rng(0)
+    one, other = rng.normal(size=6), 3 * rng.normal(size=11) + 1
+    errors = [evaluate.standard_error(values - values.mean()) for values in (one, other)]
+    expected = stats.ttest_ind(one, other, equal_var=False).confidence_interval(0.95)
+    ours = evaluate.welch_interval(one.mean() - other.mean(), errors, (6, 11))
+    assert ours == pytest.approx((expected.low, expected.high), abs=1e-12)
+    assert evaluate.welch_interval(0.25, (0, 0), (6, 11)) == (0.25, 0.25)
+
+
+def test_summarize_arm__intervals_are_those_of_the_mean_over_repeats():
+    """F1 and AUC have the t interval of the mean of the repeats' influences; of one scan there is none."""
+    test = scored_arms(mixed=0.3)
+    summary = evaluate.summarize_arm("mixed", test, test, 0.1)
+    influences = [evaluate.auc_influence(test.labels, scores, test.scans) for scores in test.scores["mixed"]]
+    low, high = evaluate.t_interval(summary["auc"]["mean"], np.mean(influences, axis=0))
+    assert (summary["auc"]["low"], summary["auc"]["high"]) == pytest.approx((low, high))
+    assert summary["f1_argmax"]["low"] < summary["f1_argmax"]["mean"] < summary["f1_argmax"]["high"]
+    alone = evaluate.summarize_arm("mixed", test._replace(scans=np.zeros(400, int)), test, 0.1)
+    assert math.isnan(alone["auc"]["low"]) and "[–, –]" in evaluate.format_interval(alone["auc"])
+
+
 def scored_arms(seed=0, repeats=3, **gains):
     """A Scored of arms whose positives score higher by the gains, in `repeats` repeats."""
     labels, _, scans = of_scans(seed, n_scans=6, n=400)
@@ -543,7 +566,7 @@ def evaluated_run(run, gain, prepared=1, log=True):
     """What `--compare` reads of a run: results.json, and a GAN's log."""
     test = scored_arms(real=0.1, longer=0.1, mixed=gain)
     arms = {arm: evaluate.summarize_arm(arm, test, test, 0.1) for arm in test.scores}
-    results = {"verdict": "Not shown to help: nothing", "counts": {"prepared": prepared},
+    results = {"verdict": "Not shown to help: nothing", "counts": {"prepared": prepared, "scans": 6},
                "tables": evaluate.tables(test), "control": evaluate.table_of(*evaluate.CONTROL, test),
                "arms": arms}
     lungaug.write(run / "evaluation" / "results.json", evaluate.null_for_nan(results))
@@ -564,6 +587,8 @@ def test_compare_runs__one_table_and_one_picture(tmp_path, run):
         assert sum(str(folder) in line for line in done.out.splitlines()) >= 6
     figure = (first / "evaluation" / "comparison.svg").read_text(encoding="utf-8")
     assert figure.count("<polyline") == 4 * 2 and ">one<" in figure and ">two<" in figure
+    gain = next(line for line in done.out.splitlines() if "mixed" in line and "−" in line and str(second) in line)
+    assert len(re.findall(r"\[[^]]+, [^]]+\]", gain)) == 2
     assert not (second / "evaluation" / "comparison.svg").exists()
 
 

@@ -3,12 +3,14 @@
     python -m pytest tests/test_faults.py -v
 """
 
+import contextlib
 import errno
 import itertools
 import os
+import pickle
 import shutil
-import subprocess
-import sys
+from concurrent.futures import Future
+from pathlib import Path
 
 import lungaug
 
@@ -17,9 +19,11 @@ import pytest
 import torch
 
 import evaluate
+import preprocessing
+import scan_files
 import train_classifier
 import train_gan
-from helpers import in_one_line, small_run
+from helpers import in_one_line, run_python, small_chest, small_run
 
 
 VALUES = {
@@ -67,27 +71,28 @@ def test_write__a_fault_leaves_the_file_as_it_was(tmp_path, monkeypatch, capsys,
     assert path.read_bytes() == before
 
 
+# The packages are imported once; each file is written by a copy of that process, whose status is printed.
 WRITE_UNDER_A_LIMIT = """
-import resource, sys
+import os, resource, sys
 from pathlib import Path
 import lungaug, test_faults
-path = Path(sys.argv[1])
 resource.setrlimit(resource.RLIMIT_FSIZE, (4096, 4096))
-lungaug.command(lambda: lungaug.write(path, test_faults.VALUES[path.name]))
+for name, value in test_faults.VALUES.items():
+    pid = os.fork()
+    if pid == 0:
+        lungaug.command(lambda: lungaug.write(Path(sys.argv[1]) / name, value))
+    print(os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]), flush=True)
 """
 
 
 @pytest.mark.skipif(os.name == "nt", reason="Windows limits no file's size")
-@pytest.mark.parametrize("name", VALUES)
-def test_write__where_files_may_not_grow(tmp_path, name):
-    """A limit on the size of files, in a process of its own: one line, exit 2, no traceback."""
-    path = tmp_path / name
+def test_write__where_files_may_not_grow(tmp_path):
+    """A limit on the size of files, in a process of its own for each: one line, exit 2, no traceback."""
     environment = os.environ | {"PYTHONPATH": os.pathsep.join([str(lungaug.HERE), str(lungaug.HERE / "tests")])}
-    done = subprocess.run([sys.executable, "-c", WRITE_UNDER_A_LIMIT, str(path)], env=environment, capture_output=True,
-                          text=True, encoding="utf-8")
-    assert done.returncode == 2, done.stderr
-    assert done.stderr.count("\n") == 1
-    assert done.stderr.startswith(f"lungaug: {path}: ")
+    done = run_python("-c", WRITE_UNDER_A_LIMIT, tmp_path, env=environment)
+    assert done.status == 0 and done.out.split() == ["2"] * len(VALUES), done.err
+    for line, name in itertools.zip_longest(done.err.splitlines(), VALUES):
+        assert line.startswith(f"lungaug: {tmp_path / name}: ")
     assert list(tmp_path.iterdir()) == []
 
 
@@ -119,10 +124,11 @@ class FailingFile:
     def __init__(self, file, step):
         self.file = file
         self.step = step
+        self.writes = itertools.count()
 
     def write(self, data):
         try:
-            self.step()
+            self.step(f"write {next(self.writes)}", self.file.name)
         except OSError:
             self.file.write(data[:len(data) // 2])
             raise
@@ -138,30 +144,54 @@ class FailingFile:
         self.file.close()
 
 
+def before_each(patch, step):
+    """Let step(what, path) be called before each write, fsync and rename of lungaug.py; where it raises, that fails."""
+    opened = []
+
+    def open_failing(path, *arguments, **more):
+        opened.append(path)
+        return FailingFile(open(path, *arguments, **more), step)
+
+    def after_step(function):
+        def stepping(*arguments):
+            # What is synced or renamed is the file that was opened last.
+            step(function.__name__, opened[-1])
+            return function(*arguments)
+        return stepping
+
+    patch.setattr(lungaug, "open", open_failing, raising=False)
+    for name in ("fsync", "replace"):
+        patch.setattr(os, name, after_step(getattr(os, name)))
+
+
 def fail_at(patch, count):
     """Let the count-th write, fsync or rename fail, each kind of error in turn; a list that holds those to come."""
     left = [count]
 
-    def step():
+    def step(*_):
         left[0] -= 1
         if left[0] == 0:
             number = ERRORS[count % len(ERRORS)]
             raise OSError(number, os.strerror(number))
 
-    def after_step(function):
-        def stepping(*arguments):
-            step()
-            return function(*arguments)
-        return stepping
-
-    for name in ("fsync", "replace"):
-        patch.setattr(os, name, after_step(getattr(os, name)))
-
-    def open_failing(*arguments, **more):
-        return FailingFile(open(*arguments, **more), step)
-
-    patch.setattr(lungaug, "open", open_failing, raising=False)
+    before_each(patch, step)
     return left
+
+
+def fail_anew(patch, failed):
+    """Let the first write, fsync or rename fail that is not in `failed`, (what, path), and put it there; a list of it.
+    """
+    failing = []
+
+    def step(what, path):
+        if not failing and (what, str(path)) not in failed:
+            failing.append((what, str(path)))
+            failed.update(failing)
+            number = ERRORS[len(failed) % len(ERRORS)]
+            raise OSError(number, os.strerror(number))
+
+    before_each(patch, step)
+    return failing
 
 
 def contents(run):
@@ -190,3 +220,62 @@ def test_stages__each_write_that_fails_once_is_one_line_and_nothing_is_lost(tmp_
             assert in_one_line(done, "run the same command again"), count
         assert done.status == 0 and count > 5
         assert contents(faulty) == contents(quiet)
+
+
+class ThisProcess:
+    """A pool whose one worker is this process, where a fault can be put; an error comes back as from another one, and
+    jobs behind it do not begin."""
+
+    def __init__(self):
+        self.failed = False
+
+    def submit(self, function, *arguments):
+        job = Future()
+        if self.failed:
+            return job
+        try:
+            job.set_result(function(*arguments))
+        except Exception as error:
+            self.failed = True
+            job.set_exception(pickle.loads(pickle.dumps(error)))
+        return job
+
+
+def test_preprocessing__each_write_that_fails_once_is_one_line_and_nothing_is_lost(tmp_path, monkeypatch, run):
+    """Each write, fsync and rename of each file fails once, in a command of its own: each time it is one line that
+    names the file, and no file is lost; in the end the files are those of a run that nothing befell."""
+    rows = []
+    for number in (1, 2, 3):
+        chest = small_chest(number)
+        scan_files.write_metaimage(tmp_path / "scans", chest)
+        rows += [(chest.seriesuid, *row) for row in chest.nodules]
+    (tmp_path / "scans" / "1.2.4.mhd").write_text("a scan that is skipped: its record is a file, too")
+    scan_files.write_annotations(tmp_path / "scans" / "annotations.csv", rows)
+    monkeypatch.setattr(lungaug, "start_pool", lambda workers: contextlib.nullcontext(ThisProcess()))
+
+    words = ["--scans", tmp_path / "scans", "--cube", 12, "--negatives", 5, "--max-slice-mm", 20, "--run"]
+    quiet, faulty = tmp_path / "quiet", tmp_path / "faulty"
+    assert run(preprocessing, *words, quiet).status == 0
+
+    failed, there = set(), {}
+    while True:
+        with monkeypatch.context() as patch:
+            failing = fail_anew(patch, failed)
+            done = run(preprocessing, *words, faulty)
+        if not failing:
+            break
+        *_, line = done.err.splitlines(keepends=True)
+        done.err = line
+        (what, path), = failing
+        # A file is written under a hidden name first: .dataset.json.4242
+        name = Path(path).name[1:].rpartition(".")[0]
+        assert in_one_line(done, str(faulty / "prepared" / name), "run the same command again"), what
+        assert there.items() <= contents(faulty).items()
+        there = contents(faulty)
+
+    assert done.status == 0
+    assert contents(faulty) == contents(quiet)
+    # Each file's fsync and rename have failed, and each of its writes.
+    names = {Path(path).name[1:].rpartition(".")[0] for what, path in failed if what == "fsync"}
+    assert names == {path.name for path in (quiet / "prepared").iterdir() if path.suffix != ".lock"}
+    assert len(failed) >= 3 * len(names)

@@ -7,30 +7,16 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import lungaug
 
 import pytest
 
+from helpers import at_once, descendants
+
 
 needs_ps = pytest.mark.skipif(os.name == "nt" or not shutil.which("ps"), reason="needs POSIX signals, and ps")
-
-
-def descendants(pid):
-    """The processes that a process started, and theirs, by pid; from ps, which every POSIX system has."""
-    listed = subprocess.run(["ps", "-A", "-o", "pid=,ppid="], capture_output=True, text=True, check=True).stdout
-    children = {}
-    for line in listed.splitlines():
-        child, parent = map(int, line.split())
-        children.setdefault(parent, []).append(child)
-
-    found = []
-    waiting = [pid]
-    while waiting:
-        of_one = children.get(waiting.pop(), [])
-        found += of_one
-        waiting += of_one
-    return found
 
 
 def is_running(pid):
@@ -49,40 +35,51 @@ def wait_until(holds, seconds=60):
     return False
 
 
-def start_lungaug(run):
-    """`python lungaug.py`, while it makes synthetic scans in two workers: the process, and the pids below it."""
-    command = [sys.executable, str(lungaug.HERE / "lungaug.py"), "--run", str(run), "--workers", "2"]
+@pytest.fixture(scope="module")
+def coarse(tmp_path_factory):
+    """A copy of the program whose synthetic scans have voxels four times as large, and take a fraction of a second."""
+    folder = tmp_path_factory.mktemp("program")
+    (folder / "tests").mkdir()
+    for path in (*lungaug.HERE.glob("*.py"), *(lungaug.HERE / "tests").glob("[ps]*.py")):
+        shutil.copy(path, folder / path.relative_to(lungaug.HERE))
+
+    path = folder / "tests" / "phantom.py"
+    text = path.read_text(encoding="utf-8")
+    call = "options.workers,\n                         progress.update)"
+    assert text.count(call) == 1
+    path.write_text(text.replace(call, call[:-1] + ", scale=4.0)"), encoding="utf-8")
+    return folder
+
+
+def interrupted(program, run, send):
+    """`python lungaug.py`, to which `send` sends Ctrl-C while it makes synthetic scans in two workers: .status, .err,
+    .started, the pids below it."""
+    command = [sys.executable, str(program / "lungaug.py"), "--run", str(run), "--workers", "2"]
     pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True, "encoding": "utf-8"}
     process = subprocess.Popen(command, start_new_session=True, **pipes)
 
     # lungaug.py, preprocessing.py, phantom.py, and below it a tracker of resources and two workers.
     assert wait_until(lambda: len(list(Path(run).rglob("truth/*.npz"))) > 0, seconds=120)
-    return process, descendants(process.pid)
-
-
-@needs_ps
-def test_interrupt__is_one_line_and_nothing_stays_behind(tmp_path):
-    """Ctrl-C at a terminal reaches every process: exit 130, one line, and all of them end."""
-    process, started = start_lungaug(tmp_path)
-    assert len(started) >= 4
-    os.killpg(process.pid, signal.SIGINT)
-    _, err = process.communicate(timeout=60)
-
-    assert process.returncode == 130
-    assert err.count("lungaug: interrupted") == 1 and "Traceback" not in err
-    assert wait_until(lambda: not any(map(is_running, started)))
-
-
-@needs_ps
-def test_interrupt__of_the_first_process_alone(tmp_path):
-    """`kill -INT` of lungaug.py alone ends its stage, too."""
-    process, started = start_lungaug(tmp_path)
-    process.send_signal(signal.SIGINT)
+    started = descendants(process.pid)
+    send(process)
     _, err = process.communicate(timeout=90)
+    return SimpleNamespace(status=process.returncode, err=err, started=started)
 
-    assert process.returncode == 130
-    assert err.count("lungaug: interrupted") == 1 and "Traceback" not in err
-    assert wait_until(lambda: not any(map(is_running, started)))
+
+@needs_ps
+def test_interrupt__is_one_line_and_nothing_stays_behind(coarse, tmp_path):
+    """Ctrl-C at a terminal, which reaches every process, and `kill -INT` of lungaug.py alone: exit 130, one line, and
+    all of them end."""
+    ends = at_once(
+        lambda: interrupted(coarse, tmp_path / "all", lambda process: os.killpg(process.pid, signal.SIGINT)),
+        lambda: interrupted(coarse, tmp_path / "first", lambda process: process.send_signal(signal.SIGINT)))
+    # The table comes after the last of thirty scans.
+    assert not list(tmp_path.rglob("annotations.csv"))
+    for done in ends:
+        assert len(done.started) >= 4
+        assert done.status == 130
+        assert done.err.count("lungaug: interrupted") == 1 and "Traceback" not in done.err
+        assert wait_until(lambda done=done: not any(map(is_running, done.started)))
 
 
 SCRIPTS = [f"{name}.py" for name in (*lungaug.STAGES, "lungaug", "models", "tests/phantom", "tests/chaos")]

@@ -8,6 +8,7 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import lungaug
 
@@ -17,7 +18,7 @@ import pytest
 import phantom
 import preprocessing
 import scan_files
-from helpers import in_one_line
+from helpers import at_once, in_one_line
 
 
 # The sets here hold six scans of large voxels, which take a fraction of a second each.
@@ -84,6 +85,16 @@ def stop(run, number, often=False):
 
 
 @pytest.fixture(scope="module")
+def stopped(tmp_path_factory):
+    """A set that each signal stopped, by its name: .run, its folder; .status and .err of the command."""
+    names = {"Ctrl-C": (signal.SIGINT,), "Ctrl-C again and again": (signal.SIGINT, True),
+             "SIGKILL": (signal.SIGKILL,), "SIGTERM": (signal.SIGTERM,)}
+    runs = {name: tmp_path_factory.mktemp("stopped") for name in names}
+    ends = at_once(*(functools.partial(stop, runs[name], *how) for name, how in names.items()))
+    return {name: SimpleNamespace(run=runs[name], status=status, err=err) for name, (status, err) in zip(names, ends)}
+
+
+@pytest.fixture(scope="module")
 def whole(tmp_path_factory):
     """The folder of a set that was made undisturbed."""
     return phantom.write_scans(tmp_path_factory.mktemp("whole") / "scans", COUNT, workers=2, scale=SCALE)
@@ -105,52 +116,50 @@ def coarse(monkeypatch):
 # A command that is stopped
 
 @POSIX
-def test_main__ctrl_c_says_one_line_and_leaves_no_process(tmp_path):
+def test_main__ctrl_c_says_one_line_and_leaves_no_process(stopped):
     """Status 130, and beside lines of progress the one that says how to resume; no worker stays."""
-    status, err = stop(tmp_path, signal.SIGINT)
-    lines = [line for line in err.splitlines() if line and not line.startswith("synthetic scans ")]
-    assert status == 130
-    assert len(lines) == 1 and "interrupted" in lines[0] and "resume" in lines[0], err
+    done = stopped["Ctrl-C"]
+    lines = [line for line in done.err.splitlines() if line and not line.startswith("synthetic scans ")]
+    assert done.status == 130
+    assert len(lines) == 1 and "interrupted" in lines[0] and "resume" in lines[0], done.err
 
 
 @POSIX
-def test_main__ctrl_c_again_and_again_says_the_same_line(tmp_path):
+def test_main__ctrl_c_again_and_again_says_the_same_line(stopped):
     """Whoever holds Ctrl-C down gets the one line, and no traceback of a worker."""
-    status, err = stop(tmp_path, signal.SIGINT, often=True)
-    assert status == 130 and err.count("interrupted") == 1 and "Traceback" not in err
+    done = stopped["Ctrl-C again and again"]
+    assert done.status == 130 and done.err.count("interrupted") == 1 and "Traceback" not in done.err
 
 
 @POSIX
-@pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGTERM], ids=["SIGKILL", "SIGTERM"])
-def test_main__workers_end_with_a_killed_parent(tmp_path, number):
+@pytest.mark.parametrize("name", ["SIGKILL", "SIGTERM"])
+def test_main__workers_end_with_a_killed_parent(stopped, name):
     """Nothing holds the command's output once its process is killed: `communicate` would not return."""
-    status, _ = stop(tmp_path, number)
-    assert status == -number
+    assert stopped[name].status == -signal.Signals[name]
 
 
 @POSIX
-@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGKILL], ids=["Ctrl-C", "SIGKILL"])
-def test_main__a_stopped_command_resumes_to_the_same_bytes(whole, tmp_path, number):
+@pytest.mark.parametrize("name", ["Ctrl-C", "SIGKILL"])
+def test_main__a_stopped_command_resumes_to_the_same_bytes(coarse, stopped, whole, tmp_path, run, name):
     """Scans that were whole are not written again; the set is that of an undisturbed command."""
-    stop(tmp_path, number)
-    folder = tmp_path / "scans"
+    folder = Path(shutil.copytree(stopped[name].run, tmp_path / "run")) / "scans"
     kept = written_at(folder)
     assert kept and not (folder / "annotations.csv").exists()
 
-    done = subprocess.run(words(tmp_path), capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr
+    done = run(phantom, "--run", folder.parent, "--scans-count", COUNT, "--workers", 2)
+    assert done.status == 0, done.err
     assert files(folder) == files(whole) and not list(folder.glob(".2.25.*"))
     assert kept.items() <= written_at(folder).items()
 
 
 @POSIX
-def test_main__ctrl_c_leaves_whole_scans_alone(whole, tmp_path):
+def test_main__ctrl_c_leaves_whole_scans_alone(stopped, whole):
     """Every file that it leaves is of a scan with a record, as if undisturbed; the scan that was in work is there."""
-    stop(tmp_path, signal.SIGINT)
-    left = files(tmp_path / "scans")
+    folder = stopped["Ctrl-C"].run / "scans"
+    left = files(folder)
     of_scans = {name for name in left if not name.endswith(".json")}
-    assert len(list(tmp_path.glob("scans/truth/*.json"))) >= 2
-    assert of_scans == set(written_at(tmp_path / "scans"))
+    assert len(list(folder.glob("truth/*.json"))) >= 2
+    assert of_scans == set(written_at(folder))
     assert left.items() <= files(whole).items()
 
 

@@ -13,6 +13,8 @@ from lungaug import Refusal
 
 import pytest
 
+from helpers import at_once
+
 
 SCRIPTS = ["lungaug.py", "preprocessing.py", "models.py", "train_gan.py", "train_classifier.py", "evaluate.py"]
 TESTS = ["tests/audit.py", "tests/wrong_versions.py", "tests/phantom.py"]
@@ -24,47 +26,100 @@ def with_encoding(encoding, *words):
     return subprocess.run([sys.executable, *words], env=environment, cwd=lungaug.HERE, capture_output=True)
 
 
-@pytest.mark.parametrize("encoding, script", [("cp1252", "lungaug.py"), *(("ascii", name) for name in SCRIPTS + TESTS)])
-def test_help__on_any_terminal(encoding, script):
+# Each script in turn becomes the main program of one process, which imports the packages once.
+HELP_OF_EACH = """
+import os, runpy, sys
+for script in sys.argv[1:]:
+    sys.argv = [script, "--help"]
+    sys.path[0] = os.path.dirname(os.path.abspath(script))
+    sys.stdout.flush()
+    try:
+        runpy.run_path(script, run_name="__main__")
+    except SystemExit as stopped:
+        print("end of", script, stopped.code or 0)
+"""
+
+# A character that the terminal lacks, printed and in an error's line.
+PRINT_AND_REFUSE = """
+import lungaug
+def main():
+    print("score \\u2265 1")
+    raise lungaug.Refusal("\\u03b1.json", "\\u03bb", "\\u03b5")
+lungaug.command(main)
+"""
+
+WRITE_AND_READ = r"""
+import sys
+import lungaug, preprocessing
+from pathlib import Path
+
+folder = Path(sys.argv[1])
+text = "\u03b1 \u2265 \u2013"
+lungaug.write(folder / "a.json", {"text": text})
+assert lungaug.read_json(folder / "a.json", "")["text"] == text
+lungaug.write(folder / "report.html", text)
+lungaug.append_log(folder / "log.jsonl", {"epoch": 1, "text": text})
+assert lungaug.read_log(folder / "log.jsonl")[0]["text"] == text
+"""
+
+
+@pytest.fixture(scope="module")
+def processes(tmp_path_factory):
+    """What each command of this file did: .help by encoding, .prints, .models, .files, and that one's .folder."""
+    folder = tmp_path_factory.mktemp("processes")
+    strict = ["-X", "warn_default_encoding", "-W", "error::EncodingWarning:lungaug"]
+    ascii_help, cp1252_help, prints, tables, files = at_once(
+        lambda: with_encoding("ascii", "-c", HELP_OF_EACH, *SCRIPTS, *TESTS),
+        lambda: with_encoding("cp1252", "-c", HELP_OF_EACH, *SCRIPTS, *TESTS),
+        lambda: with_encoding("ascii", "-c", PRINT_AND_REFUSE),
+        lambda: with_encoding("ascii", "models.py", "--cube", "6", "--width", "1"),
+        lambda: with_encoding("ascii", *strict, "-c", WRITE_AND_READ, str(folder)))
+    return SimpleNamespace(help={"ascii": ascii_help, "cp1252": cp1252_help}, prints=prints, models=tables, files=files,
+                           folder=folder)
+
+
+@pytest.mark.parametrize("encoding", ["ascii", "cp1252"])
+@pytest.mark.parametrize("script", SCRIPTS + TESTS)
+def test_help__on_any_terminal(processes, encoding, script):
     """--help of every script prints, whatever characters the terminal has."""
-    done = with_encoding(encoding, script, "--help")
-    assert done.returncode == 0, done.stderr
-    assert b"usage" in done.stdout.lower()
+    done = processes.help[encoding]
+    texts = done.stdout.decode(encoding).split("end of ")
+    printed = dict(zip([text.split()[0] for text in texts[1:]], texts))
+    assert script in printed, done.stderr
+    assert "usage" in printed[script].lower()
+    assert f"end of {script} 0" in done.stdout.decode(encoding), done.stderr
 
 
-def test_command__prints_on_any_terminal():
+def test_command__prints_on_any_terminal(processes):
     """A character that the terminal lacks becomes ?; so does one in an error's line."""
-    code = ("import lungaug\n"
-            "def main():\n"
-            "    print('score \\u2265 1')\n"
-            "    raise lungaug.Refusal('\\u03b1.json', '\\u03bb', '\\u03b5')\n"
-            "lungaug.command(main)")
-    done = with_encoding("ascii", "-c", code)
+    done = processes.prints
     assert done.returncode == 2
     assert done.stdout.split() == [b"score", b"?", b"1"]
     assert done.stderr.strip() == b"lungaug: ?.json: ? ? ?"
 
 
 @pytest.mark.skipif(os.name == "nt", reason="Windows reports a closed pipe in other ways")
-@pytest.mark.parametrize("lines", [1, 100000])
-def test_command__a_reader_that_has_seen_enough(lines):
-    """`python evaluate.py | head -0`, say: the command ends without a word, whatever it had still to print."""
-    code = ("import lungaug, time\n"
+def test_command__a_reader_that_has_seen_enough():
+    """`python evaluate.py | head -0`, say: the command ends without a word, whether a line or 100,000 were to come."""
+    code = ("import lungaug, sys, time\n"
             "def main():\n"
             "    time.sleep(0.3)\n"
-            f"    for i in range({lines}): print('line', i)\n"
+            "    for i in range(int(sys.argv[1])): print('line', i)\n"
             "lungaug.command(main)")
-    process = subprocess.Popen([sys.executable, "-c", code], cwd=lungaug.HERE, stdout=subprocess.PIPE,
-                               stderr=subprocess.PIPE)
-    process.stdout.close()
-    assert process.stderr.read() == b""
-    assert process.wait() == 1
-    process.stderr.close()
+    started = []
+    for lines in ("1", "100000"):
+        started.append(subprocess.Popen([sys.executable, "-c", code, lines], cwd=lungaug.HERE, stdout=subprocess.PIPE,
+                                        stderr=subprocess.PIPE))
+        started[-1].stdout.close()
+    for process in started:
+        assert process.stderr.read() == b""
+        assert process.wait() == 1
+        process.stderr.close()
 
 
-def test_models__tables_print_on_any_terminal():
+def test_models__tables_print_on_any_terminal(processes):
     """The tables of layers hold ×, which ASCII lacks."""
-    done = with_encoding("ascii", "models.py", "--cube", "6", "--width", "1")
+    done = processes.models
     assert done.returncode == 0, done.stderr
     assert b"parameters" in done.stdout
 
@@ -92,24 +147,7 @@ def test_lock__on_windows(tmp_path, monkeypatch):
                 pass
 
 
-WRITE_AND_READ = r"""
-import sys
-import lungaug, preprocessing
-from pathlib import Path
-
-folder = Path(sys.argv[1])
-text = "\u03b1 \u2265 \u2013"
-lungaug.write(folder / "a.json", {"text": text})
-assert lungaug.read_json(folder / "a.json", "")["text"] == text
-lungaug.write(folder / "report.html", text)
-lungaug.append_log(folder / "log.jsonl", {"epoch": 1, "text": text})
-assert lungaug.read_log(folder / "log.jsonl")[0]["text"] == text
-"""
-
-
-def test_files__do_not_depend_on_the_locale(tmp_path):
+def test_files__do_not_depend_on_the_locale(processes):
     """Text is written and read as UTF-8, whatever the locale: no file is opened with the locale's own encoding."""
-    strict = ["-X", "warn_default_encoding", "-W", "error::EncodingWarning:lungaug"]
-    done = with_encoding("ascii", *strict, "-c", WRITE_AND_READ, str(tmp_path))
-    assert done.returncode == 0, done.stderr
-    assert (tmp_path / "report.html").read_bytes() == "α ≥ –".encode()
+    assert processes.files.returncode == 0, processes.files.stderr
+    assert (processes.folder / "report.html").read_bytes() == "α ≥ –".encode()

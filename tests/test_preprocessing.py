@@ -14,8 +14,6 @@ import itertools
 import json
 import os
 import shutil
-import subprocess
-import sys
 import tracemalloc
 from pathlib import Path, PurePosixPath, PureWindowsPath
 from types import SimpleNamespace
@@ -31,7 +29,7 @@ import phantom
 import preprocessing
 import scan_files
 import train_gan
-from helpers import refused
+from helpers import refused, run_python
 from preprocessing import Scan, Source, Volume
 
 
@@ -1397,8 +1395,7 @@ def prepare(folder, *words):
     home.mkdir(exist_ok=True)
     environment = os.environ | {"HOME": str(home), "PYTHONDONTWRITEBYTECODE": "1",
                                 "OMP_NUM_THREADS": "1"}
-    command = [sys.executable, ROOT / "preprocessing.py", *map(str, words)]
-    return subprocess.run(command, cwd=folder, env=environment, capture_output=True, text=True)
+    return run_python(ROOT / "preprocessing.py", *words, cwd=folder, env=environment)
 
 
 def contents(folder):
@@ -1425,7 +1422,7 @@ def finished(tmp_path_factory):
 
     before = contents(folder)
     done = prepare(folder, "--scans", folder / "scans", "--run", "R", *WORDS)
-    assert done.returncode == 0, done.stderr
+    assert done.status == 0, done.err
     return SimpleNamespace(folder=folder, before=before, done=done, info=read_info(folder))
 
 
@@ -1461,11 +1458,11 @@ def products(folder):
 
 def is_one_line(done, *words):
     """Whether a command ended with status 2 and, last on stderr, a Refusal that holds the words."""
-    *_, line = done.stderr.strip().split("\n")
+    *_, line = done.err.strip().split("\n")
     is_refusal = line.startswith("lungaug: ") and " — " in line
     holds_words = all(word in line for word in words)
-    no_traceback = "Traceback" not in done.stderr
-    return done.returncode == 2 and is_refusal and holds_words and no_traceback
+    no_traceback = "Traceback" not in done.err
+    return done.status == 2 and is_refusal and holds_words and no_traceback
 
 
 def test_command__dataset_json_holds_every_scan_and_annotation(finished):
@@ -1503,7 +1500,7 @@ def test_num_table_1__of_a_run_counts_its_cubes(finished):
     assert sum(row["nodules"] for row in rows) == nodules
     assert sum(row["positive"] for row in rows) == 8 * nodules
     assert sum(row["negative"] for row in rows) == 80
-    assert "Table 1" in finished.done.stdout
+    assert "Table 1" in finished.done.out
 
 
 def test_command__volumes_are_the_scans_at_1_mm(finished):
@@ -1542,7 +1539,7 @@ def test_command__open_dataset_reads_it_back(finished):
     assert np.abs(cubes).max() <= 1 and cubes.std() > 0.05
 
 
-def test_command__again_keeps_every_byte_and_remakes_what_is_gone(finished, again):
+def test_command__again_keeps_every_byte_and_remakes_what_is_gone(finished, again, run):
     """Run again, a removed and a truncated volume come back the same; the rest is not touched."""
     before = products(again)
     gone, truncated, *whole = sorted((again / "R/prepared").glob("*.npy"))
@@ -1550,31 +1547,31 @@ def test_command__again_keeps_every_byte_and_remakes_what_is_gone(finished, agai
     truncated.write_bytes(truncated.read_bytes()[:-1000])
     times = [path.stat().st_mtime_ns for path in whole]
 
-    done = prepare(again, "--scans", finished.folder / "scans", "--run", "R", *WORDS)
-    assert done.returncode == 0, done.stderr
+    done = run(preprocessing, "--scans", finished.folder / "scans", "--run", again / "R", *WORDS)
+    assert done.status == 0, done.err
     assert products(again) == before
     assert [path.stat().st_mtime_ns for path in whole] == times
 
 
-def test_command__another_cube_is_refused(finished, again):
+def test_command__another_cube_is_refused(finished, again, run):
     """A run keeps its parameters: --cube 24 is one line, status 2, and changes nothing."""
     before = contents(again)
-    done = prepare(again, "--scans", finished.folder / "scans", "--run", "R", *WORDS,
-                   "--cube", "24")
+    done = run(preprocessing, "--scans", finished.folder / "scans", "--run", again / "R", *WORDS,
+               "--cube", "24")
     assert is_one_line(done, "cube 12, not 24")
-    assert len(done.stderr.strip().split("\n")) == 1
+    assert len(done.err.strip().split("\n")) == 1
     assert contents(again) == before
 
 
-def test_command__other_annotations_do_not_pass_for_the_old(finished, again):
+def test_command__other_annotations_do_not_pass_for_the_old(finished, again, run):
     """Without the last row of annotations.csv, the old positives are refused."""
     before = products(again)
     rows = (finished.folder / "scans/annotations.csv").read_text(encoding="utf-8")
     shorter = again / "shorter.csv"
     shorter.write_text("\n".join(rows.splitlines()[:-1]) + "\n", encoding="utf-8")
 
-    done = prepare(again, "--scans", finished.folder / "scans", "--annotations", shorter,
-                   "--run", "R", *WORDS)
+    done = run(preprocessing, "--scans", finished.folder / "scans", "--annotations", shorter,
+               "--run", again / "R", *WORDS)
     assert is_one_line(done, "annotations")
     assert products(again) == before
 
@@ -1585,21 +1582,22 @@ def test_command__a_broken_scan_is_skipped_with_its_reason(finished):
     assert skipped["seriesuid"].startswith("bad")
     assert skipped["path"].endswith("bad.raw")
     assert "100 bytes" in skipped["problem"]
-    assert "bad.raw" in finished.done.stdout
+    assert "bad.raw" in finished.done.out
     assert len(finished.info["scans"]) == 4
 
 
 def test_command__a_uid_cannot_steer_the_terminal(finished):
     """A terminal's code in a file's name is not printed as it is."""
-    assert "bad" in finished.done.stderr
-    assert "\x1b" not in finished.done.stdout + finished.done.stderr
+    assert "bad" in finished.done.err
+    assert "\x1b" not in finished.done.out + finished.done.err
 
 
-def test_command__strict_makes_a_broken_scan_fatal(finished, again):
+def test_command__strict_makes_a_broken_scan_fatal(finished, again, run):
     """--strict: status 2, a line that names the file, no dataset.json that would pass for whole."""
     path = again / "R/prepared/dataset.json"
     path.unlink()
-    done = prepare(again, "--scans", finished.folder / "scans", "--run", "R", *WORDS, "--strict")
+    done = run(preprocessing, "--scans", finished.folder / "scans", "--run", again / "R", *WORDS,
+               "--strict")
     assert is_one_line(done, "bad.raw", "100 bytes")
     assert not path.exists()
 

@@ -8,8 +8,7 @@ preprocessing.py is run as a user would, in this process where that does: its st
 import json
 import re
 import shutil
-import subprocess
-import sys
+import warnings
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -26,7 +25,7 @@ import preprocessing
 import scan_files
 import train_classifier
 import train_gan
-from helpers import ellipse, in_one_line, small_chest
+from helpers import at_once, ellipse, in_one_line, run_main, run_python, small_chest
 
 
 WORDS = ("--cube", "12", "--negatives", "20", "--workers", "1", "--max-slice-mm", "20")
@@ -44,24 +43,17 @@ def info(run):
 
 
 @pytest.fixture(scope="module")
-def scans(tmp_path_factory):
+def scans(chests):
     """A folder of four small scans of three patients: two MetaImage, two DICOM."""
-    folder, rows = tmp_path_factory.mktemp("scans"), []
-    for number, made in enumerate(map(small_chest, range(4))):
-        write = scan_files.write_metaimage if number > 1 else scan_files.write_dicom
-        write(folder, made)
-        rows += [(made.seriesuid, *row) for row in made.nodules]
-    scan_files.write_annotations(folder / "annotations.csv", rows)
-    return folder
+    return chests
 
 
 @pytest.fixture(scope="module")
 def once(scans, tmp_path_factory):
     """A run in which they were prepared once, at one go."""
     folder = tmp_path_factory.mktemp("once") / "R"
-    words = [sys.executable, preprocessing.__file__, "--scans", scans, "--run", folder, *WORDS]
-    done = subprocess.run(list(map(str, words)), capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr
+    done = run_main(preprocessing, "--scans", scans, "--run", folder, *WORDS)
+    assert done.status == 0, done.err
     return folder
 
 
@@ -81,13 +73,24 @@ if __name__ == "__main__":
 """
 
 
-def test_workers__spawned_as_on_windows_and_macos(scans, once, tmp_path):
+@pytest.fixture(scope="module")
+def processes(scans, tmp_path_factory):
+    """Two commands in processes of their own: .spawned, whose workers are started anew, and .part, lungaug.py over all
+    stages with half of the scans; each with its run and what it said."""
+    folder = tmp_path_factory.mktemp("processes")
+    (folder / "spawned.py").write_text(SPAWNED)
+    words = ["--scans", scans, *WORDS, "--run"]
+    spawned, part = at_once(
+        lambda: run_python(folder / "spawned.py", lungaug.HERE, *words, folder / "spawned", "--workers", 2),
+        lambda: run_python(lungaug.__file__, *words, folder / "part", "--preset", "demo", "--part", "1/2"))
+    return SimpleNamespace(spawned=(folder / "spawned", spawned), part=(folder / "part", part))
+
+
+def test_workers__spawned_as_on_windows_and_macos(processes, once):
     """Windows and macOS start workers anew, Linux copies the process: the same bytes."""
-    (tmp_path / "spawned.py").write_text(SPAWNED)
-    words = [tmp_path / "spawned.py", lungaug.HERE, "--scans", scans, "--run", tmp_path / "R", *WORDS, "--workers", 2]
-    done = subprocess.run([sys.executable, *map(str, words)], capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr
-    assert prepared(tmp_path / "R") == prepared(once)
+    folder, done = processes.spawned
+    assert done.status == 0, done.err
+    assert prepared(folder) == prepared(once)
 
 
 # Again
@@ -181,12 +184,11 @@ def test_claim__a_part_whose_options_another_part_changed_says_so(uneven, run, t
     assert len(info(tmp_path / "R")["scans"]) == 5
 
 
-def test_part__the_other_stages_wait_for_the_other_parts(scans, run, tmp_path):
+def test_part__the_other_stages_wait_for_the_other_parts(processes):
     """python lungaug.py --part 1/2 prepares its part and stops; it does not train, and makes no synthetic scans."""
-    words = ["--scans", scans, "--run", tmp_path / "R", "--preset", "demo", *WORDS, "--part", "1/2"]
-    done = subprocess.run([sys.executable, lungaug.__file__, *map(str, words)], capture_output=True, text=True)
-    assert done.returncode == 0 and "once every part is prepared" in done.stdout
-    assert "train_gan" not in done.stdout and not (tmp_path / "R" / "scans").exists()
+    folder, done = processes.part
+    assert done.status == 0 and "once every part is prepared" in done.out
+    assert "train_gan" not in done.out and not (folder / "scans").exists()
 
 
 def test_claim__a_higher_slice_limit_waits_for_a_training(uneven, run, tmp_path):
@@ -385,9 +387,11 @@ def hostile(scans, tmp_path_factory):
             tags["SeriesInstanceUID"] = pydicom.DataElement("SeriesInstanceUID", "UI", uid, validation_mode=0)
             tags.save_as(path)
     folder = folder / "in"
-    words = [sys.executable, preprocessing.__file__, "--scans", folder / "scans", "--run", folder / "R", *WORDS]
-    done = subprocess.run(list(map(str, words)), capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr
+    with warnings.catch_warnings():
+        # pydicom says of each hostile UID that it is one.
+        warnings.simplefilter("ignore")
+        done = run_main(preprocessing, "--scans", folder / "scans", "--run", folder / "R", *WORDS)
+    assert done.status == 0, done.err
     return SimpleNamespace(folder=folder, done=done)
 
 
@@ -395,7 +399,7 @@ def test_hostile_uid__is_skipped_with_its_reason(hostile):
     """Each is in dataset.json as its file has it, and each reason is printed at the end."""
     rows = info(hostile.folder / "R")["skipped"]
     assert {row["seriesuid"] for row in rows} == set(HOSTILE) and all("2 DICOM files" in row["problem"] for row in rows)
-    assert hostile.done.stdout.count("skipped: ") == len(HOSTILE) and len(info(hostile.folder / "R")["scans"]) == 4
+    assert hostile.done.out.count("skipped: ") == len(HOSTILE) and len(info(hostile.folder / "R")["scans"]) == 4
 
 
 def test_hostile_uid__never_becomes_a_path_outside_the_run(hostile):
@@ -409,7 +413,7 @@ def test_hostile_uid__never_becomes_a_path_outside_the_run(hostile):
 
 def test_hostile_uid__cannot_steer_the_terminal_nor_the_page(hostile):
     """Printed it holds no control character; on the page it is text."""
-    said = hostile.done.stdout + hostile.done.stderr
+    said = hostile.done.out + hostile.done.err
     assert all(c.isprintable() or c == "\n" for c in said)
     options = json.loads((hostile.folder / "R" / "prepared" / "options.json").read_bytes())
     folder = hostile.folder / "R" / "prepared"

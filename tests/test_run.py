@@ -1,4 +1,4 @@
-"""The whole program as a user runs it: five coarse synthetic scans, every stage, the report; again, resumed, refused.
+"""The whole program as a user runs it: four small scans, every stage, the report; again, resumed, refused.
 
     python -m pytest tests/test_run.py -v
 
@@ -7,14 +7,13 @@ in one process, which saves starting torch five times.
 """
 
 import csv
+import errno
 import html
 import json
 import math
 import os
 import re
 import shutil
-import subprocess
-import sys
 from collections import Counter
 from html.parser import HTMLParser
 from pathlib import Path
@@ -27,10 +26,9 @@ import pytest
 import torch
 
 import evaluate
-import phantom
 import preprocessing
 from evaluate import Confusion, confusion_matrix
-from helpers import in_one_line, same_state
+from helpers import at_once, in_one_line, run_python, same_state
 
 
 HERE = Path(__file__).resolve().parent.parent
@@ -54,33 +52,31 @@ lungaug.main()
 """
 
 
-def python(folder, *words):
-    """Run python in a folder as a user would; its status, stdout and stderr."""
-    done = subprocess.run([sys.executable, *map(str, words)], cwd=folder, capture_output=True, text=True)
-    return SimpleNamespace(status=done.returncode, out=done.stdout, err=done.stderr)
-
-
 def files(folder):
     """Every file below a folder, its path → its bytes."""
     return {str(path.relative_to(folder)): path.read_bytes() for path in sorted(folder.rglob("*")) if path.is_file()}
 
 
 @pytest.fixture(scope="module")
-def tiny(tmp_path_factory):
-    """The tiny run: .folder holds scans and run R; .before, its files before the command; .command, what that said."""
+def tiny(chests, tmp_path_factory):
+    """The tiny run: .folder holds scans and run R; .before, its files before the command; .command, what that said.
+
+    .twin: the same command into another run, T, its stages in one process, at the same time.
+    """
     folder = tmp_path_factory.mktemp("tiny")
-    phantom.write_scans(folder / "scans", 5, scale=3.0)
+    shutil.copytree(chests, folder / "scans")
     before = files(folder)
-    command = python(folder, HERE / "lungaug.py", "--scans", "scans", "--run", "R", *WORDS)
+    command, twin = at_once(
+        lambda: run_python(HERE / "lungaug.py", "--scans", "scans", "--run", "R", *WORDS, cwd=folder),
+        lambda: run_python("-c", ONE_PROCESS, HERE, "--scans", "scans", "--run", "T", *WORDS, cwd=folder))
     assert command.status == 0, command.err
-    return SimpleNamespace(folder=folder, run=folder / "R", before=before, command=command)
+    return SimpleNamespace(folder=folder, run=folder / "R", before=before, command=command, twin=twin)
 
 
 @pytest.fixture(scope="module")
 def twin(tiny):
-    """The same command into another run, T, the stages in one process."""
-    command = python(tiny.folder, "-c", ONE_PROCESS, HERE, "--scans", "scans", "--run", "T", *WORDS)
-    assert command.status == 0, command.err
+    """The run that the stages left that ran in one process."""
+    assert tiny.twin.status == 0, tiny.twin.err
     return tiny.folder / "T"
 
 
@@ -88,6 +84,30 @@ def twin(tiny):
 def copy(tiny, tmp_path):
     """A copy of the tiny run, to be spoilt."""
     return Path(shutil.copytree(tiny.run, tmp_path / "C"))
+
+
+@pytest.fixture(scope="module")
+def later(tiny, twin, tmp_path_factory):
+    """What further commands did in processes of their own, and the files that they left or found.
+
+    .moved: evaluate.py under python -O, in another folder; .report: lungaug.py report; .again: the twin's command;
+    .changed: lungaug.py with another --cube.
+    """
+    folder = tmp_path_factory.mktemp("later")
+    moved = Path(shutil.copytree(tiny.run, folder / "Läufe und mehr" / "R 2"))
+    shutil.rmtree(moved / "evaluation")
+    drawn = Path(shutil.copytree(tiny.run, folder / "C"))
+    (drawn / "report.html").unlink()
+    found = files(twin)
+    words = ["24" if word == "12" else word for word in WORDS]
+
+    ends = at_once(
+        lambda: run_python("-O", HERE / "evaluate.py", "--run", moved, cwd=folder),
+        lambda: run_python(HERE / "lungaug.py", "report", "--run", drawn, cwd=folder),
+        lambda: run_python("-c", ONE_PROCESS, HERE, "--scans", "scans", "--run", "T", *WORDS, cwd=tiny.folder),
+        lambda: run_python(HERE / "lungaug.py", "--scans", "scans", "--run", "R", *words, cwd=tiny.folder))
+    return SimpleNamespace(**dict(zip(("moved", "report", "again", "changed"), ends)), moved_run=moved, drawn_run=drawn,
+                           found=found)
 
 
 # What the command does
@@ -128,15 +148,11 @@ def test_run__the_names_that_stay_are_there(tiny):
     assert not [path for path in found if Path(path).name.startswith(".") and not path.endswith(".lock")]
 
 
-def test_run__moved_and_renamed_it_is_evaluated_the_same(tiny, tmp_path):
+def test_run__moved_and_renamed_it_is_evaluated_the_same(tiny, later):
     """In another folder, with a space and umlauts in its name, and under python -O, which drops every assert: tables
     and scores are the same bytes."""
-    run = Path(shutil.copytree(tiny.run, tmp_path / "Läufe und mehr" / "R 2"))
-    before = files(run / "evaluation")
-    shutil.rmtree(run / "evaluation")
-    done = python(tmp_path, "-O", HERE / "evaluate.py", "--run", run)
-    assert done.status == 0, done.err
-    after = files(run / "evaluation")
+    assert later.moved.status == 0, later.moved.err
+    before, after = files(tiny.run / "evaluation"), files(later.moved_run / "evaluation")
     del before["options.json"], after["options.json"]
     assert after == before
 
@@ -262,11 +278,9 @@ def test_twin__logs_and_results_are_the_same_bytes(tiny, twin, path):
     assert (tiny.run / path).read_bytes() == (twin / path).read_bytes()
 
 
-def test_again__the_same_command_changes_nothing(tiny, twin):
+def test_again__the_same_command_changes_nothing(tiny, twin, later):
     """A finished run's command trains nothing again: checkpoints, logs and results keep their bytes."""
-    before = files(twin)
-    command = python(tiny.folder, "-c", ONE_PROCESS, HERE, "--scans", "scans", "--run", "T", *WORDS)
-    after = files(twin)
+    before, command, after = later.found, later.again, files(twin)
     assert command.status == 0 and before.keys() == after.keys() and not re.search("epochs|generated", command.err)
     assert re.search("epochs 3/3", tiny.command.err) and re.search("generated positives", tiny.command.err)
     assert {Path(path).name for path in before if before[path] != after[path]} <= {"options.json", "report.html"}
@@ -275,17 +289,17 @@ def test_again__the_same_command_changes_nothing(tiny, twin):
 # What is refused
 
 
-def test_changed_option__on_a_finished_run_is_refused_in_one_line(tiny):
+def test_changed_option__on_a_finished_run_is_refused_in_one_line(tiny, monkeypatch, run):
     """--width 2 on a run of width 1 is one line that names both and what to do; nothing is lost."""
     before = files(tiny.run)
-    done = python(tiny.folder, HERE / "train_gan.py", "--run", "R", *own_words("train_gan"), "--width", "2")
+    monkeypatch.chdir(tiny.folder)
+    done = run(__import__("train_gan"), "--run", "R", *own_words("train_gan"), "--width", "2")
     assert in_one_line(done, "R/gan/checkpoint.pt", "width 1, not 2", "--overwrite") and files(tiny.run) == before
 
 
-def test_changed_option__stops_the_whole_command_with_its_status(tiny):
+def test_changed_option__stops_the_whole_command_with_its_status(later):
     """Where a stage refuses, the command over all stages ends there, with status 2 and that one line."""
-    words = ["24" if word == "12" else word for word in WORDS]
-    done = python(tiny.folder, HERE / "lungaug.py", "--scans", "scans", "--run", "R", *words)
+    done = later.changed
     assert in_one_line(done, "R/prepared/parameters.json", "cube 12, not 24") and "train_gan.py" not in done.out
 
 
@@ -309,6 +323,72 @@ def test_without_its_input__report_says_what_to_run(tmp_path, run):
     """A report of a run that is not there is one line."""
     done = run(evaluate, "report", "--run", tmp_path / "none")
     assert in_one_line(done, "none", "not found", "python lungaug.py")
+
+
+READ_ONLY = {"mounted": errno.EROFS, "permitted": errno.EACCES}
+
+
+def make_read_only(patch, folder, number):
+    """Let nothing below a folder be made, renamed or removed, which root may do whatever its permissions are.
+
+    number: EROFS, of a disk mounted read-only, where files that are there cannot be opened for writing, either.
+    """
+    def is_below(path):
+        return folder in Path(path).absolute().parents
+
+    def refuse(path):
+        raise OSError(number, os.strerror(number), str(path))
+
+    def guard(function):
+        def guarded(path, *more, **named):
+            # Of a rename the target may lie below, too.
+            if any(isinstance(part, (str, Path)) and is_below(part) for part in (path, *more)):
+                refuse(path)
+            return function(path, *more, **named)
+        return guarded
+
+    def guarded_open(path, mode="r", *more, **named):
+        is_written = set(mode) & set("wax+") and isinstance(path, (str, Path)) and is_below(path)
+        if is_written and (number == errno.EROFS or not Path(path).exists()):
+            refuse(path)
+        return opened(path, mode, *more, **named)
+
+    opened = open
+    patch.setattr("builtins.open", guarded_open)
+    patch.setattr("io.open", guarded_open)
+    for name in ("mkdir", "replace", "rename", "unlink", "rmdir"):
+        patch.setattr(os, name, guard(getattr(os, name)))
+
+
+@pytest.mark.parametrize("why", READ_ONLY)
+@pytest.mark.parametrize("stage, gone, more", [
+    ("preprocessing", None, []), ("preprocessing", None, ["--overwrite"]), ("preprocessing", "prepared", []),
+    ("train_gan", None, []), ("train_gan", None, ["--overwrite"]), ("train_gan", "gan", []),
+    ("train_classifier", None, []), ("train_classifier", None, ["--overwrite"]),
+    ("train_classifier", "classifiers", []), ("evaluate", None, []), ("evaluate", "evaluation", []),
+    ("evaluate", None, ["report"])])
+def test_read_only__is_one_line_and_changes_nothing(tiny, copy, monkeypatch, run, stage, gone, more, why):
+    """A finished run that may only be read, or one that lacks a stage: the line names what could not be written."""
+    if gone:
+        shutil.rmtree(copy / gone)
+    if stage == "preprocessing":
+        more = [*more, "--scans", tiny.folder / "scans"]
+    before = files(copy)
+    with monkeypatch.context() as patch:
+        make_read_only(patch, copy, READ_ONLY[why])
+        done = run(__import__(stage), *more, "--run", copy, *own_words(stage))
+    assert in_one_line(done, f"{copy}/", os.strerror(READ_ONLY[why]), "fix this")
+    assert files(copy) == before
+
+
+def test_read_only__a_run_that_cannot_be_made_is_one_line(tiny, monkeypatch, tmp_path, run):
+    """Neither for the user's scans nor for synthetic ones, of which none is made."""
+    with monkeypatch.context() as patch:
+        make_read_only(patch, tmp_path, errno.EROFS)
+        for words in (["--scans", tiny.folder / "scans"], []):
+            done = run(preprocessing, "--run", tmp_path / "new", *words, *own_words("preprocessing"))
+            assert in_one_line(done, f"{tmp_path}/new", os.strerror(errno.EROFS), "fix this")
+    assert not list(tmp_path.iterdir())
 
 
 @pytest.mark.parametrize("path, stage", [
@@ -495,12 +575,11 @@ def test_report__shows_the_results_own_numbers(tiny):
             assert [key.replace("f1", "F1"), *("–" if value is None else f"{value:.3f}" for value in values)] in cells
 
 
-def test_report__is_drawn_again_by_its_command(tiny, copy, run):
+def test_report__is_drawn_again_by_its_command(tiny, later):
     """`lungaug.py report --run R` draws the same page from what the stages left, and says where it is."""
-    (copy / "report.html").unlink()
-    done = python(copy, HERE / "lungaug.py", "report", "--run", copy)
-    assert done.status == 0 and done.out.splitlines()[-1] == str(copy / "report.html")
-    assert (copy / "report.html").read_bytes() == (tiny.run / "report.html").read_bytes()
+    done, page = later.report, later.drawn_run / "report.html"
+    assert done.status == 0 and done.out.splitlines()[-1] == str(page)
+    assert page.read_bytes() == (tiny.run / "report.html").read_bytes()
 
 
 def test_report__what_a_file_says_of_itself_is_escaped(copy, monkeypatch, run):

@@ -8,8 +8,11 @@ The prepared data are noise: cubes of 6 voxels, networks of width 1, batches of 
 import itertools
 import math
 import os
+import shutil
+import signal
 import subprocess
 import sys
+import time
 from types import SimpleNamespace
 from typing import NamedTuple
 
@@ -24,7 +27,7 @@ from scipy import stats
 import preprocessing
 import train_classifier
 import train_gan
-from helpers import small_run
+from helpers import descendants, small_run
 from losses import critic_loss, generator_loss
 from models import Critic, Generator
 from train_gan import (
@@ -770,35 +773,80 @@ def test_check_shares__more_processes_than_micro_batches(monkeypatch):
         train_gan.check_shares(options(micro_batch=2))
 
 
-def torchrun(run, *words, processes=2):
-    """Train in a run with that many processes on the CPU; fails where torchrun does."""
+# Several processes
+
+needs_rendezvous = pytest.mark.skipif(os.name == "nt",
+                                   reason="PyTorch for Windows lacks torchrun's rendezvous without libuv")
+SHARED = ["--device", "cpu", "--width", 1, "--batch-size", 4, "--decay-start", 1, "--auxiliary-scale", 1,
+          "--late-auxiliary-scale", 1, "--checkpoint-minutes", 0]
+SHARED_IN_ONE = dict(micro_batch=2, decay_start=1.0, auxiliary_scale=1.0, late_auxiliary_scale=1.0, critic_iterations=2)
+
+
+def start_torchrun(run, *words, processes=2):
+    """Start to train in a run with that many processes on the CPU; its subprocess.Popen."""
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", processes, "--",
                lungaug.HERE / "train_gan.py", "--run", run, *words]
     environment = os.environ | {"OMP_NUM_THREADS": str(torch.get_num_threads())}
-    done = subprocess.run(list(map(str, command)), capture_output=True, text=True, env=environment)
-    assert done.returncode == 0, done.stderr
-    return done.stdout
+    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True, "encoding": "utf-8"}
+    return subprocess.Popen(list(map(str, command)), env=environment, start_new_session=True, **pipes)
 
 
-@pytest.mark.skipif(os.name == "nt", reason="PyTorch for Windows lacks torchrun's rendezvous without libuv")
+def torchrun(run, *words):
+    """Train in a run with two processes on the CPU; fails where torchrun does. Returns what it printed."""
+    process = start_torchrun(run, *words)
+    out, err = process.communicate()
+    assert process.returncode == 0, err
+    return out
+
+
+def same_training(run, other):
+    """Whether two runs hold the same checkpoint and log, byte for byte."""
+    return all((run / "gan" / name).read_bytes() == (other / "gan" / name).read_bytes()
+               for name in ("checkpoint.pt", "log.jsonl"))
+
+
+@needs_rendezvous
 def test_torchrun__two_processes_equal_one_with_two_micro_batches(tmp_path):
     """Two processes for two epochs, then one for two more, end with the bytes of one process all along; one writes."""
     dataset = small_dataset(tmp_path / "one")
     small_dataset(tmp_path / "two")
-    words = ["--device", "cpu", "--width", 1, "--batch-size", 4, "--decay-start", 1, "--auxiliary-scale", 1,
-             "--late-auxiliary-scale", 1, "--checkpoint-minutes", 0]
-    settings = dict(micro_batch=2, decay_start=1.0, auxiliary_scale=1.0, late_auxiliary_scale=1.0, critic_iterations=2)
 
     # Two processes alone, then one, which resumes.
-    out = torchrun(tmp_path / "two", *words, "--epochs", 2)
+    out = torchrun(tmp_path / "two", *SHARED, "--epochs", 2)
     assert out.count("2 processes, cpu; epochs 0 to 2.") == 1
-    train_in_one(tmp_path / "two/gan", dataset, epochs=4, **settings)
+    train_in_one(tmp_path / "two/gan", dataset, epochs=4, **SHARED_IN_ONE)
 
     # One process all along, which stops in between, for the sake of the pictures' epochs.
-    train_in_one(tmp_path / "one/gan", dataset, epochs=2, **settings)
-    train_in_one(tmp_path / "one/gan", dataset, epochs=4, **settings)
-    for name in ("checkpoint.pt", "log.jsonl"):
-        assert (tmp_path / "two/gan" / name).read_bytes() == (tmp_path / "one/gan" / name).read_bytes()
+    train_in_one(tmp_path / "one/gan", dataset, epochs=2, **SHARED_IN_ONE)
+    train_in_one(tmp_path / "one/gan", dataset, epochs=4, **SHARED_IN_ONE)
+    assert same_training(tmp_path / "two", tmp_path / "one")
+
+
+@needs_rendezvous
+@pytest.mark.skipif(not shutil.which("ps"), reason="needs ps")
+def test_torchrun__killed_it_is_resumed_by_two_processes_or_by_one(tmp_path):
+    """SIGKILL to all of torchrun's processes after some of 24 epochs: resumed by torchrun, or by one process with two
+    micro-batches, the training ends with the bytes of one process that nobody disturbed."""
+    dataset = small_dataset(tmp_path / "one")
+    small_dataset(tmp_path / "two")
+    train_in_one(tmp_path / "one/gan", dataset, epochs=24, **SHARED_IN_ONE)
+
+    process = start_torchrun(tmp_path / "two", *SHARED, "--epochs", 24)
+    while len(lungaug.read_log(tmp_path / "two/gan/log.jsonl")) < 2 and process.poll() is None:
+        time.sleep(0.005)
+    # Each of torchrun's processes has a group of its own.
+    for pid in (process.pid, *descendants(process.pid)):
+        os.kill(pid, signal.SIGKILL)
+    process.communicate()
+    epoch = lungaug.load_checkpoint(tmp_path / "two/gan/checkpoint.pt", "")["epoch"]
+    assert 1 <= epoch < 24
+
+    shutil.copytree(tmp_path / "two", tmp_path / "two then one")
+    train_in_one(tmp_path / "two then one/gan", dataset, epochs=24, **SHARED_IN_ONE)
+    assert same_training(tmp_path / "two then one", tmp_path / "one")
+    out = torchrun(tmp_path / "two", *SHARED, "--epochs", 24)
+    assert out.count(f"2 processes, cpu; epochs {epoch} to 24.") == 1
+    assert same_training(tmp_path / "two", tmp_path / "one")
 
 
 def train_in_one(folder, dataset, **changes):

@@ -14,7 +14,7 @@ import pytest
 import phantom
 import preprocessing
 import scan_files
-from helpers import change, made, refused, series
+from helpers import change, made, refused, run_main, series
 from preprocessing import find_annotations, find_scans, read_annotations
 
 
@@ -242,18 +242,25 @@ def clean(tmp_path_factory):
     return phantom.write_scans(tmp_path_factory.mktemp("clean") / "LUNA16", 4, scale=3.0)
 
 
-def prepared(run, scans, tmp_path):
-    """What preprocessing.py says of a tree, and each file's bytes that it leaves."""
-    done = run(preprocessing, "--scans", scans, "--run", tmp_path, "--preset", "demo", "--workers", "1",
-               "--max-slice-mm", "10")
+def prepared(run, scans):
+    """What preprocessing.py says of a tree that it prepares in a run, and each file's bytes that it leaves."""
+    done = run_main(preprocessing, "--scans", scans, "--run", run, "--preset", "demo", "--workers", "1",
+                    "--max-slice-mm", "10")
     assert done.status == 0, done.err
-    left = [path for path in (tmp_path / "prepared").iterdir() if path.suffix in (".npy", ".png")]
+    left = [path for path in (run / "prepared").iterdir() if path.suffix in (".npy", ".png")]
     files = {path.name: path.read_bytes() for path in left}
-    scans = lungaug.read_json(tmp_path / "prepared" / "dataset.json", "")["scans"]
+    scans = lungaug.read_json(run / "prepared" / "dataset.json", "")["scans"]
     return done.out, files, scans
 
 
-def test_command__a_tree_with_everything_in_it_is_the_clean_one(clean, run, tmp_path):
+@pytest.fixture(scope="module")
+def even(clean, tmp_path_factory):
+    """A run in which the clean tree was prepared."""
+    folder = tmp_path_factory.mktemp("even")
+    return folder, *prepared(folder, clean)
+
+
+def test_command__a_tree_with_everything_in_it_is_the_clean_one(clean, even, tmp_path):
     """Masks, files of macOS, a copy of a scan and CSVFILES change no byte of what is prepared."""
     tree = tmp_path / "tree"
     shutil.copytree(clean, tree)
@@ -267,8 +274,8 @@ def test_command__a_tree_with_everything_in_it_is_the_clean_one(clean, run, tmp_
     (tree / ".DS_Store").write_bytes(b"\0\0\0\1Bud1")
     shutil.copytree(header.parent, tree / "backup")
 
-    out, files, scans = prepared(run, tree, tmp_path / "odd")
-    _, expected_files, expected_scans = prepared(run, clean, tmp_path / "even")
+    out, files, scans = prepared(tmp_path / "odd", tree)
+    _, _, expected_files, expected_scans = even
     assert files == expected_files
     assert scans == expected_scans
     assert "ignored: 1 lung masks, 3 files of an operating system" in out
@@ -276,24 +283,23 @@ def test_command__a_tree_with_everything_in_it_is_the_clean_one(clean, run, tmp_
     assert "CSVFILES" in out
 
 
-def test_command__says_what_the_annotations_match(clean, run, tmp_path):
+def test_command__says_what_the_annotations_match(chests, run, tmp_path):
     """The table that is used, the nodules that belong to a scan, those that belong to none, and the total."""
     table = tmp_path / "annotations.csv"
-    text = (clean / "annotations.csv").read_text(encoding="utf-8")
+    text = (chests / "annotations.csv").read_text(encoding="utf-8")
     table.write_text(text + "9.9.9,1,2,3,4\n9.9.9,5,2,3,4\n", encoding="utf-8")
     count = len(text.splitlines()) - 1
-    done = run(preprocessing, "--scans", clean, "--run", tmp_path / "run", "--annotations", table, "--preset", "demo",
+    done = run(preprocessing, "--scans", chests, "--run", tmp_path / "run", "--annotations", table, "--preset", "demo",
                "--max-slice-mm", "10")
     assert f"{table}: {count} nodules in 4 scans; 0 scans without a nodule; 2 nodules of 1 series" in done.out
     assert f"\n{count} nodules in 4 scans; the thesis' Table 1 has 8,160 positives, 1,020 nodules" in done.out
 
 
-def test_command__warns_of_splits_with_few_nodules(clean, run, tmp_path):
+def test_command__warns_of_splits_with_few_nodules(chests, run, tmp_path):
     """One nodule in all: two splits have none, and say so; what was prepared stays."""
-    uid = sorted(path.stem for path in clean.glob("truth/*.npz"))[0]
-    rows = (clean / "annotations.csv").read_text(encoding="utf-8").splitlines()
-    table = write_table(tmp_path, "\n".join([rows[0], next(row for row in rows if row.startswith(uid))]))
-    done = run(preprocessing, "--scans", clean, "--run", tmp_path / "run", "--annotations", table, "--preset", "demo",
+    rows = (chests / "annotations.csv").read_text(encoding="utf-8").splitlines()
+    table = write_table(tmp_path, "\n".join(rows[:2]))
+    done = run(preprocessing, "--scans", chests, "--run", tmp_path / "run", "--annotations", table, "--preset", "demo",
                "--max-slice-mm", "10")
     assert done.status == 0, done.err
     assert done.out.count("has no nodule") == 2
@@ -301,13 +307,13 @@ def test_command__warns_of_splits_with_few_nodules(clean, run, tmp_path):
 
 
 @pytest.mark.parametrize("stage", ["gan", "classifiers"])
-def test_command__overwrite_while_a_training_runs_is_refused(clean, run, tmp_path, stage):
+def test_command__overwrite_while_a_training_runs_is_refused(clean, even, run, stage):
     """Its volumes would change under it: one line, and nothing is removed."""
-    prepared(run, clean, tmp_path)
-    before = sorted(path.name for path in (tmp_path / "prepared").iterdir())
-    with lungaug.lock(tmp_path / stage, "training"):
-        done = run(preprocessing, "--scans", clean, "--run", tmp_path, "--preset", "demo", "--overwrite",
+    folder, *_ = even
+    before = sorted(path.name for path in (folder / "prepared").iterdir())
+    with lungaug.lock(folder / stage, "training"):
+        done = run(preprocessing, "--scans", clean, "--run", folder, "--preset", "demo", "--overwrite",
                    "--max-slice-mm", "10")
     assert done.status == 2
     assert "another process is already training" in done.err
-    assert sorted(path.name for path in (tmp_path / "prepared").iterdir()) == before
+    assert sorted(path.name for path in (folder / "prepared").iterdir()) == before
