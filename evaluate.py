@@ -533,8 +533,8 @@ def best_threshold(labels, scores, weights):
     counts = count_at_thresholds(labels, scores, weights)
     if counts.positives == 0:
         return 0.5
-    f1_values = 2 * counts.tp / (counts.tp + counts.fp + counts.positives)
-    best = f1_values.argmax()
+    half_f1 = counts.tp / (counts.tp + counts.fp + counts.positives)
+    best = half_f1.argmax()
 
     # Below the lowest score, which may be 0, everything is called positive.
     lower = np.append(counts.thresholds, -1.0)
