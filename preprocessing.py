@@ -2197,9 +2197,11 @@ def turned(header, other):
 
 def plane_difference(header, other):
     """In what the plane of a slice differs from another's, in a few words."""
-    differences = []
+    # A localizer has other sizes, too, of which nothing more is learned.
     if turned(header, other):
-        differences.append("another orientation, as of a localizer")
+        return "another orientation, as of a localizer"
+
+    differences = []
     if (header.shape != other.shape).any():
         differences.append(f"{pair_text(header.shape)} pixels, not {pair_text(other.shape)}")
     if exceeds(np.abs(header.pixel_spacing - other.pixel_spacing), 0).any():
