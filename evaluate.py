@@ -758,7 +758,10 @@ def summarize_arm(arm, test, validation, prevalence):
     measured = [measure(test, scores) for scores in test.scores[arm]]
     for name, entry in (("f1", summary["f1_argmax"]), ("auc", summary["auc"])):
         influences = np.mean([getattr(row, f"{name}_influence") for row in measured], axis=0)
-        entry["low"], entry["high"] = t_interval(entry["mean"], influences)
+        low, high = t_interval(entry["mean"], influences)
+        # Neither can be below 0 or above 1. nan stays.
+        entry["low"] = float(np.maximum(low, 0))
+        entry["high"] = float(np.minimum(high, 1))
         entry["error"] = standard_error(influences)
     return summary
 

@@ -283,7 +283,8 @@ def test_summarize_arm__intervals_are_those_of_the_mean_over_repeats():
     summary = evaluate.summarize_arm("mixed", test, test, 0.1)
     influences = [evaluate.auc_influence(test.labels, scores, test.scans) for scores in test.scores["mixed"]]
     low, high = evaluate.t_interval(summary["auc"]["mean"], np.mean(influences, axis=0))
-    assert (summary["auc"]["low"], summary["auc"]["high"]) == pytest.approx((low, high))
+    assert (summary["auc"]["low"], summary["auc"]["high"]) == pytest.approx((max(low, 0), min(high, 1)))
+    assert 0 <= summary["f1_argmax"]["low"] and summary["f1_argmax"]["high"] <= 1
     assert summary["f1_argmax"]["low"] < summary["f1_argmax"]["mean"] < summary["f1_argmax"]["high"]
     alone = evaluate.summarize_arm("mixed", test._replace(scans=np.zeros(400, int)), test, 0.1)
     assert math.isnan(alone["auc"]["low"]) and "[–, –]" in evaluate.format_interval(alone["auc"])
