@@ -537,7 +537,7 @@ def best_threshold(labels, scores, weights):
     best = half_f1.argmax()
 
     # Below the lowest score, which may be 0, everything is called positive.
-    lower = np.append(counts.thresholds, -1.0)
+    lower = np.append(counts.thresholds, -math.inf)
     return float((lower[best] + lower[best + 1]) / 2)
 
 
