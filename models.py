@@ -4,7 +4,7 @@
     4-6)
 
 Cubes are (n, 1, z, y, x) in [-1, 1]. A cube's side is 3·2^k: 48 in the thesis, 24 in the demo.
-The drawings are lost; README's table "Choices" gives the reason for each layer.
+The drawings are lost; tests/thesis/choices.md gives the reason for each layer.
 """
 
 import argparse

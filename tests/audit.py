@@ -2,7 +2,7 @@
 
     python lungaug.py audit                                  # or python tests/audit.py
     python lungaug.py audit --wrong one_epsilon_per_batch    # with a published mistake in place
-    python tests/audit.py --write                            # README's tables
+    python tests/audit.py --write                            # the tables in README and thesis/
 
 An id stands in brackets behind its formula in the docstring of the function that implements it,
 in a comment behind or above a constant, or in the source of an option. Its tests are named
@@ -88,10 +88,11 @@ WITHOUT_CODE = (
 # Where the ids stand
 
 class Entry(NamedTuple):
-    """An id, its formula or rule in words, and where it stands: file.function or file.CONSTANT."""
+    """An id, its formula or rule, and where it stands: file.function or file.CONSTANT, its line."""
     id: str
     formula: str
     where: str
+    line: int
 
 
 def entries():
@@ -135,7 +136,8 @@ def docstring_entries(stem, text):
                 # What follows another id on its line belongs to that one.
                 if index > 1 and "\n" in formula:
                     formula = formula.split("\n", 1)[1]
-                every.append(Entry(pieces[index], in_one_line(formula), f"{stem}.{node.name}"))
+                where = f"{stem}.{node.name}"
+                every.append(Entry(pieces[index], in_one_line(formula), where, node.lineno))
     return every
 
 
@@ -162,7 +164,8 @@ def constant_entries(stem, text):
         for id in re.findall(rf"\[({ID})\]", token.string):
             if around:
                 innermost = around[-1]
-                every.append(Entry(id, innermost.text, f"{stem}.{innermost.name}"))
+                where = f"{stem}.{innermost.name}"
+                every.append(Entry(id, innermost.text, where, innermost.first))
     return every
 
 
@@ -203,9 +206,15 @@ def rows_of(name, table):
 
 def option_entries():
     """The entries in the sources of options; the value is the thesis'."""
-    return [Entry(id, f"{option.name} = {option.thesis}",
-                  f"lungaug.OPTIONS ({', '.join(option.stages)})")
-            for option in lungaug.OPTIONS for id in re.findall(rf"\[({ID})\]", option.source)]
+    rows = constant_units((ROOT / "lungaug.py").read_text(encoding="utf-8"))
+    every = []
+    for option in lungaug.OPTIONS:
+        for id in re.findall(rf"\[({ID})\]", option.source):
+            # The table holds its rows: the last unit with this id is the option's own.
+            line = [row.first for row in rows if f"[{id}]" in row.text][-1]
+            where = f"lungaug.OPTIONS ({', '.join(option.stages)})"
+            every.append(Entry(id, f"{option.name} = {option.thesis}", where, line))
+    return every
 
 
 # The tests of an id
@@ -285,13 +294,17 @@ def verdicts(select=EVERY_ID, wrong=""):
     return by_id
 
 
-# README's tables
+# The documents and their tables
 
 WRITE = "python tests/audit.py --write"
+CHOICES = "tests/thesis/choices.md"
+ERRATA = "tests/thesis/errata.md"
+AUDIT = "tests/thesis/audit.md"
+DOCUMENTS = ("README.md", CHOICES, ERRATA, AUDIT)
 
 
-def readme():
-    return (ROOT / "README.md").read_text(encoding="utf-8")
+def read(document):
+    return (ROOT / document).read_text(encoding="utf-8")
 
 
 def markdown(head, rows):
@@ -338,48 +351,74 @@ def range_cell(option):
 
 
 def notes():
-    """id → "choice" or "erratum", by the tables of README that name it."""
+    """id → "choice" or "erratum", by the documents that name it."""
     by_id = {}
-    for part in re.split(r"^## ", readme(), flags=re.M):
-        for title, note in (("Choices", "choice"), ("Errata", "erratum")):
-            if part.startswith(title):
-                by_id |= dict.fromkeys(re.findall(rf"`(?:test_)?({ID})`", part), note)
+    for document, note in ((CHOICES, "choice"), (ERRATA, "erratum")):
+        by_id |= dict.fromkeys(re.findall(rf"`(?:test_)?({ID})`", read(document)), note)
     # A test's name in full has its property behind the id.
     return {name.split("__")[0]: note for name, note in by_id.items()}
 
 
+def words():
+    """id → what it says in words, which are written by hand in the audit's own document."""
+    by_id = {}
+    for line in read(AUDIT).splitlines():
+        cells = re.split(r" (?<!\\)\| ", line.strip("| "))
+        if re.fullmatch(f"`{ID}`", cells[0]):
+            by_id[cells[0].strip("`")] = cells[2].strip()
+    return by_id
+
+
+def link(entry):
+    """Where an entry stands, as a link from the audit's document to its line."""
+    stem = entry.where.split(".")[0]
+    path = f"../{stem}.py" if stem.startswith("test_") else f"../../{stem}.py"
+    return f"[`{entry.where}`]({path}#L{entry.line})"
+
+
+def properties(names):
+    """The properties that tests check: their names behind the id, or whole where there is none."""
+    return ", ".join(name.split("__")[-1] for name in names)
+
+
 def audit_table():
-    """README's audit table."""
-    head = ("id", "equation, number or rule", "where", "tests", "note")
+    """The audit's table."""
+    head = ("id", "equation, number or rule", "in words", "where", "tests", "note")
     tests_of = tests()
     note_of = notes()
+    words_of = words()
     of_thesis = []
     beyond = []
     for entry in entries():
-        row = (f"`{entry.id}`", entry.formula, f"`{entry.where}`",
-               str(len(tests_of.get(entry.id, []))), note_of.get(entry.id, ""))
+        row = (f"`{entry.id}`", entry.formula, words_of.get(entry.id, ""), link(entry),
+               properties(tests_of.get(entry.id, [])), note_of.get(entry.id, ""))
         (beyond if is_beyond(entry) else of_thesis).append(row)
 
-    without_code = [(row.section, row.says, "no code", "", row.reason) for row in WITHOUT_CODE]
-    heading = ("**Beyond the thesis**", "", "", "", "")
+    without_code = [(row.section, "", row.says, "no code", "", row.reason)
+                    for row in WITHOUT_CODE]
+    heading = ("**Beyond the thesis**", "", "", "", "", "")
     return markdown(head, [*of_thesis, *without_code, heading, *beyond])
 
 
-TABLES = {"options": options_table, "audit": audit_table}
+# The document, the name of its table between the marks, and the function that makes it.
+TABLES = (("README.md", "options", options_table), (AUDIT, "audit", audit_table))
 
 
-def with_tables(text):
-    """README's text with each table between its marks made anew."""
-    for name, make in TABLES.items():
-        begin = f"<!-- table: {name} -->\n"
-        if text.count(begin) != 1:
-            raise ValueError(f"README.md: the line {begin.strip()} must stand there once")
-        before, after = text.split(begin)
-        _, end, after = after.partition("<!-- end -->")
-        if not end:
-            raise ValueError(f"README.md: no <!-- end --> after {begin.strip()}")
-        text = f"{before}{begin}\n{make()}\n\n{end}{after}"
-    return text
+def with_table(text, name, table):
+    """A document's text with the table between its marks made anew."""
+    begin = f"<!-- table: {name} -->\n"
+    if text.count(begin) != 1:
+        raise ValueError(f"the line {begin.strip()} must stand once in its document")
+    before, after = text.split(begin)
+    _, end, after = after.partition("<!-- end -->")
+    if not end:
+        raise ValueError(f"no <!-- end --> after {begin.strip()}")
+    return f"{before}{begin}\n{table}\n\n{end}{after}"
+
+
+def without_lines(text):
+    """A document's text without the lines of its links: they move with every edit above them."""
+    return re.sub(r"(\.py)#L\d+", r"\1", text)
 
 
 # The command
@@ -411,10 +450,13 @@ def main():
     parser.add_argument("--wrong", choices=sorted(wrong_versions.WRONG), metavar="NAME",
                         help="a published mistake to put in place: "
                              f"{', '.join(sorted(wrong_versions.WRONG))}")
-    parser.add_argument("--write", action="store_true", help="write README's tables instead")
+    parser.add_argument("--write", action="store_true",
+                        help="write the tables in README.md and tests/thesis/audit.md instead")
     options = parser.parse_args()
     if options.write:
-        (ROOT / "README.md").write_text(with_tables(readme()), encoding="utf-8")
+        for document, name, make in TABLES:
+            text = with_table(read(document), name, make())
+            (ROOT / document).write_text(text, encoding="utf-8")
         return 0
 
     if options.wrong:

@@ -1,4 +1,4 @@
-"""The audit's own bookkeeping: ids, README, tests, wrong versions and options hold together."""
+"""The audit's own bookkeeping: ids, documents, tests, wrong versions and options hold together."""
 
 import inspect
 import os
@@ -48,11 +48,11 @@ TABLE = {
 def test_ids__of_constants_wherever_the_comment_stands():
     """Behind or above, in one line or wrapped: an id belongs to its constant or row."""
     entries = audit.constant_entries("file", CONSTANTS)
-    assert [(entry.id, entry.formula, entry.where) for entry in entries] == [
-        ("num_one", "ONE = 1", "file.ONE"),
-        ("num_two", "TWO = (0.5, 2)", "file.TWO"),
-        ("num_three", "3: ('three', 3.0)", "file.TABLE"),
-        ("num_four", "4: ('four', 4.0)", "file.TABLE"),
+    assert entries == [
+        audit.Entry("num_one", "ONE = 1", "file.ONE", 3),
+        audit.Entry("num_two", "TWO = (0.5, 2)", "file.TWO", 7),
+        audit.Entry("num_three", "3: ('three', 3.0)", "file.TABLE", 13),
+        audit.Entry("num_four", "4: ('four', 4.0)", "file.TABLE", 15),
     ]
 
 
@@ -67,26 +67,62 @@ def test_ids__of_docstrings_wrapped_or_not():
     """
 '''
     assert audit.docstring_entries("file", text) == [
-        audit.Entry("eq_one", "a = b + c", "file.f"), audit.Entry("eq_two", "d = e", "file.f")]
+        audit.Entry("eq_one", "a = b + c", "file.f", 1), audit.Entry("eq_two", "d = e", "file.f", 1)]
 
 
-def test_readme__holds_the_tables():
-    """README's tables of options and of the audit are those of the code."""
-    up_to_date = audit.with_tables(audit.readme()) == audit.readme()
-    assert up_to_date, f"README's tables are not those of the code: run {audit.WRITE}"
+def test_ids__are_linked_to_the_line_where_they_stand():
+    """Each link leads to an existing file, and the function, constant or option begins at its line."""
+    for entry in audit.entries():
+        target, line = re.search(r"\]\((.*)#L(\d+)\)$", audit.link(entry)).groups()
+        path = (audit.ROOT / audit.AUDIT).parent / target
+        first = path.read_text(encoding="utf-8").splitlines()[int(line) - 1]
+        assert re.match(r"\s*(def |class |[A-Z_]+ = |Option\(|\d: |@)", first), entry
 
 
-def test_readme__names_only_ids_and_tests_that_exist():
-    """Every id and every test that README's prose or tables name exists."""
+@pytest.mark.parametrize("document, name, make", audit.TABLES)
+def test_documents__hold_the_tables(document, name, make):
+    """The tables of options and of the audit are those of the code; where a line has moved, they still are."""
+    text = audit.read(document)
+    made = audit.with_table(text, name, make())
+    up_to_date = audit.without_lines(made) == audit.without_lines(text)
+    assert up_to_date, f"{document}: the table is not that of the code: run {audit.WRITE}"
+
+
+def test_documents__the_audit_says_each_id_in_words():
+    """What --write cannot make: the hand-written column has no gap, and a formula with bars does not shift it."""
+    says = audit.words()
+    assert not [entry.id for entry in audit.entries() if not says.get(entry.id)]
+    assert says["rule_beyond_equal_steps"].startswith("The control `longer`")
+
+
+def test_documents__a_line_that_moved_makes_no_difference():
+    """An edit elsewhere leaves the tables up to date; another file does not."""
+    text = audit.read(audit.AUDIT)
+    moved = text.replace(".py#L", ".py#L9")
+    assert moved != text and audit.without_lines(moved) == audit.without_lines(text)
+    assert audit.without_lines(text.replace("losses.py", "models.py")) != audit.without_lines(text)
+
+
+@pytest.mark.parametrize("document", audit.DOCUMENTS)
+def test_documents__name_only_ids_and_tests_that_exist(document):
+    """Every id and every test that the prose or a table names exists."""
     ids = {entry.id for entry in audit.entries()}
     names = {name for of_id in audit.tests().values() for name in of_id}
-    for word in re.findall(rf"`((?:test_)?{audit.ID})`", audit.readme()):
+    for word in re.findall(rf"`((?:test_)?{audit.ID})`", audit.read(document)):
         assert word in names or word.removeprefix("test_") in ids, word
 
 
-def test_readme__names_only_wrong_versions_that_exist():
-    """README's examples of --wrong run."""
-    named = re.findall(r"--wrong ([a-z]\w*)", audit.readme())
+@pytest.mark.parametrize("document", audit.DOCUMENTS)
+def test_documents__link_only_files_that_exist(document):
+    """A link within the repository leads to a file of it."""
+    folder = (audit.ROOT / document).parent
+    for target in re.findall(r"\]\(([^)#:]+)(?:#[^)]*)?\)", audit.read(document)):
+        assert (folder / target).exists(), target
+
+
+def test_documents__name_only_wrong_versions_that_exist():
+    """The examples of --wrong run."""
+    named = [name for document in audit.DOCUMENTS for name in re.findall(r"--wrong ([a-z]\w*)", audit.read(document))]
     assert named and set(named) <= set(wrong_versions.WRONG)
 
 
