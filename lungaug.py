@@ -12,6 +12,7 @@ a student would type.
 """
 
 import argparse
+import difflib
 import io
 import json
 import math
@@ -419,6 +420,12 @@ def printable(text, max_length=300):
         characters.append(character)
     line = "".join(characters)
     return line if len(line) <= max_length else line[:max_length] + "…"
+
+
+def suggestion(word, words):
+    """`did you mean --epochs?` for a word that was mistyped; "" where no word is near."""
+    near = difflib.get_close_matches(word, words, 1)
+    return f"did you mean {near[0]}?" if near else ""
 
 
 def replace_what_a_terminal_lacks():
