@@ -1,7 +1,7 @@
 """Evaluation: section 5, whether generative augmentation helped, and whether its nodules are new.
 
-    python evaluate.py --run runs/demo            # after train_classifier.py
-    python evaluate.py report --run runs/demo     # draw report.html again
+    python evaluate.py --run runs/demo                  # after train_classifier.py
+    python evaluate.py report --run runs/demo           # draw report.html again
     python evaluate.py --compare runs/demo runs/e1      # arms and loss curves of several runs
 
 Scores the test set with the classifiers and with the critic's auxiliary head: Tables 2–5 beside the
@@ -1915,7 +1915,7 @@ def main():
         compare_runs([Path(word) for word in sys.argv[2:]])
         return
 
-    options = lungaug.parse(__doc__.split("\n")[0], "evaluate")
+    options = lungaug.parse(__doc__, "evaluate")
     run = options.run
     dataset = preprocessing.open_dataset(run)
     lungaug.apply_preset(options, "evaluate", dataset.info["preset"])
