@@ -1,7 +1,7 @@
 """Evaluation: section 5, whether generative augmentation helped, and whether its nodules are new.
 
-    python evaluate.py --run runs/demo            # after train_classifier.py
-    python evaluate.py report --run runs/demo     # draw report.html again
+    python evaluate.py --run runs/demo                  # after train_classifier.py
+    python evaluate.py report --run runs/demo           # draw report.html again
     python evaluate.py --compare runs/demo runs/e1      # arms and loss curves of several runs
 
 Scores the test set with the classifiers and with the critic's auxiliary head: Tables 2–5 beside the
@@ -1089,6 +1089,9 @@ def assess_generated(run, dataset, networks, seed, device):
     Returns what results.json holds, and class → profiles, for the figure. A class of which the test
     set has fewer than two cubes is not assessed.
     """
+    # The volumes that were read so far stay mapped, and count as memory.
+    preprocessing.open_array.cache_clear()
+
     path = run / "gan" / "checkpoint.pt"
     generator = load_generator(path, dataset, "").eval().to(device)
     classifier = networks["real"][0]
@@ -2815,7 +2818,7 @@ def main():
         compare_runs([Path(word) for word in sys.argv[2:]])
         return
 
-    options = lungaug.parse(__doc__.split("\n")[0], "evaluate")
+    options = lungaug.parse(__doc__, "evaluate")
     run = options.run
     dataset = preprocessing.open_dataset(run)
     lungaug.apply_preset(options, "evaluate", dataset.info["preset"])

@@ -12,6 +12,7 @@ a student would type.
 """
 
 import argparse
+import difflib
 import io
 import json
 import math
@@ -239,6 +240,7 @@ OPTIONS = (
                 "the tables show the mean and the spread."),
 )
 
+COMMANDS = ("report", "audit")      # of lungaug.py, besides its options
 KIND_NAMES = {int: "a whole number", float: "a number"}
 GROUPS = {PREPROCESSING: "Preprocessing", GAN: "GAN", CLASSIFIER: "Classifiers"}
 
@@ -299,14 +301,41 @@ def add_option(group, rows):
                        metavar=metavar, help=text)
 
 
-def parse(description, *stages, words=None):
+def what_and_examples(doc):
+    """A file's docstring as the help shows it: its first paragraph; its second, the examples."""
+    what, *more = doc.split("\n\n")
+    return what, f"examples:\n{more[0]}" if more else None
+
+
+def remedy_for(unknown, stages):
+    """What was perhaps meant by words that no option of these stages has; "" where nothing is near.
+
+    It begins with the dash that stands before a remedy.
+    """
+    word = unknown[0].split("=")[0]
+    near = list(COMMANDS if stages == STAGES else ())
+    for option in OPTIONS:
+        if not any(stage in stages for stage in option.stages):
+            continue
+        near.append(option.name)
+        # Whoever types the name of a preset alone has forgotten its option.
+        if word in (option.choices or ()):
+            return f" — did you mean {option.name} {word}?"
+    remedy = suggestion(word, near)
+    return f" — {remedy}" if remedy else ""
+
+
+def parse(doc, *stages, words=None):
     """Parse the command line of these stages: a Namespace, None for each option that was not typed.
 
-    `run` is never None: without --run it is runs/demo, or runs/<name of the folder> of --scans.
+    doc: the docstring of the file, for --help. `run` is never None: without --run it is runs/demo,
+    or runs/<name of the folder> of --scans.
     """
+    what, examples = what_and_examples(doc)
     parser = argparse.ArgumentParser(
-        description=description, usage="python %(prog)s [options]   (--help lists them)",
-        allow_abbrev=False, formatter_class=argparse.RawDescriptionHelpFormatter)
+        description=what, usage="python %(prog)s [options]   (--help lists them)",
+        epilog=examples, allow_abbrev=False,
+        formatter_class=argparse.RawDescriptionHelpFormatter)
 
     # Collect the rows of each name: two stages may have an option of one name.
     rows_by_name = {}
@@ -325,7 +354,10 @@ def parse(description, *stages, words=None):
             groups[title] = parser.add_argument_group(title)
         add_option(groups[title], rows)
 
-    options = parser.parse_args(words)
+    options, unknown = parser.parse_known_args(words)
+    if unknown:
+        typed = printable(" ".join(unknown), 60)
+        parser.error(f"unrecognized arguments: {typed}{remedy_for(unknown, stages)}")
     if options.run is None:
         scans = getattr(options, "scans", None)
         options.run = Path("runs") / (scans.resolve().name if scans else "demo")
@@ -420,6 +452,12 @@ def printable(text, max_length=300):
         characters.append(character)
     line = "".join(characters)
     return line if len(line) <= max_length else line[:max_length] + "…"
+
+
+def suggestion(word, words):
+    """`did you mean --epochs?` for a word that was mistyped; "" where no word is near."""
+    near = difflib.get_close_matches(word, words, 1)
+    return f"did you mean {near[0]}?" if near else ""
 
 
 def replace_what_a_terminal_lacks():
@@ -1211,18 +1249,55 @@ def warn_before_stages(options):
     warn_of_days(filled, filled.cube, filled.epochs - n_done, pick_device(filled.device))
 
 
+def estimate_gan(options):
+    """About how many seconds train_gan.py is going to take; None where nothing can tell.
+
+    options: those of all stages. It is for CPUs, and for scans that this run has prepared.
+    """
+    path = options.run / "prepared" / "dataset.json"
+    if uses_other_run(options.run) or not path.exists():
+        return None
+    if pick_device(options.device or "auto").type != "cpu":
+        return None
+
+    with refuse_on_error(path, "run preprocessing.py again"):
+        info = read_json(path, "")
+        preset = info["preset"]
+        cube = int(info["parameters"]["cube"])
+        filled = apply_preset(argparse.Namespace(**vars(options)), "train_gan", preset)
+
+    n_left = filled.epochs - len(read_log(options.run / "gan" / "log.jsonl"))
+    return estimate_seconds(filled, cube, n_left) if n_left > 0 else None
+
+
+def stage_line(number, options):
+    """`Stage 2 of 4, about 6 min.`: the stage's own time, where there is an estimate of it."""
+    line = f"Stage {number} of {len(STAGES)}"
+    seconds = estimate_gan(options) if STAGES[number - 1] == "train_gan" else None
+    if seconds is None:
+        return f"{line}."
+    return f"{line}, about {format_duration(seconds)}."
+
+
+def report_words(words):
+    """The words behind `report`, in which the run's folder may stand without --run."""
+    if words and not words[0].startswith("-"):
+        return ["--run", *words]
+    return words
+
+
 def main():
     if sys.argv[1:2] == ["audit"]:
         run_script("tests/audit.py", *sys.argv[2:])
         return
     if sys.argv[1:2] == ["report"]:
-        run_script("evaluate.py", *sys.argv[1:])
+        run_script("evaluate.py", "report", *report_words(sys.argv[2:]))
         return
 
-    description = "\n\n".join(__doc__.split("\n\n")[:2])
-    options = parse(description, *STAGES)
+    options = parse(__doc__, *STAGES)
     warn_before_stages(options)
-    for stage in STAGES:
+    for number, stage in enumerate(STAGES, 1):
+        print(f"\n{stage_line(number, options)}", flush=True)
         run_script(f"{stage}.py", *command_words(options, stage))
         if not is_prepared(options.run):
             print("The other stages follow once every part is prepared: then run this command "

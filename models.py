@@ -1,7 +1,7 @@
 """Models: sections 3.1 and 3.2, the generator, the critic with its two heads, and the classifier.
 
-    python models.py --cube 48 --width 16     # each network as a table of layers (the lost figures
-    4-6)
+    python models.py                          # each network as a table, for the lost figures 4-6
+    python models.py --cube 24 --width 4      # those of the demo
 
 Cubes are (n, 1, z, y, x) in [-1, 1]. A cube's side is 3·2^k: 48 in the thesis, 24 in the demo.
 The drawings are lost; tests/thesis/choices.md gives the reason for each layer.
@@ -284,9 +284,38 @@ class Classifier(nn.Sequential):
 class LayerRow(NamedTuple):
     """One layer of a network's table."""
     name: str
-    layer: str
+    layer: str          # in words: conv 3³ → mean pool 2
     shape: str          # of one sample's output: 2×6×6×6
     parameters: int
+
+
+# A layer's kind in words; a convolution's is made of its numbers.
+WORDS = {
+    nn.Linear: "linear",
+    nn.Unflatten: "reshape",
+    nn.Flatten: "flatten",
+    nn.GroupNorm: "layer norm",
+    nn.LeakyReLU: "leaky ReLU",
+    nn.MaxPool3d: "max pool 2",
+}
+
+
+def in_words(name, layer):
+    """A layer in words, such as `conv 3³, stride 2`; a kind that is not ours as PyTorch says it.
+
+    name: the layer's in its network; of a block's skip it ends with skip.
+    """
+    if not isinstance(layer, nn.Conv3d):
+        return WORDS.get(type(layer), str(layer))
+
+    words = f"conv {layer.kernel_size[0]}³"
+    if isinstance(layer, UpsampleConv3d):
+        words = f"nearest ×2 → {words}"
+    elif isinstance(layer, ConvDownsample3d):
+        words = f"{words} → mean pool 2"
+    elif layer.stride[0] > 1:
+        words = f"{words}, stride {layer.stride[0]}"
+    return f"skip: {words}" if name.endswith("skip") else words
 
 
 def layer_table(network, x):
@@ -308,7 +337,8 @@ def layer_table(network, x):
             continue
         parameters = sum(parameter.numel() for parameter in layer.parameters())
         shape = "×".join(str(side) for side in output.shape[1:])
-        rows.append(LayerRow(names[layer], str(layer), shape, parameters))
+        name = names[layer]
+        rows.append(LayerRow(name, in_words(name, layer), shape, parameters))
     return rows
 
 
@@ -323,7 +353,9 @@ def print_layers(title, network, x):
 
 
 def main():
-    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    what, examples = lungaug.what_and_examples(__doc__)
+    parser = argparse.ArgumentParser(
+        description=what, epilog=examples, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--cube", type=int, default=48, choices=SIDES[1:],
                         help="side of the cube (default 48)")
     parser.add_argument("--width", type=int, default=16,
@@ -338,10 +370,10 @@ def main():
     size = f"cube {options.cube}, width {width}"
     print_layers(f"Figure 4. Generator, {size}", Generator(options.cube, width), latent)
     print_layers(f"Figure 4. Critic, {size}", Critic(options.cube, width), cube)
-    print_layers("Figure 5. Up block, from 2w to w channels", UpBlock(2 * width, width),
-                 torch.zeros(1, 2 * width, 3, 3, 3))
-    print_layers("Figure 5. Down block, from w to 2w channels", DownBlock(width, width, 2 * width),
-                 torch.zeros(1, width, 6, 6, 6))
+    print_layers("Figure 5. Up block, from 2w to w channels, body + nearest ×2 of skip",
+                 UpBlock(2 * width, width), torch.zeros(1, 2 * width, 3, 3, 3))
+    print_layers("Figure 5. Down block, from w to 2w channels, body + skip of mean pool 2",
+                 DownBlock(width, width, 2 * width), torch.zeros(1, width, 6, 6, 6))
     print_layers(f"Figure 6. Classifier, cube {options.cube}", Classifier(options.cube), cube)
 
 

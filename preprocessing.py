@@ -1669,7 +1669,7 @@ def main_with_other_run(options):
 
 
 def main():
-    options = lungaug.parse(__doc__.split("\n")[0], "preprocessing")
+    options = lungaug.parse(__doc__, "preprocessing")
     # Scans of its own take the place of another run's under --overwrite alone.
     has_new_scans = options.scans and options.overwrite
     if options.prepared or (lungaug.uses_other_run(options.run) and not has_new_scans):

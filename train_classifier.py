@@ -1,6 +1,7 @@
 """Augmentation and classifier training: sections 4.2, 4.3 and 4.4.
 
-    python train_classifier.py --run runs/demo       # after train_gan.py
+    python train_classifier.py --run runs/demo                  # after train_gan.py
+    python train_classifier.py --run runs/demo --overwrite      # draw and train anew; the GAN stays
 
 The GAN generates cubes, its critic scores them, the best are selected (4.3); then classifiers are
 trained (4.4, 5.2): on real data with conventional augmentation, on real and generated data mixed,
@@ -681,7 +682,7 @@ def page(classes, dataset):
 
 
 def main():
-    options = lungaug.parse(__doc__.split("\n")[0], "train_classifier")
+    options = lungaug.parse(__doc__, "train_classifier")
     run = options.run
     dataset = preprocessing.open_dataset(run)
     lungaug.apply_preset(options, "train_classifier", dataset.info["preset"])

@@ -16,6 +16,7 @@ import itertools
 import math
 import os
 import time
+from collections import deque
 
 import lungaug
 from lungaug import check
@@ -33,7 +34,8 @@ BETAS = (0.0, 0.9)      # 4.1.1   [num_4_1_adam]
 FIXED = 4               # samples of each class whose z stays fixed
 MOMENTS = 8             # pictures of them during the training, besides the one before it
 PROBE = 3               # the remaining time is estimated from this many first epochs
-STATUS = ("W {wasserstein:.2f}, class accuracy {real_accuracy:.2f} on reals, "
+SMOOTHED = 20           # epochs over which the status line averages the Wasserstein estimate
+STATUS = ("W {estimate:.2f}, α {alpha:g}, class accuracy {real_accuracy:.2f} on reals, "
           "{fake_accuracy:.2f} on fakes")
 
 
@@ -446,6 +448,17 @@ def warn_of_hours(seconds):
               "command, without --overwrite, resumes.", flush=True)
 
 
+def status(row, estimates):
+    """The status line of an epoch: the estimate as the mean of the last ones, which scatter less.
+
+    row: the epoch's, of the log; estimates: a deque of the last Wasserstein estimates, to which
+    this epoch's is added.
+    """
+    estimates.append(row["critic"]["wasserstein"])
+    mean = sum(estimates) / len(estimates)
+    return STATUS.format(estimate=mean, alpha=row["alpha"], **row["critic"])
+
+
 def train(trainer, dataset, folder):
     """Draw, criticize, generate, log, save.
 
@@ -454,6 +467,7 @@ def train(trainer, dataset, folder):
     epochs = trainer.options.epochs
     process, _ = process_place()
     progress = lungaug.Progress("epochs", epochs)
+    estimates = deque(maxlen=SMOOTHED)
     moments = {round(epochs * i / MOMENTS) for i in range(MOMENTS + 1)}
     first_epoch = trainer.epoch
     batches = read_batches(trainer.options, dataset, first_epoch)
@@ -473,7 +487,7 @@ def train(trainer, dataset, folder):
 
         # Log.
         lungaug.append_log(folder / "log.jsonl", row)
-        progress.update(trainer.epoch, STATUS.format(**row["critic"]))
+        progress.update(trainer.epoch, status(row, estimates))
         if trainer.epoch == first_epoch + PROBE:
             seconds_per_epoch = (time.monotonic() - start) / PROBE
             warn_of_hours(seconds_per_epoch * (epochs - trainer.epoch))
@@ -542,7 +556,7 @@ def train_in(folder, options, dataset, device):
 
 
 def main():
-    options = lungaug.parse(__doc__.split("\n")[0], "train_gan")
+    options = lungaug.parse(__doc__, "train_gan")
     run = options.run
     folder = run / "gan"
     # Without --device it is auto in either preset, and which preset holds is known only later.

@@ -1,12 +1,14 @@
 """The audit: every equation, number and rule of the thesis by its id, with the verdict of its tests.
 
     python lungaug.py audit                                  # or python tests/audit.py
-    python lungaug.py audit --wrong one_epsilon_per_batch    # with a published mistake in place
+    python lungaug.py audit --wrong                          # the published mistakes, a line each
+    python lungaug.py audit --wrong one_epsilon_per_batch    # one in place: which tests of its id fail?
     python tests/audit.py --write                            # the tables in README and thesis/
 
 An id stands in brackets behind its formula in the docstring of the function that implements it,
 in a comment behind or above a constant, or in the source of an option. Its tests are named
-test_<id>__<property>. Exit status 1 where an id has no test or fails one.
+test_<id>__<property>. A line below an id's verdict holds the numbers that a test of it compared.
+Exit status 1 where an id has no test or fails one.
 """
 
 import argparse
@@ -17,6 +19,8 @@ import re
 import subprocess
 import sys
 import tempfile
+import threading
+import time
 import tokenize
 import xml.etree.ElementTree
 from concurrent.futures import ThreadPoolExecutor
@@ -246,52 +250,99 @@ def tests():
     return by_id
 
 
-def run(root, paths, select=EVERY_ID, stop=False, wrong="", seconds=None):
-    """Run tests: {name: passed}. A skipped test has not passed; {} where they do not end.
+class Verdict(NamedTuple):
+    """How a test ended. A skipped test has not passed."""
+    passed: bool
+    compared: tuple     # lines of the numbers that it compared, by the fixture `compared`
+    message: str        # of the failure
+
+
+def run(root, paths, select=EVERY_ID, stop=False, wrong="", seconds=None, seen=None):
+    """Run tests: {name: Verdict}; {} where they do not end.
 
     root: the tree to run them in; paths: the test files; select: pytest's -k; stop: at the first
-    failure; wrong: the name of a published mistake to put in place; seconds: to wait for the end.
+    failure; wrong: the name of a published mistake to put in place; seconds: to wait for the end;
+    seen: called with the name of each test that has ended.
     """
     with tempfile.TemporaryDirectory() as folder:
         report = Path(folder) / "report.xml"
-        command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "-k", select,
+        command = [sys.executable, "-m", "pytest", "-v", "-p", "no:cacheprovider", "-k", select,
                    f"--junitxml={report}", *map(str, paths)]
         if stop:
             command.append("-x")
-        environment = os.environ | {"LUNGAUG_WRONG": wrong}
-        try:
-            subprocess.run(command, cwd=root, env=environment, capture_output=True,
-                           timeout=seconds)
-        except subprocess.TimeoutExpired:
-            return {}
+        # Unbuffered, so that each test's line is read as it ends.
+        environment = os.environ | {"LUNGAUG_WRONG": wrong, "PYTHONUNBUFFERED": "1"}
+        process = subprocess.Popen(command, cwd=root, env=environment, stdout=subprocess.PIPE,
+                                   stderr=subprocess.STDOUT, text=True, encoding="utf-8",
+                                   errors="replace")
+        watch = threading.Timer(seconds or threading.TIMEOUT_MAX, process.kill)
+        watch.daemon = True
+        watch.start()
+        for line in process.stdout:
+            name = re.match(r"\S+\.py::(test_\w+).* (?:PASSED|FAILED|ERROR|SKIPPED)", line)
+            if name and seen:
+                seen(name[1])
+        process.wait()
+        watch.cancel()
 
-        # pytest writes no report where it could not begin.
+        # pytest writes no report where it could not begin, or was killed.
         if not report.exists():
             return {}
-        passed = {}
-        for case in xml.etree.ElementTree.parse(report).iter("testcase"):
-            problems = [case.find(kind) for kind in ("failure", "error", "skipped")]
-            passed[case.get("name")] = all(problem is None for problem in problems)
-        return passed
+        cases = xml.etree.ElementTree.parse(report).iter("testcase")
+        return {case.get("name"): verdict_of(case) for case in cases}
 
 
-def verdicts(select=EVERY_ID, wrong=""):
-    """Run the audit's tests, two processes at a time: id → {test: passed}."""
+def verdict_of(case):
+    """The Verdict of a testcase in pytest's report."""
+    problems = [case.find(kind) for kind in ("failure", "error", "skipped")]
+    messages = [problem.get("message", "") for problem in problems if problem is not None]
+    compared = [found.get("value") for found in case.iter("property")
+                if found.get("name") == "compared"]
+    return Verdict(not messages, tuple(compared), "".join(messages))
+
+
+def verdicts(select=EVERY_ID, wrong="", seen=None):
+    """Run the audit's tests, two processes at a time: id → {test: Verdict}."""
     words = select.split(" or ")
     paths = [path for path in test_files()
              if any(word in name for name in test_names(path) for word in words)]
 
     # The longest file goes first, so that it is not waited for at the end.
     paths.sort(key=lambda path: path.stat().st_size, reverse=True)
+
+    def run_file(path):
+        return run(ROOT, [path], select, wrong=wrong, seen=seen)
+
     with ThreadPoolExecutor(2) as pool:
-        results = list(pool.map(lambda path: run(ROOT, [path], select, wrong=wrong), paths))
+        results = list(pool.map(run_file, paths))
 
     by_id = {}
     for result in results:
-        for name, passed in result.items():
+        for name, verdict in result.items():
             if id_of(name):
-                by_id.setdefault(id_of(name), {})[name] = passed
+                by_id.setdefault(id_of(name), {})[name] = verdict
     return by_id
+
+
+def show_progress():
+    """A function for `seen` of `run` that shows how many of all ids have had their tests."""
+    waiting = {id: set(names) for id, names in tests().items()}
+    progress = lungaug.Progress("ids", len(waiting))
+    total = len(waiting)
+    # Two threads read what two processes print.
+    one_at_a_time = threading.Lock()
+
+    def seen(name):
+        with one_at_a_time:
+            of_id = waiting.get(id_of(name))
+            if not of_id:
+                return
+            of_id.discard(name)
+            if not of_id:
+                del waiting[id_of(name)]
+                progress.update(total - len(waiting))
+
+    return seen
 
 
 # The documents and their tables
@@ -423,12 +474,12 @@ def without_lines(text):
 
 # The command
 
-def print_verdicts(results, only_bad):
-    """Print a line per id and per failed test; returns how many ids are not ok."""
+def print_verdicts(results):
+    """Print a line per id, per failed test and per comparison; returns how many ids are not ok."""
     bad = 0
     for entry in entries():
         of_id = results.get(entry.id, {})
-        failed = [name for name, passed in of_id.items() if not passed]
+        failed = [name for name, found in of_id.items() if not found.passed]
         verdict = "ok"
         if not of_id:
             verdict = "no test"
@@ -437,19 +488,61 @@ def print_verdicts(results, only_bad):
 
         if verdict != "ok":
             bad += 1
-        if verdict != "ok" or not only_bad:
-            print(f"{verdict:<8}{entry.id:<40}{entry.where}")
+        print(f"{verdict:<8}{entry.id:<40}{entry.where}")
+        for found in of_id.values():
+            for line in found.compared:
+                print(f"        {line}")
         for name in failed:
             print(f"        {name}")
     return bad
 
 
+def what_differs(name, found):
+    """A failed test in one line: the numbers that differ, or its name where it compared none."""
+    if found.compared:
+        return found.compared[-1]
+    first_line = found.message.partition("\n")[0].removeprefix("AssertionError: ")
+    both = re.fullmatch(r"assert \(?(.*?\d.*?) == (.*?\d.*?)\)?", first_line)
+    # Of two comparisons the first may hold.
+    if not both or " and " in first_line:
+        return name
+    left, right = [lungaug.printable(side, 60) for side in both.groups()]
+    return f"{properties([name.split('[')[0]])}: {left}, expected {right}"
+
+
+def check_mistake(name):
+    """Show a mistake beside what is right, and which tests of its guard fail. Returns the status."""
+    start = time.monotonic()
+    guard = wrong_versions.WRONG[name].guard
+    print(wrong_versions.show(name), flush=True)
+    results = verdicts(select=guard, wrong=name).get(guard, {})
+    failed = {test: found for test, found in results.items() if not found.passed}
+
+    print(f"{guard}: {len(failed)} of its {len(results)} tests fail.")
+    for test, found in failed.items():
+        print(f"        {what_differs(test, found)}")
+    verdict = "caught" if failed else "MISSED"
+    print(f"The mistake is {verdict}, after "
+          f"{lungaug.format_duration(time.monotonic() - start)}.")
+    return 1 if failed else 0
+
+
+def check_all():
+    """Print every id with the verdict of its tests. Returns the exit status."""
+    start = time.monotonic()
+    results = verdicts(seen=show_progress())
+    bad = print_verdicts(results)
+    count = sum(len(of_id) for of_id in results.values())
+    print(f"{len(entries())} ids, {count} tests: {bad} ids not ok, after "
+          f"{lungaug.format_duration(time.monotonic() - start)}.")
+    return 1 if bad else 0
+
+
 def main():
     parser = argparse.ArgumentParser(prog="python lungaug.py audit",
                                      description=__doc__.split("\n")[0])
-    parser.add_argument("--wrong", choices=sorted(wrong_versions.WRONG), metavar="NAME",
-                        help="a published mistake to put in place: "
-                             f"{', '.join(sorted(wrong_versions.WRONG))}")
+    parser.add_argument("--wrong", nargs="?", const="", metavar="NAME",
+                        help="a published mistake to put in place; without a name, list them")
     parser.add_argument("--write", action="store_true",
                         help="write the tables in README.md and tests/thesis/audit.md instead")
     options = parser.parse_args()
@@ -459,16 +552,13 @@ def main():
             (ROOT / document).write_text(text, encoding="utf-8")
         return 0
 
-    if options.wrong:
-        print(wrong_versions.show(options.wrong), flush=True)
-    results = verdicts(wrong=options.wrong or "")
-    bad = print_verdicts(results, only_bad=bool(options.wrong))
-
-    count = sum(len(of_id) for of_id in results.values())
-    print(f"{len(entries())} ids, {count} tests: {bad} ids not ok.")
-    if options.wrong and bad:
-        print("The mistake is caught.")
-    return 1 if bad else 0
+    if options.wrong is None:
+        return check_all()
+    if options.wrong == "":
+        print(wrong_versions.list_of_names())
+        return 0
+    wrong_versions.check_name(options.wrong)
+    return check_mistake(options.wrong)
 
 
 if __name__ == "__main__":

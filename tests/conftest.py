@@ -55,6 +55,25 @@ def dataset(tmp_path):
                                  {"train": negatives}, 0)
 
 
+def as_text(values):
+    """Numbers as the audit prints them: whole ones as they are, others with two decimals."""
+    texts = []
+    for value in np.ravel(values).tolist()[:8]:
+        texts.append(f"{value:.2f}" if isinstance(value, float) else str(value))
+    return " ".join(texts)
+
+
+@pytest.fixture
+def compared(record_property):
+    """compared(name, found, by_hand) records two numbers, or lists of them, for the audit's line.
+
+    It asserts nothing: call it before the assertion, so that a failure has its line, too.
+    """
+    def record(name, found, by_hand):
+        record_property("compared", f"{name} {as_text(found)}, by hand {as_text(by_hand)}")
+    return record
+
+
 @pytest.fixture
 def run():
     """helpers.run_main, which runs a stage's main as its command would."""

@@ -307,7 +307,7 @@ def survives(mutant):
         (root / mutant.file).write_text(mutant.source, encoding="utf-8")
         paths = [f"tests/{name}" for name in TESTS[mutant.file]]
         results = audit.run(root, paths, stop=True, seconds=SECONDS)
-    return bool(results) and all(results.values())
+    return bool(results) and all(verdict.passed for verdict in results.values())
 
 
 def main():

@@ -1,16 +1,20 @@
 """The audit's own bookkeeping: ids, documents, tests, wrong versions and options hold together."""
 
+import ast
 import inspect
+import json
 import os
 import re
 import subprocess
 import sys
 
 import pytest
+import torch
 
 import audit
 import mutate
 import wrong_versions
+from helpers import in_one_line, run_main, run_python, small_run
 
 
 def test_ids__at_least_sixty_each_once():
@@ -126,7 +130,153 @@ def test_documents__name_only_wrong_versions_that_exist():
     assert named and set(named) <= set(wrong_versions.WRONG)
 
 
+# The numbers that tests compared
+
+# The main equations: the audit prints for each what a test compared.
+COMPARED = ("eq_1_3_5_interpolate", "eq_1_3_5_gradient_penalty", "eq_3_3_1_auxiliary", "eq_3_3_1_critic_loss",
+            "eq_3_3_2_generator_loss", "eq_2_1_2_normalize", "rule_2_1_1_resample", "eq_5_1_nearest_neighbour",
+            "eq_5_2_confusion", "eq_5_2_sensitivity", "eq_5_2_specificity", "eq_5_2_precision", "eq_5_2_f1",
+            "eq_beyond_roc_auc")
+
+
+def test_compared__each_main_equation_has_a_test_that_does():
+    """By reading the test files: a test of the id takes the fixture, and calls it before its last assertion."""
+    ids = set()
+    for path in audit.test_files():
+        for node in ast.parse(path.read_text(encoding="utf-8")).body:
+            if not isinstance(node, ast.FunctionDef) or not audit.id_of(node.name):
+                continue
+            if "compared" in [argument.arg for argument in node.args.args]:
+                ids.add(audit.id_of(node.name))
+                body = ast.unparse(node)
+                assert body.rindex("compared(") < body.rindex("assert "), node.name
+    assert set(COMPARED) <= ids
+
+
+def test_compared__numbers_come_back_from_a_run_of_the_tests():
+    """Under a mistake, too: the line holds the wrong numbers beside those by hand; each test that ends is told."""
+    seen = []
+    results = audit.run(audit.ROOT, ["tests/test_losses.py"], "eq_1_3_5_interpolate__by_hand",
+                        wrong="one_epsilon_per_batch", seen=seen.append)
+    (name, found), = results.items()
+    assert seen == [name] == ["test_eq_1_3_5_interpolate__by_hand"] and not found.passed
+    assert found.compared == ("x̂ 7.00 7.00 7.00, by hand 7.00 4.00 8.00",) and "assert" in found.message
+
+
+@pytest.mark.parametrize("compared, message, line", [
+    (("penalty 16.00, by hand 4.00",), "assert 16.0 == 4.0", "penalty 16.00, by hand 4.00"),
+    ((), "AssertionError: assert 16.0 == 4.0\n +  where 16.0 = f()", "by_hand: 16.0, expected 4.0"),
+    ((), "assert (2 == 3)", "by_hand: 2, expected 3"),
+    ((), "assert ([1.0] == [1] and tensor(False))", "test_eq_1__by_hand[x]"),
+    ((), "assert False\n +  where 1 == 2", "test_eq_1__by_hand[x]"),
+    ((), "RuntimeError: no 1", "test_eq_1__by_hand[x]")])
+def test_what_differs__is_one_line(compared, message, line):
+    """The numbers that a test recorded, or those of its failed comparison, or else its name."""
+    assert audit.what_differs("test_eq_1__by_hand[x]", audit.Verdict(False, compared, message)) == line
+
+
+def test_progress__counts_an_id_once_all_its_tests_have_ended(monkeypatch, capsys):
+    """Two ids, three tests, in any order; a test twice, as a parametrized one, or of no id counts nothing."""
+    monkeypatch.setattr(audit, "tests", lambda: {"eq_1": ["test_eq_1__a", "test_eq_1__b"], "eq_2": ["test_eq_2__a"]})
+    seen = audit.show_progress()
+    for name in ("test_eq_1__a", "test_eq_1__a", "test_other", "test_eq_2__a"):
+        seen(name)
+    assert "ids 1/2" in capsys.readouterr().err
+    seen("test_eq_1__b")
+    assert "ids 2/2" in capsys.readouterr().err
+
+
+def test_command__of_all_ids_prints_what_was_compared_and_the_time(monkeypatch, capsys):
+    """An id's verdict, its comparison below it, failed tests by name, and how long it took."""
+    ok, bad = audit.Verdict(True, ("x̂ 7.00, by hand 7.00",), ""), audit.Verdict(False, (), "")
+    results = {entry.id: {f"test_{entry.id}": ok} for entry in audit.entries()}
+    results["eq_5_2_f1"] = {"test_eq_5_2_f1__a": bad}
+    monkeypatch.setattr(audit, "verdicts", lambda **_: results)
+    assert audit.check_all() == 1
+    out = capsys.readouterr().out
+    assert re.search(r"^ok      eq_1_3_5_interpolate +losses.interpolate\n        x̂ 7.00, by hand 7.00$", out, re.M)
+    assert re.search(r"^FAILS   eq_5_2_f1 .*\n        test_eq_5_2_f1__a$", out, re.M)
+    assert re.search(r"1 ids not ok, after \d+ s\.\n$", out)
+
+
 # Wrong versions
+
+def test_wrong_versions__for_a_lecture(monkeypatch, capsys):
+    """`audit --wrong NAME` shows both functions, runs the guard alone, and says what differs."""
+    monkeypatch.setattr(sys, "argv", ["audit.py", "--wrong", "one_epsilon_per_batch"])
+    assert audit.main() == 1
+    out = capsys.readouterr().out
+    assert "right: losses.interpolate" in out and "def one_epsilon_per_batch(" in out
+    assert "\neq_1_3_5_interpolate: 2 of its 3 tests fail.\n        x̂ 7.00 7.00 7.00, by hand 7.00 4.00 8.00\n" in out
+    assert re.search(r"The mistake is caught, after \d+ s\.", out)
+
+
+@pytest.mark.parametrize("module, words", [(audit, ["--wrong"]), (wrong_versions, ["--list"])])
+def test_wrong_versions__are_listed_a_line_each(run, module, words):
+    """Without a name, and by --list: each name with what it is."""
+    lines = run(module, *words).out.splitlines()
+    assert len(lines) == len(wrong_versions.WRONG)
+    assert "one_epsilon_per_batch     One ε for the whole batch." in lines
+
+
+@pytest.mark.parametrize("module, words, said", [
+    (audit, ["--wrong", "bare_square_rot"], "did you mean bare_square_root?"),
+    (wrong_versions, ["one_epsilon_per_bach"], "did you mean one_epsilon_per_batch?"),
+    (wrong_versions, ["zzz"], "--list shows the names"),
+    (wrong_versions, ["batch_norm", "--", "train_gn.py"], "did you mean train_gan.py?"),
+    (wrong_versions, ["batch_norm", "--", "lungaug.py"], "is no stage"),
+    (wrong_versions, ["--", "train_gan.py"], "needs the name of the mistake")])
+def test_wrong_versions__mistyped_is_one_line(module, words, said):
+    """A name or a stage that is not there, with the nearest that is."""
+    assert in_one_line(run_main(module, *words), said)
+
+
+@pytest.fixture(scope="module")
+def mistaken(tmp_path_factory):
+    """A small run whose GAN was trained with one ε for the batch: .folder, and .done, what the command said."""
+    folder = tmp_path_factory.mktemp("mistaken")
+    small_run(folder / "e1")
+    words = ["--run", folder / "e1", "--width", 1, "--batch-size", 4, "--epochs", 2]
+    done = run_python(audit.ROOT / "tests" / "wrong_versions.py", "one_epsilon_per_batch", "--", "train_gan.py", *words)
+    assert done.status == 0, done.err
+    return folder / "e1", words, done
+
+
+def test_run_stage__says_that_it_was_made_with_the_mistake(mistaken):
+    """First and last on the terminal, and on the page that the stage leaves, behind its heading."""
+    folder, _, done = mistaken
+    warning = "MADE WITH A MISTAKE, one_epsilon_per_batch: One ε for the whole batch."
+    assert done.out.splitlines()[0] == done.out.splitlines()[-1] == warning
+    page = json.loads((folder / "gan" / "options.json").read_bytes())["page"]
+    assert [item["kind"] for item in page[:2]] == ["heading", "text"] and page[1]["text"] == warning
+
+
+def test_run_stage__the_mistake_was_in_place(mistaken, tmp_path):
+    """The critic's penalty in the first epoch is another than the right stage's, all else being the same."""
+    folder, words, _ = mistaken
+    small_run(tmp_path / "e1")
+    words = [tmp_path / "e1" if word == folder else word for word in words]
+    assert run_python(audit.ROOT / "train_gan.py", *words).status == 0
+    wrong, right = (json.loads((run / "gan" / "log.jsonl").read_text().splitlines()[0])["critic"]
+                    for run in (folder, tmp_path / "e1"))
+    assert wrong["penalty"] != right["penalty"]
+
+
+def test_run_stage__its_checkpoint_names_the_mistake(mistaken):
+    """So a right training is never resumed with the mistake, nor one mistake with another."""
+    folder, words, _ = mistaken
+    state = torch.load(folder / "gan" / "checkpoint.pt", weights_only=True)
+    assert state["settings"]["mistake"] == "one_epsilon_per_batch"
+    done = run_python(audit.ROOT / "tests" / "wrong_versions.py", "epsilon_is_one", "--", "train_gan.py", *words)
+    assert in_one_line(done, "mistake one_epsilon_per_batch, not epsilon_is_one", "--overwrite")
+
+
+def test_run_stage__errors_are_the_stages_own(tmp_path):
+    """One line and status 2, as without the mistake."""
+    done = run_python(audit.ROOT / "tests" / "wrong_versions.py", "flips_as_independent", "--", "evaluate.py",
+                      "--run", tmp_path / "none")
+    assert in_one_line(done, "none", "not found", "python")
+
 
 def test_wrong_versions__thirty_seven_with_a_guard_each():
     """Each has a name of its own, says in a sentence what it is, and has a guard with tests."""

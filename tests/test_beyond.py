@@ -62,8 +62,9 @@ def test_eq_beyond_roc_auc__is_the_share_of_pairs_in_order(seed):
     ([1, 1, 0, 0], [4, 3, 2, 1], 1), ([1, 1, 0, 0], [1, 2, 3, 4], 0), ([1, 0, 1, 0], [5, 5, 5, 5], 0.5),
     # By hand: 3 > 1, 3 > 2, 2 > 1, and a tie of 2 with 2.
     ([1, 1, 0, 0], [3, 2, 2, 1], 3.5 / 4)])
-def test_eq_beyond_roc_auc__by_hand(labels, scores, auc):
+def test_eq_beyond_roc_auc__by_hand(labels, scores, auc, compared):
     """Perfect, reversed, all tied, one tie."""
+    compared("area", evaluate.roc_auc(labels, scores), float(auc))
     assert evaluate.roc_auc(labels, scores) == auc
 
 

@@ -62,9 +62,11 @@ def test_eq_5_1_nearest_neighbour__is_the_loops(shape):
     assert indices.tolist() == expected[0] and np.allclose(distances, expected[1], rtol=1e-12, atol=0)
 
 
-def test_eq_5_1_nearest_neighbour__by_hand():
+def test_eq_5_1_nearest_neighbour__by_hand(compared):
     """(0, 0) among (3, 4), (1, 1), (6, 8): the second, at √2; (6, 7): the third, at 1."""
     indices, distances = evaluate.nearest_neighbours([[0, 0], [6, 7]], [[3, 4], [1, 1], [6, 8]])
+    compared("nearest", indices, [1, 2])
+    compared("at distances", distances, [math.sqrt(2), 1.0])
     assert indices.tolist() == [1, 2] and distances.tolist() == [math.sqrt(2), 1]
 
 
@@ -170,9 +172,11 @@ def test_draw_novelty__distances_are_those_of_a_loop(tmp_path):
 
 # 5.2 Classification metrics
 
-def test_eq_5_2_confusion__rows_by_hand():
+def test_eq_5_2_confusion__rows_by_hand(compared):
     """Truth 1 1 1 0 0 0 0, prediction 1 1 0 1 0 0 0: TP 2, FP 1, FN 1, TN 3."""
-    assert evaluate.confusion_matrix([1, 1, 1, 0, 0, 0, 0], [1, 1, 0, 1, 0, 0, 0]) == Confusion(tp=2, fp=1, fn=1, tn=3)
+    confusion = evaluate.confusion_matrix([1, 1, 1, 0, 0, 0, 0], [1, 1, 0, 1, 0, 0, 0])
+    compared("TP, FP, FN, TN", confusion, [2, 1, 1, 3])
+    assert confusion == Confusion(tp=2, fp=1, fn=1, tn=3)
 
 
 def test_eq_5_2_confusion__is_the_count_of_pairs():
@@ -198,13 +202,18 @@ def probability(hits, cases):
     return hits / cases if cases else math.nan
 
 
-def test_eq_5_2_sensitivity__share_of_the_positives_found():
+ONE_CONFUSION = Confusion(tp=3, fp=1, fn=2, tn=4)     # one of SMALL's kind, whose metrics the audit prints
+
+
+def test_eq_5_2_sensitivity__share_of_the_positives_found(compared):
     """TP of TP + FN, in every small matrix; nan without positives."""
+    compared("sensitivity", evaluate.sensitivity(ONE_CONFUSION), 3 / 5)
     assert all(np.array_equal(evaluate.sensitivity(c), probability(c.tp, c.tp + c.fn), equal_nan=True) for c in SMALL)
 
 
-def test_eq_5_2_specificity__share_of_the_negatives_left_alone():
+def test_eq_5_2_specificity__share_of_the_negatives_left_alone(compared):
     """TN of TN + FP, in every small matrix; nan without negatives."""
+    compared("specificity", evaluate.specificity(ONE_CONFUSION), 4 / 5)
     assert all(np.array_equal(evaluate.specificity(c), probability(c.tn, c.tn + c.fp), equal_nan=True) for c in SMALL)
 
 
@@ -215,13 +224,15 @@ def test_eq_5_2_specificity__is_the_sensitivity_of_the_classes_exchanged():
                for c, s in zip(SMALL, swapped))
 
 
-def test_eq_5_2_precision__share_of_the_alarms_that_are_right():
+def test_eq_5_2_precision__share_of_the_alarms_that_are_right(compared):
     """TP of TP + FP, in every small matrix; nan without an alarm."""
+    compared("precision", evaluate.precision(ONE_CONFUSION), 3 / 4)
     assert all(np.array_equal(evaluate.precision(c), probability(c.tp, c.tp + c.fp), equal_nan=True) for c in SMALL)
 
 
-def test_eq_5_2_f1__is_the_harmonic_mean():
+def test_eq_5_2_f1__is_the_harmonic_mean(compared):
     """2/(1/precision + 1/sensitivity), wherever something is found."""
+    compared("F1", evaluate.f1(ONE_CONFUSION), 2 / 3)
     for c in (c for c in SMALL if c.tp):
         assert evaluate.f1(c) == pytest.approx(2 / ((c.tp + c.fp) / c.tp + (c.tp + c.fn) / c.tp), rel=1e-14)
 

@@ -79,9 +79,10 @@ def test_eq_1_3_5_dual__never_above_the_distance():
     assert abs(wasserstein_estimate(real.sin(), fake.sin())) <= stats.wasserstein_distance(real, fake)
 
 
-def test_eq_1_3_5_interpolate__by_hand():
+def test_eq_1_3_5_interpolate__by_hand(compared):
     """ε = 1/4 between a real 4 and a fake 8 is 7; ε = 1 the real, ε = 0 the fake."""
     x_hat = interpolate(cubes([4], [4], [4]), cubes([8], [8], [8]), numbers(0.25, 1, 0))
+    compared("x̂", x_hat, [7.0, 4.0, 8.0])
     assert x_hat.flatten().tolist() == [7, 4, 8]
 
 
@@ -107,10 +108,12 @@ def test_eq_1_3_5_gradient_penalty__linear_critic():
     assert torch.allclose(penalty, ((w.square().sum().sqrt() - 1) ** 2).expand(3), rtol=1e-13)
 
 
-def test_eq_1_3_5_gradient_penalty__half_square_critic_by_hand():
+def test_eq_1_3_5_gradient_penalty__half_square_critic_by_hand(compared):
     """f = ½‖x‖², real (3, 0), fake (0, 4): ε = 0, ½, 1 give ‖x̂‖ = 4, 2.5, 3 and so 9, 2.25, 4."""
     real, fake = cubes([3, 0], [3, 0], [3, 0]), cubes([0, 4], [0, 4], [0, 4])
-    assert gradient_penalty(quadratic, real, fake, numbers(0, 0.5, 1)).tolist() == [9, 2.25, 4]
+    penalty = gradient_penalty(quadratic, real, fake, numbers(0, 0.5, 1))
+    compared("penalty", penalty.detach(), [9.0, 2.25, 4.0])
+    assert penalty.tolist() == [9, 2.25, 4]
 
 
 def test_eq_1_3_5_gradient_penalty__half_square_critic():
@@ -130,11 +133,12 @@ def test_eq_1_3_5_gradient_penalty__flat_critic():
     assert penalty.tolist() == [1, 1, 1] and (w.grad == 0).all()
 
 
-def test_eq_1_3_5_gradient_penalty__one_flat_sample_spoils_no_other():
+def test_eq_1_3_5_gradient_penalty__one_flat_sample_spoils_no_other(compared):
     """f = a/2·‖x‖² at x̂ = 0 beside x̂ = (3, 4), a = 2: penalties 1 and 81; d/da = 2·(a·5 − 1)·5 = 90, finite."""
     a, x = numbers(2).requires_grad_(), cubes([0, 0], [3, 4])
     penalty = gradient_penalty(lambda x: quadratic(x, a), x, x, numbers(0.5, 0.5))
     penalty.sum().backward()
+    compared("penalty's slope", a.grad, 90.0)
     assert penalty.tolist() == [1, 81] and a.grad.item() == 90
 
 
@@ -196,11 +200,13 @@ def test_eq_1_3_5_gradient_penalty__norm_of_a_network_by_finite_differences():
 
 # 3.3.1 Critic loss
 
-def test_eq_3_3_1_auxiliary__by_hand():
+def test_eq_3_3_1_auxiliary__by_hand(compared):
     """softmax(0, ln 3) = (¼, ¾): −log ¾ where the label is 1, −log ¼ where it is 0; the mean of both is ½·log 16/3."""
     logits = numbers([0, LN3], [0, LN3])
-    assert auxiliary_cross_entropy(logits[:1], torch.tensor([1])).item() == pytest.approx(math.log(4 / 3), abs=1e-15)
+    one = auxiliary_cross_entropy(logits[:1], torch.tensor([1])).item()
     both = auxiliary_cross_entropy(logits, torch.tensor([1, 0])).item()
+    compared("cross-entropy", both, math.log(16 / 3) / 2)
+    assert one == pytest.approx(math.log(4 / 3), abs=1e-15)
     assert both == pytest.approx(math.log(16 / 3) / 2, abs=1e-15)
 
 
@@ -232,10 +238,11 @@ def critic_terms(critic, real, fake, penalty_scale=0.0, auxiliary_scale=0.0, rea
                        torch.full((n,), 0.5, dtype=torch.float64), penalty_scale, auxiliary_scale)
 
 
-def test_eq_3_3_1_critic_loss__by_hand():
+def test_eq_3_3_1_critic_loss__by_hand(compared):
     """f = w·x, w = (3, 4), real (1, 0), fake (0, 2), λ = 10, α = 2: 8 − 3 + 10·16 + 2·½(log(1+1/e) + log(1+e²))."""
     terms = critic_terms(linear(numbers(3, 4)), cubes([1, 0]), cubes([0, 2]), 10, 2)
     cross_entropy = (math.log(1 + math.exp(-1)) + math.log(1 + math.exp(2))) / 2
+    compared("critic loss", terms.total.detach(), 165 + 2 * cross_entropy)
     assert terms.total.item() == pytest.approx(165 + 2 * cross_entropy, rel=1e-15)
 
 
@@ -332,9 +339,10 @@ def test_rule_3_3_1_concatenation__mean_over_all_2n():
 
 # 3.3.2 Generator loss
 
-def test_eq_3_3_2_generator_loss__by_hand():
+def test_eq_3_3_2_generator_loss__by_hand(compared):
     """Scores 1 and 4, both (¼, ¾), labels 1 and 0, α = 2: −2.5 + 2·½(log 4/3 + log 4)."""
     terms = generator_loss(says([0, LN3], [0, LN3]), cubes([1], [4]), torch.tensor([1, 0]), 2)
+    compared("generator loss", terms.total.detach(), -2.5 + math.log(16 / 3))
     assert terms.total.item() == pytest.approx(-2.5 + math.log(16 / 3), rel=1e-15)
 
 

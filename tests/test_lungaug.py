@@ -4,6 +4,7 @@
 """
 
 import ast
+import importlib
 import itertools
 import json
 import os
@@ -195,6 +196,36 @@ def test_parse__what_no_stage_can_use_exits_2(words, capsys):
     with pytest.raises(SystemExit) as stopped:
         lungaug.parse("", "train_classifier", words=words.split())
     assert stopped.value.code == 2 and words.split()[0] in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("stages, words, said", [
+    (STAGES, "--epoch 3", "--epoch 3 — did you mean --epochs?"), (STAGES, "--epoch=3", "did you mean --epochs?"),
+    (STAGES, "--batchsize 3", "did you mean --batch-size?"), (STAGES, "reprot", "did you mean report?"),
+    (STAGES, "adit", "did you mean audit?"), (STAGES, "demo", "did you mean --preset demo?"),
+    (["train_gan"], "thesis", "did you mean --preset thesis?"), (["train_gan"], "--zzz", "arguments: --zzz\n"),
+    (["train_gan"], "reprot", "arguments: reprot\n"), (["evaluate"], "--sed 1", "did you mean --seed?")])
+def test_parse__what_was_mistyped_gets_a_suggestion(stages, words, said, capsys):
+    """The nearest option, or command of lungaug.py; a preset's name gets its option; nothing where nothing is near."""
+    with pytest.raises(SystemExit) as stopped:
+        lungaug.parse("", *stages, words=words.split())
+    assert stopped.value.code == 2 and said in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("module", ["lungaug", *STAGES])
+def test_help__ends_with_examples_that_can_be_typed(module, capsys):
+    """Two or more, each of the file's own command, with options that it knows; groups and defaults stay above them."""
+    doc = importlib.import_module(module).__doc__
+    stages = STAGES if module == "lungaug" else [module]
+    with pytest.raises(SystemExit):
+        lungaug.parse(doc, *stages, words=["--help"])
+    above, below = capsys.readouterr().out.split("\nexamples:\n")
+    assert "The run:" in above and "Default" in above and not re.search("^    python", above, re.M)
+    commands = re.findall(rf"^    (?:python|torchrun .* --) {module}.py(.*?)(?:  .*|#.*|)$", below, re.M)
+    assert len(commands) == len(below.strip().splitlines()) >= 2
+    for command in commands:
+        words = command.split()
+        if not words or words[0] not in ("report", "audit", "--compare"):
+            lungaug.parse(doc, *stages, words=words)
 
 
 @pytest.mark.parametrize("words, key, value", [("--part 1/1", "part", "1/1"), ("--part 2/2", "part", "2/2"),
@@ -500,10 +531,49 @@ def test_main__the_thesis_on_a_cpu_is_told_of_before_anything_slow(monkeypatch, 
                            ([], False), (["--preset", "thesis"], True)):
         monkeypatch.setattr(sys, "argv", ["lungaug.py", "--device", "cpu", *map(str, words)])
         lungaug.main()
-        first_line, *_, last_line = capsys.readouterr().out.splitlines()
+        lines = capsys.readouterr().out.strip().splitlines()
+        first_line, *_, last_line = lines
         assert "once every part is prepared" in last_line
         assert first_line.startswith("ON THIS CPU") == is_told
-        assert is_told or first_line == "preprocessing.py"
+        assert is_told or lines[:2] == ["Stage 1 of 4.", "preprocessing.py"]
+
+
+def test_stage_line__has_a_time_where_there_is_an_estimate(monkeypatch, tmp_path):
+    """Of the GAN alone, on a CPU, once the scans say preset and cube, for the epochs that are left."""
+    options = lungaug.parse("", *STAGES, words=["--run", str(tmp_path), "--device", "cpu", "--epochs", "100"])
+    monkeypatch.setattr(lungaug, "estimate_seconds", lambda options, cube, epochs: epochs * cube / options.width)
+    assert lungaug.stage_line(2, options) == "Stage 2 of 4."
+
+    lungaug.write(tmp_path / "prepared" / "dataset.json", {"preset": "demo", "parameters": {"cube": 24}})
+    assert lungaug.stage_line(2, options) == "Stage 2 of 4, about 10 min."
+    assert [lungaug.stage_line(number, options) for number in (1, 3)] == ["Stage 1 of 4.", "Stage 3 of 4."]
+
+    log = tmp_path / "gan" / "log.jsonl"
+    lungaug.write(log, '{"epoch": 1}\n' * 90)
+    assert lungaug.stage_line(2, options) == "Stage 2 of 4, about 60 s."
+    lungaug.write(log, '{"epoch": 1}\n' * 100)
+    assert lungaug.stage_line(2, options) == "Stage 2 of 4."
+    assert options.width is None
+
+
+def test_stage_line__a_damaged_dataset_is_refused(tmp_path):
+    """One line that names the file, as the stage's own."""
+    lungaug.write(tmp_path / "prepared" / "dataset.json", {})
+    options = lungaug.parse("", *STAGES, words=["--run", str(tmp_path), "--device", "cpu"])
+    with pytest.raises(lungaug.Refusal, match="dataset.json: cannot be read .* — run preprocessing.py again"):
+        lungaug.stage_line(2, options)
+
+
+@pytest.mark.parametrize("words, passed", [
+    (["report"], ["report"]), (["report", "runs/a"], ["report", "--run", "runs/a"]),
+    (["report", "--run", "runs/a"], ["report", "--run", "runs/a"])])
+def test_main__report_takes_the_folder_with_and_without_its_option(monkeypatch, words, passed):
+    """`report runs/demo` is `report --run runs/demo`."""
+    scripts = []
+    monkeypatch.setattr(lungaug, "run_script", lambda *words: scripts.append(words))
+    monkeypatch.setattr(sys, "argv", ["lungaug.py", *words])
+    lungaug.main()
+    assert scripts == [("evaluate.py", *passed)]
 
 
 # Randomness

@@ -78,8 +78,8 @@ def near(a, b, tolerance=1e-12):
 
 
 def kinds(kind, cube):
-    """The kinds of the layers that a network runs, in their order."""
-    return [layer.split("(")[0] for _, layer, _, _ in table(kind, cube)]
+    """The kinds of the layers that a network runs, in words, in their order."""
+    return [layer for _, layer, _, _ in table(kind, cube)]
 
 
 # Channels
@@ -186,18 +186,18 @@ def test_rule_3_1_layer_norm__the_only_norm(kind):
     assert len(found) == 6 and all(type(m) is nn.GroupNorm and m.num_groups == 1 for m in found)
 
 
-UP = ["UpsampleConv3d", "GroupNorm", "LeakyReLU", "Conv3d", "GroupNorm", "LeakyReLU", "Conv3d"]
-DOWN = ["Conv3d", "GroupNorm", "LeakyReLU", "ConvDownsample3d", "GroupNorm", "LeakyReLU", "Conv3d"]
+UP = ["nearest ×2 → conv 3³", "layer norm", "leaky ReLU", "conv 3³", "layer norm", "leaky ReLU", "skip: conv 1³"]
+DOWN = ["conv 3³", "layer norm", "leaky ReLU", "conv 3³ → mean pool 2", "layer norm", "leaky ReLU", "skip: conv 1³"]
 
 
 def test_rule_3_1_layer_norm__where_the_generator_has_it():
     """After each convolution of a block, then LReLU; none after the linear, the skips and the last convolution."""
-    assert kinds(Generator, 12) == ["Linear", "Unflatten", *UP, *UP, "Conv3d"]
+    assert kinds(Generator, 12) == ["linear", "reshape", *UP, *UP, "conv 3³"]
 
 
 def test_rule_3_1_layer_norm__where_the_critic_has_it():
     """After each convolution of a block, then LReLU; none after the skips and the heads."""
-    assert kinds(Critic, 12) == [*DOWN, *DOWN, "Flatten", "Linear", "Linear"]
+    assert kinds(Critic, 12) == [*DOWN, *DOWN, "flatten", "linear", "linear"]
 
 
 def test_rule_3_1_leaky_relu__by_hand():
@@ -427,9 +427,9 @@ def test_rule_3_1_first_block__the_cube_enters_it():
 def test_rule_3_1_first_block__one_convolution_at_full_size(cube):
     """Of all the critic's layers only the first convolution, its norm and its activation keep the cube's side."""
     critic = Critic(cube, 1)
-    full_size = [row.layer.split("(")[0] for row in layer_table(critic, torch.zeros(1, 1, cube, cube, cube))
+    full_size = [row.layer for row in layer_table(critic, torch.zeros(1, 1, cube, cube, cube))
                  if row.shape.endswith(f"{cube}×{cube}×{cube}")]
-    assert full_size == ["Conv3d", "GroupNorm", "LeakyReLU"]
+    assert full_size == ["conv 3³", "layer norm", "leaky ReLU"]
 
 
 @pytest.mark.parametrize("output", [0, 1])
@@ -495,9 +495,9 @@ def test_rule_3_1_critic__sees_every_part_of_the_cube(corner):
 @pytest.mark.parametrize("cube, halvings", [(6, 1), (12, 2), (24, 3), (48, 4)])
 def test_rule_3_2_classifier__strided_convolution_and_max_pool_in_turn(cube, halvings):
     """Strided convolution and max pool in turn until side 3, an LReLU a convolution; linear, LReLU, linear."""
-    body = [layer for layer in kinds(Classifier, cube) if layer != "LeakyReLU"]
-    assert body == [*(["Conv3d", "MaxPool3d"] * 2)[:halvings], "Flatten", "Linear", "Linear"]
-    assert kinds(Classifier, cube).count("LeakyReLU") == body.count("Conv3d") + 1
+    body = [layer for layer in kinds(Classifier, cube) if layer != "leaky ReLU"]
+    assert body == [*(["conv 3³, stride 2", "max pool 2"] * 2)[:halvings], "flatten", "linear", "linear"]
+    assert kinds(Classifier, cube).count("leaky ReLU") == body.count("conv 3³, stride 2") + 1
 
 
 def test_rule_3_2_classifier__is_the_activation_before_the_pooling():
@@ -519,7 +519,7 @@ def test_rule_3_2_classifier__is_the_activation_before_the_pooling():
 
 def test_rule_3_2_classifier__each_halves_every_axis():
     """48: 16 channels of 24³, pooled to 12³; 32 of 6³, pooled to 3³; then 32·27, 64 and 2 numbers."""
-    shapes = [shape for _, layer, shape, _ in table(Classifier, 48) if not layer.startswith("LeakyReLU")]
+    shapes = [shape for _, layer, shape, _ in table(Classifier, 48) if layer != "leaky ReLU"]
     assert shapes == ["16×24×24×24", "16×12×12×12", "32×6×6×6", "32×3×3×3", "864", "64", "2"]
 
 
@@ -561,6 +561,13 @@ def test_layer_table__by_hand():
     """The critic's first convolution, width 2: 2 channels of 6³ from one, 27·2 + 2 numbers; the score's 4·27 + 1."""
     rows = {name: (shape, parameters) for name, _, shape, parameters in table(Critic, 6, 2)}
     assert (rows["trunk.0.body.0"], rows["score"]) == (("2×6×6×6", 56), ("1", 109))
+
+
+def test_layer_table__knows_every_layer():
+    """No layer of any network is shown as PyTorch shows it, with arguments in parentheses."""
+    for kind in (Generator, Critic, Classifier):
+        assert not [layer for layer in kinds(kind, 24) if "(" in layer]
+    assert models.in_words("any", nn.Softplus()).startswith("Softplus(")
 
 
 def test_layer_table__leaves_no_hook():

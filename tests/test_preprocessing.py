@@ -231,6 +231,15 @@ def test_rule_2_1_1_resample__outside_lies_air(name):
     assert (volume.hu == 40).sum() > 500
 
 
+def test_rule_2_1_1_resample__one_point_by_hand(compared):
+    """Voxels of 2 mm along x, 0 and 100 HU: 1 mm lies half-way, at 50; so along y and along z, by 200 and by 400."""
+    hu = np.array([[[0, 100], [200, 300]], [[400, 500], [600, 700]]])
+    volume = preprocessing.resample(scan_of(hu.astype(np.int16), np.eye(3), spacing=(2, 2, 2)))
+    points = [volume.hu[0, 0, 1], volume.hu[0, 1, 0], volume.hu[1, 0, 0], volume.hu[1, 1, 1]]
+    compared("HU", points, [50, 100, 200, 350])
+    assert points == [50, 100, 200, 350]
+
+
 def test_rule_2_1_1_resample__a_step_of_one_voxel_moves_the_array_by_one():
     """At 1 mm already, the volume is the scan itself, shifted by nothing, its origin too."""
     scan = scan_of(noise(SHAPE), np.eye(3), spacing=(1, 1, 1))
@@ -323,9 +332,10 @@ def test_rule_2_1_2_clip__bounds_and_dtype():
     assert clipped.dtype == np.int16
 
 
-def test_eq_2_1_2_normalize__ends_and_middle():
+def test_eq_2_1_2_normalize__ends_and_middle(compared):
     """−1000 HU → −1, 400 HU → 1, −300 HU, half-way, → 0; water, 0 HU → 3/7."""
     x = preprocessing.normalize(np.array([-1000, 400, -300, 0], np.int16))
+    compared("x", x, [-1.0, 1.0, 0.0, 3 / 7])
     assert x.dtype == np.float32
     assert np.abs(x - [-1, 1, 0, 3 / 7]).max() < 2e-7
 

@@ -117,7 +117,17 @@ def test_run__each_stages_command_is_printed_first_and_can_be_typed(tiny):
     """Each stage's command stands before its output, in the order of the thesis, as a student would type it."""
     commands = re.findall(r"^\$ python (\S+) (.*)$", tiny.command.out, re.M)
     assert tuple(script for script, _ in commands) == SCRIPTS and all("--run R" in words for _, words in commands)
-    assert tiny.command.out.strip().splitlines()[0].startswith("$ python preprocessing.py")
+    first, blank, command, *_ = tiny.command.out.strip().splitlines()
+    assert first == "Stage 1 of 4." and not blank and command.startswith("$ python preprocessing.py")
+
+
+def test_run__each_stage_is_announced(tiny):
+    """Before each command its number; the GAN's has a time, too, which is known once the scans are prepared."""
+    lines = re.findall(r"^(Stage .*)\n\n\$ python (\S+)", tiny.command.out, re.M)
+    assert tuple(script for _, script in lines) == SCRIPTS
+    texts = [text for text, _ in lines]
+    assert re.fullmatch(r"Stage 2 of 4, about \d+ s\.", texts.pop(1))
+    assert texts == ["Stage 1 of 4.", "Stage 3 of 4.", "Stage 4 of 4."]
 
 
 def test_run__each_stage_is_given_its_own_options_alone(tiny):

@@ -13,6 +13,7 @@ import signal
 import subprocess
 import sys
 import time
+from collections import deque
 from types import SimpleNamespace
 from typing import NamedTuple
 
@@ -853,3 +854,18 @@ def train_in_one(folder, dataset, **changes):
     """Train in this process, from the folder's checkpoint where there is one."""
     trainer = train_gan.start_or_resume(folder, options(**changes), dataset, CPU)
     train_gan.train(trainer, dataset, folder)
+
+
+def test_status__smooths_the_estimate_and_shows_alpha():
+    """The mean of the estimates so far, then of the last twenty: one epoch's own jumps up and down."""
+    estimates = deque(maxlen=train_gan.SMOOTHED)
+
+    def line(estimate, alpha):
+        critic = {"wasserstein": estimate, "real_accuracy": 0.5, "fake_accuracy": 1.0}
+        return train_gan.status({"critic": critic, "alpha": alpha}, estimates)
+
+    assert line(4.0, 3.0) == "W 4.00, α 3, class accuracy 0.50 on reals, 1.00 on fakes"
+    assert line(0.0, 10.0).startswith("W 2.00, α 10, ")
+    for _ in range(18):
+        last = line(0.0, 1.0)
+    assert last.startswith("W 0.20, ") and line(0.0, 1.0).startswith("W 0.00, ")

@@ -1,9 +1,13 @@
 """Mistakes that people publish, each as a function that takes the right one's place.
 
     python tests/wrong_versions.py                       # each in turn; its guard must fail
-    python tests/wrong_versions.py --only sigmoid_score
-    python lungaug.py audit --wrong sigmoid_score        # for a lecture: every check that catches it
+    python tests/wrong_versions.py sigmoid_score         # one of them
+    python tests/wrong_versions.py --list                # their names, a line each
+    python lungaug.py audit --wrong sigmoid_score        # for a lecture: right, wrong, what differs
+    python tests/wrong_versions.py sigmoid_score -- train_gan.py --run runs/e1 --epochs 60
     LUNGAUG_WRONG=sigmoid_score python -m pytest tests/test_models.py
+
+With a stage behind --, that stage is run with the mistake in place: what it leaves says so.
 
 Most were found in well-known repositories. A wrong version has the arguments and the result of the
 right one. Where it calls a right function by a name that is imported below, it gets the right one,
@@ -15,6 +19,7 @@ import argparse
 import importlib
 import inspect
 import itertools
+import os
 import sys
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -572,10 +577,62 @@ def show(name):
     return "\n".join(lines) + "\n"
 
 
+def list_of_names():
+    """A line for each mistake: its name and what it is."""
+    return "\n".join(f"{name:<26}{row.says}" for name, row in WRONG.items())
+
+
+def check_name(name):
+    """Raise Refusal where no mistake has this name."""
+    remedy = (lungaug.suggestion(name, WRONG)
+              or "python tests/wrong_versions.py --list shows the names")
+    lungaug.check(name in WRONG, name, "no published mistake has this name", remedy)
+
+
+# Run a stage with one in place
+
+def run_stage(name, script, words):
+    """Run a stage in this process with a mistake in place. Returns its exit status."""
+    scripts = [f"{stage}.py" for stage in lungaug.STAGES]
+    remedy = lungaug.suggestion(script, scripts) or f"give one of {', '.join(scripts)}"
+    lungaug.check(script in scripts, script, "is no stage", remedy)
+
+    warning = f"MADE WITH A MISTAKE, {name}: {WRONG[name].says}"
+    print(warning, flush=True)
+    install(name)
+    mark_files(name, warning)
+    # Where worker processes are started anew, they read it at the end of this file.
+    os.environ["LUNGAUG_WRONG"] = name
+
+    sys.argv = [script, *words]
+    status = importlib.import_module(Path(script).stem).main()
+    print(warning, flush=True)
+    return status
+
+
+def mark_files(name, warning):
+    """Let what a stage leaves name the mistake: the settings of its files, and its page.
+
+    So a right training is not resumed with the mistake, and the report says what it shows.
+    """
+    settings_of = lungaug.settings_of
+    save_page = lungaug.save_page
+
+    def marked_settings_of(options, record):
+        return settings_of(options, record) | {"mistake": name}
+
+    def save_marked_page(folder, options, items):
+        heading, *rest = items
+        save_page(folder, options, [heading, lungaug.Text(warning), *rest])
+
+    lungaug.settings_of = marked_settings_of
+    lungaug.save_page = save_marked_page
+
+
 # Does each guard fail?
 
 def run_guard(name):
-    """{test: passed} of a mistake's guard, with the mistake in place."""
+    """{test: Verdict} of a mistake's guard, with the mistake in place."""
     # audit imports this file, so it cannot be imported before this file is complete.
     import audit
 
@@ -583,11 +640,8 @@ def run_guard(name):
     return audit.verdicts(select=guard, wrong=name).get(guard, {})
 
 
-def main():
-    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-    parser.add_argument("--only", choices=sorted(WRONG), metavar="NAME", help="one mistake")
-    options = parser.parse_args()
-    names = [options.only] if options.only else list(WRONG)
+def check_guards(names):
+    """Put each mistake in place and run its guard. Returns the exit status."""
     for name in names:
         for _, target in replacements(name):
             locate(name, target)
@@ -595,7 +649,7 @@ def main():
     missed = 0
     with ThreadPoolExecutor(2) as pool:
         for name, results in zip(names, pool.map(run_guard, names)):
-            failed = not all(results.values())
+            failed = not all(found.passed for found in results.values())
             verdict = "caught" if failed else "MISSED"
             print(f"{verdict:<8}{name:<26}{WRONG[name].guard} ({len(results)} tests)", flush=True)
             if not failed:
@@ -604,6 +658,39 @@ def main():
     print(f"{len(names) - missed} of {len(names)} mistakes caught by their guards.")
     return 1 if missed else 0
 
+
+def main():
+    # What follows -- is a stage's own command, which argparse must not read.
+    words = sys.argv[1:]
+    stage_words = []
+    if "--" in words:
+        place = words.index("--")
+        stage_words = words[place + 1:]
+        words = words[:place]
+
+    parser = argparse.ArgumentParser(
+        description=__doc__.split("\n")[0],
+        usage="python tests/%(prog)s [NAME] [-- STAGE.py [options of the stage]]")
+    parser.add_argument("name", nargs="?", metavar="NAME", help="one mistake")
+    parser.add_argument("--only", dest="name_again", metavar="NAME", help="the same")
+    parser.add_argument("--list", action="store_true", help="list the names, a line each")
+    options = parser.parse_args(words)
+    if options.list:
+        print(list_of_names())
+        return 0
+
+    name = options.name or options.name_again
+    if name:
+        check_name(name)
+    if not stage_words:
+        return check_guards([name] if name else list(WRONG))
+    lungaug.check(name, "--", "a stage needs the name of the mistake before it",
+                  "python tests/wrong_versions.py --list shows the names")
+    return run_stage(name, stage_words[0], stage_words[1:])
+
+
+if __name__ == "__mp_main__" and os.environ.get("LUNGAUG_WRONG"):
+    install(os.environ["LUNGAUG_WRONG"])
 
 if __name__ == "__main__":
     lungaug.command(main)
