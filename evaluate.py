@@ -558,47 +558,16 @@ def prior_threshold(prevalence):
 
 # Beyond the thesis: differences with intervals. The unit is the scan: cubes of one scan are alike
 
-def auc_influence(labels, scores, scans):
-    """S·∂AUC/∂wₛ = S·(Σ₊ (V₊ − AUC)/n₊ + Σ₋ (V₋ − AUC)/n₋)   [eq_beyond_auc_influence]
+def scan_influences(statistic, scans):
+    """(S − 1)·(θ − θ₋ₛ) of each scan s of S, θ₋ₛ being θ without it   [eq_beyond_influence]
 
-    Sums over the positives and the negatives of scan s, of S. V of a positive: the share of all
-    negatives below it; of a negative: of all positives above it; a tie is half (DeLong 1988; by
-    clusters, Obuchowski 1997). labels, scores: (n,); scans: (n,), from 0 to S − 1. Returns (S,);
-    their mean is 0.
+    The jackknife (Tukey 1958). statistic: gives θ of the cubes where a mask (n,) is true; scans:
+    (n,), the scan of each cube, from 0 to S − 1. Returns (S,).
     """
-    labels = np.asarray(labels, bool)
-    scores = np.asarray(scores, float)
     n_scans = scans.max() + 1
-    auc = roc_auc(labels, scores)
-
-    def share_below(values, of):
-        """Which share of the sorted `of` lies below each value, a tie being half."""
-        below = np.searchsorted(of, values, "left")
-        not_above = np.searchsorted(of, values, "right")
-        return (below + not_above) / (2 * len(of))
-
-    positives = np.sort(scores[labels])
-    negatives = np.sort(scores[~labels])
-    terms = np.empty(len(scores))
-    terms[labels] = (share_below(scores[labels], negatives) - auc) / len(positives)
-    terms[~labels] = (1 - share_below(scores[~labels], positives) - auc) / len(negatives)
-    return n_scans * np.bincount(scans, terms, n_scans)
-
-
-def f1_influence(labels, predictions, weights, scans):
-    """S·∂F1/∂wₛ = S·(2·TPₛ − F1·(2·TPₛ + FPₛ + FNₛ))/(2·TP + FP + FN)   [eq_beyond_f1_influence]
-
-    labels, predictions, weights: (n,); scans: (n,), from 0 to S − 1. Returns (S,); their mean is 0.
-    """
-    labels = np.asarray(labels, bool)
-    predictions = np.asarray(predictions, bool)
-    n_scans = scans.max() + 1
-    tp = np.bincount(scans, weights * (labels & predictions), n_scans)
-    wrong = np.bincount(scans, weights * (labels ^ predictions), n_scans)
-
-    counted = 2 * tp + wrong
-    score = ratio(2 * tp.sum(), counted.sum())
-    return n_scans * (2 * tp - score * counted) / counted.sum()
+    whole = statistic(np.ones(len(scans), bool))
+    without = [statistic(scans != scan) for scan in range(n_scans)]
+    return (n_scans - 1) * (whole - np.array(without))
 
 
 def standard_error(influences):
@@ -642,35 +611,47 @@ class Measured(NamedTuple):
     """F1 at argmax and AUC of one classifier, and each scan's influence on them, (S,)."""
     f1: float
     auc: float
-    f1_influence: np.ndarray
-    auc_influence: np.ndarray
+    f1_influences: np.ndarray
+    auc_influences: np.ndarray
 
 
 def measure(test, scores):
     """Measured of one classifier's scores (n,) of a Scored's cubes; each nodule counts once."""
     predictions = predict_labels(scores)
+
+    def f1_of(cubes):
+        return f1(confusion_matrix(test.labels[cubes], predictions[cubes], test.weights[cubes]))
+
+    def auc_of(cubes):
+        return roc_auc(test.labels[cubes], scores[cubes])
+
+    everything = np.ones(len(scores), bool)
     return Measured(
-        f1=f1(confusion_matrix(test.labels, predictions, test.weights)),
-        auc=roc_auc(test.labels, scores),
-        f1_influence=f1_influence(test.labels, predictions, test.weights, test.scans),
-        auc_influence=auc_influence(test.labels, scores, test.scans),
+        f1=f1_of(everything),
+        auc=auc_of(everything),
+        f1_influences=scan_influences(f1_of, test.scans),
+        auc_influences=scan_influences(auc_of, test.scans),
     )
 
 
-def compare(test, arm, other):
+def measure_arms(test):
+    """arm → the Measured of each of its repeats; test: Scored."""
+    return {arm: [measure(test, scores) for scores in of_arm]
+            for arm, of_arm in test.scores.items()}
+
+
+def compare(measured, arm, other):
     """One arm minus another, in F1 and in AUC, with a 95% interval over scans, as JSON holds them.
 
-    Each difference is the mean over repeats, which are paired by their seeds; so is each scan's
-    influence. `spread` is the standard deviation of the difference over repeats.
+    measured: of `measure_arms`. Each difference is the mean over repeats, which are paired by their
+    seeds; so is each scan's influence. `spread` is the standard deviation of the difference over
+    repeats.
     """
-    pairs = []
-    for scores, other_scores in zip(test.scores[arm], test.scores[other]):
-        pairs.append((measure(test, scores), measure(test, other_scores)))
-
+    pairs = list(zip(measured[arm], measured[other]))
     result = {}
     for name in ("f1", "auc"):
         differences = [getattr(a, name) - getattr(b, name) for a, b in pairs]
-        influences = [getattr(a, f"{name}_influence") - getattr(b, f"{name}_influence")
+        influences = [getattr(a, f"{name}_influences") - getattr(b, f"{name}_influences")
                       for a, b in pairs]
         difference = float(np.mean(differences))
         low, high = t_interval(difference, np.mean(influences, axis=0))
@@ -683,10 +664,10 @@ def compare(test, arm, other):
 COMPARED = (("mixed", "real"), ("mixed", "longer"), ("fake", "real"))
 
 
-def compare_arms(test):
-    """{"mixed - real": `compare`, …} of those arms that were trained."""
-    return {f"{arm} - {other}": compare(test, arm, other)
-            for arm, other in COMPARED if arm in test.scores and other in test.scores}
+def compare_arms(measured):
+    """{"mixed - real": `compare`, …} of those arms that were trained; of `measure_arms`."""
+    return {f"{arm} - {other}": compare(measured, arm, other)
+            for arm, other in COMPARED if arm in measured and other in measured}
 
 
 def format_difference(row):
@@ -748,8 +729,11 @@ def chosen_threshold(arm, repeat, test, validation):
     return best_threshold(validation.labels, validation.scores[arm][repeat], validation.weights)
 
 
-def summarize_arm(arm, test, validation, prevalence):
-    """`operating_points` of an arm: {name: {"mean", "spread"}} over its repeats."""
+def summarize_arm(arm, test, validation, measured, prevalence):
+    """`operating_points` of an arm: {name: {"mean", "spread"}} over its repeats.
+
+    measured: of `measure_arms`, for the intervals of F1 and AUC.
+    """
     rows = []
     for repeat, scores in enumerate(test.scores[arm]):
         threshold = chosen_threshold(arm, repeat, test, validation)
@@ -761,9 +745,9 @@ def summarize_arm(arm, test, validation, prevalence):
         summary[name] = {"mean": float(np.mean(values)), "spread": spread(values)}
 
     # F1 and AUC have an interval over the scans, too.
-    measured = [measure(test, scores) for scores in test.scores[arm]]
     for name, entry in (("f1", summary["f1_argmax"]), ("auc", summary["auc"])):
-        influences = np.mean([getattr(row, f"{name}_influence") for row in measured], axis=0)
+        of_repeats = [getattr(row, f"{name}_influences") for row in measured[arm]]
+        influences = np.mean(of_repeats, axis=0)
         low, high = t_interval(entry["mean"], influences)
         # Neither can be below 0 or above 1. nan stays.
         entry["low"] = float(np.maximum(low, 0))
@@ -2791,7 +2775,8 @@ def print_results(results):
 def compare_and_count(dataset, test, validation):
     """The verdict and the numbers on which it rests, as results.json holds them."""
     prevalence = training_prevalence(dataset)
-    differences = compare_arms(test)
+    measured = measure_arms(test)
+    differences = compare_arms(measured)
     n_scans = int(test.scans.max() + 1)
     n_nodules = len(dataset.positives["test"])
     return {
@@ -2805,7 +2790,8 @@ def compare_and_count(dataset, test, validation):
         },
         "tables": tables(test),
         "control": table_of(*CONTROL, test),
-        "arms": {arm: summarize_arm(arm, test, validation, prevalence) for arm in test.scores},
+        "arms": {arm: summarize_arm(arm, test, validation, measured, prevalence)
+                 for arm in test.scores},
         "differences": differences,
     }
 

@@ -83,7 +83,8 @@ def count_coverage(n_scans, n_sets, truth, rng):
     progress = lungaug.Progress(f"sets of {n_scans} scans", n_sets)
     for done in range(1, n_sets + 1):
         labels, scans, scores = draw_set(n_scans, rng)
-        rows = evaluate.compare(scored(labels, scans, scores), "a", "b")
+        measured = evaluate.measure_arms(scored(labels, scans, scores))
+        rows = evaluate.compare(measured, "a", "b")
         intervals = {("t", name): (row["low"], row["high"]) for name, row in rows.items()}
         for name, interval in bootstrap(labels, scans, scores, rng).items():
             intervals["bootstrap", name] = interval
