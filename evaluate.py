@@ -15,13 +15,19 @@ page of all of it.
 
 import base64
 import csv
+import functools
+import hashlib
 import html
 import io
 import itertools
+import json
 import math
+import re
+import struct
 import sys
 from pathlib import Path
 from typing import NamedTuple
+from xml.etree import ElementTree
 
 import lungaug
 from lungaug import check
@@ -1064,6 +1070,12 @@ class Point(NamedTuple):
     colour: str
 
 
+class Mark(NamedTuple):
+    """A value of x at which something changes, with its name."""
+    name: str
+    x: float
+
+
 def ticks(low, high):
     """Round numbers within [low, high], half a dozen or so."""
     # The step is 1, 2 or 5 times a power of ten, and leaves at most nine numbers.
@@ -1136,11 +1148,20 @@ class Axes:
         parts = []
         for value in ticks(self.low, self.high):
             y = self.y(value)
-            parts.append(f'<path d="M{LEFT} {y:.1f}H{RIGHT}" stroke="#ddd"/>')
+            parts.append(f'<path class="grid" d="M{LEFT} {y:.1f}H{RIGHT}" stroke="#ddd"/>')
             parts.append(chart_text(LEFT - 5, y + 4, f"{value:g}", "end"))
         for value in ticks(self.first, self.last):
             parts.append(chart_text(self.x(value), BOTTOM + 15, f"{value:g}"))
         return "".join(parts)
+
+    def mark(self, mark):
+        """A Mark: a dashed line across the plot, and its name at the top."""
+        x = self.x(mark.x)
+        anchor = "start" if x < (LEFT + RIGHT) / 2 else "end"
+        place = x + 4 if anchor == "start" else x - 4
+        line = f'<path class="mark" d="M{x:.1f} {TOP}V{BOTTOM}" stroke="#777" '
+        return (f'{line}stroke-dasharray="4 3"/>'
+                f'{chart_text(place, TOP + 10, mark.name, anchor)}')
 
     def curve(self, line, colour):
         """A line and its band."""
@@ -1150,8 +1171,9 @@ class Axes:
             around = f"{self.points(line.x, high)} {self.points(line.x[::-1], low[::-1])}"
             parts.append(f'<polygon fill="{colour}" fill-opacity=".2" points="{around}"/>')
         points = self.points(line.x, line.y)
+        name = html.escape(line.name)
         parts.append(f'<polyline fill="none" stroke="{colour}" stroke-width="1.6" '
-                     f'points="{points}"/>')
+                     f'data-name="{name}" points="{points}"/>')
         return "".join(parts)
 
     def dot(self, point):
@@ -1170,13 +1192,17 @@ def legend(lines):
     return f'<text x="{RIGHT}" y="29" text-anchor="end">{"".join(names)}</text>'
 
 
-def curves(title, lines, x_label, y_label, points=()):
-    """A chart of Lines and Points, as a group of SVG."""
+def curves(title, lines, x_label, y_label, points=(), marks=(), y_range=None):
+    """A chart of Lines, Points and Marks, as a group of SVG.
+
+    y_range: (low, high) of the y axis, for charts that are compared; by default that of the lines.
+    The group says its ranges, so that the page's script can turn pixels into values.
+    """
     dots = [Line(point.name, [point.x], [point.y]) for point in points]
-    axes = Axes(x_limits(lines), y_limits([*lines, *dots]))
+    axes = Axes(x_limits(lines), y_range or y_limits([*lines, *dots]))
     turned = f'transform="translate(13 {CHART_HEIGHT / 2}) rotate(-90)"'
     parts = [
-        f'<rect width="{CHART_WIDTH}" height="{CHART_HEIGHT}" fill="#fff"/>',
+        f'<rect class="chart-paper" width="{CHART_WIDTH}" height="{CHART_HEIGHT}" fill="#fff"/>',
         chart_text(CHART_WIDTH / 2, 15, title),
         chart_text(CHART_WIDTH / 2, CHART_HEIGHT - 8, x_label),
         chart_text(0, 0, y_label, more=turned),
@@ -1185,8 +1211,11 @@ def curves(title, lines, x_label, y_label, points=()):
     for line, colour in zip(lines, itertools.cycle(COLOURS)):
         parts.append(axes.curve(line, colour))
     parts += [axes.dot(point) for point in points]
+    parts += [axes.mark(mark) for mark in marks]
     parts.append(legend(lines))
-    return f"<g>{''.join(parts)}</g>"
+    ranges = (f'data-x="{axes.first:g} {axes.last:g}" data-y="{axes.low:.9g} {axes.high:.9g}" '
+              f'data-label="{html.escape(x_label)}"')
+    return f'<g class="chart" {ranges}>{"".join(parts)}</g>'
 
 
 def side_by_side(charts, columns=2):
@@ -1200,7 +1229,7 @@ def side_by_side(charts, columns=2):
     width = min(columns, len(charts)) * CHART_WIDTH
     height = math.ceil(len(charts) / columns) * CHART_HEIGHT
     return (f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {width} {height}" '
-            f'width="{width}" height="{height}" font-family="sans-serif" font-size="11">'
+            f'width="{width}" height="{height}" font-family="sans-serif" font-size="12">'
             f'{"".join(moved)}</svg>')
 
 
@@ -1220,30 +1249,56 @@ def smooth(values, window):
     return mean, (mean - half_band, mean + half_band)
 
 
+# The values that a term can have; a band of ±1.96 standard deviations may reach beyond them.
+POSSIBLE = {
+    "wasserstein": (-np.inf, np.inf),
+    "auxiliary": (0, np.inf),
+    "penalty": (0, np.inf),
+    "real_accuracy": (0, 1),
+    "fake_accuracy": (0, 1),
+}
+
+
 def gan_line(name, rows, network, term):
-    """A term of a network's loss through the GAN log's rows, as a smoothed Line with its band."""
+    """A term of a network's loss through the GAN log's rows, as a smoothed Line with its band.
+
+    The band is cut off at the values that the term can have.
+    """
     epochs = [row["epoch"] for row in rows]
     window = max(3, len(rows) // 40)
-    mean, band = smooth([row[network][term] for row in rows], window)
-    return Line(name, epochs, mean, band)
+    mean, (low, high) = smooth([row[network][term] for row in rows], window)
+    lowest, highest = POSSIBLE[term]
+    return Line(name, epochs, mean, (np.maximum(low, lowest), np.minimum(high, highest)))
+
+
+def alpha_marks(rows):
+    """A Mark at each epoch of the GAN log's rows from which α has another value."""
+    marks = []
+    for before, row in itertools.pairwise(rows):
+        if row.get("alpha") != before.get("alpha"):
+            marks.append(Mark(f"α = {row['alpha']:g}", row["epoch"]))
+    return marks
 
 
 def figure_7(rows):
     """The GAN log's rows as one SVG of four charts of smoothed curves with 95% bands."""
+    marks = alpha_marks(rows)
+
     def line(name, network, term):
         return gan_line(name, rows, network, term)
 
-    estimate = curves("Wasserstein distance estimate",
-                      [line("f(real) − f(fake)", "critic", "wasserstein")], "epoch", "estimate")
-    auxiliary = curves("Auxiliary classification",
-                       [line("critic, reals and fakes", "critic", "auxiliary"),
-                        line("generator, fakes", "generator", "auxiliary")],
-                       "epoch", "cross-entropy")
-    penalty = curves("Gradient penalty",
-                     [line("(‖∇f‖ − 1)²", "critic", "penalty")], "epoch", "penalty")
-    accuracy = curves("Class accuracy of the critic",
-                      [line("on reals", "critic", "real_accuracy"),
-                       line("on fakes", "critic", "fake_accuracy")], "epoch", "accuracy")
+    def chart(title, lines, y_label):
+        return curves(title, lines, "epoch", y_label, marks=marks)
+
+    estimate = chart("Wasserstein distance estimate",
+                     [line("f(real) − f(fake)", "critic", "wasserstein")], "estimate")
+    auxiliary = chart("Auxiliary classification",
+                      [line("critic, reals and fakes", "critic", "auxiliary"),
+                       line("generator, fakes", "generator", "auxiliary")], "cross-entropy")
+    penalty = chart("Gradient penalty", [line("(‖∇f‖ − 1)²", "critic", "penalty")], "penalty")
+    accuracy = chart("Class accuracy of the critic",
+                     [line("on reals", "critic", "real_accuracy"),
+                      line("on fakes", "critic", "fake_accuracy")], "accuracy")
     return side_by_side([estimate, auxiliary, penalty, accuracy])
 
 
@@ -1261,15 +1316,29 @@ def figure_7_of_runs(logs):
 
 
 def figure_8(logs):
-    """Training and validation loss of each classifier, one SVG; logs: arm → its log's rows."""
-    charts = []
+    """Training and validation loss of each classifier, one SVG; logs: arm → its log's rows.
+
+    All charts have one y axis, so that their heights compare; the epoch that is kept is marked.
+    """
+    of_arms = {}
     for arm, rows in logs.items():
         epochs = [row["epoch"] for row in rows]
-        lines = []
-        for name in ("train", "validation"):
-            lines.append(Line(name, epochs, [row[f"{name}_loss"] for row in rows]))
-        charts.append(curves(f"Classifier, {arm} data", lines, "epoch", "cross-entropy"))
-    return side_by_side(charts, columns=3)
+        of_arms[arm] = [Line(name, epochs, [row[f"{name}_loss"] for row in rows])
+                        for name in ("train", "validation")]
+    y_range = y_limits(itertools.chain.from_iterable(of_arms.values()))
+
+    charts = []
+    for arm, lines in of_arms.items():
+        kept = kept_epoch(logs[arm])
+        charts.append(curves(f"Classifier, {arm} data", lines, "epoch", "cross-entropy",
+                             marks=[Mark(f"kept: {kept}", kept)], y_range=y_range))
+    return side_by_side(charts)
+
+
+def kept_epoch(rows):
+    """The epoch of a classifier's log whose weights are kept, as `train_classifier.keep_best`."""
+    best = max(rows, key=lambda row: (row["validation_f1"], -row["validation_loss"]))
+    return best["epoch"]
 
 
 def roc_curve(labels, scores, rates):
@@ -1321,8 +1390,12 @@ def figure_profiles(profiles):
 
 
 def draw_curves(folder, run):
-    """Draw figure_7.svg and figure_8.svg of the logs that exist, a running training's too."""
+    """Draw figure_7.svg and figure_8.svg of the logs that exist, a running training's too.
+
+    A figure of a log that is gone is removed.
+    """
     remedy = "its log.jsonl is damaged: train again with --overwrite"
+    lungaug.remove(folder, "figure_7.svg", "figure_8.svg")
 
     gan_rows = lungaug.read_log(run / "gan" / "log.jsonl")
     if gan_rows:
@@ -1343,15 +1416,26 @@ def draw_curves(folder, run):
 
 # 2.1.7, 5.1 Figures 2, 3 and 9–14: cubes
 
-def slices(cube, columns=12):
+SLICED = 3          # cubes of each of figures 2 and 3
+SHEET = 90          # the grey between the pictures of a sheet, seen on white and on black paper
+
+
+def shades(x, window=None):
+    """[-1, 1] → 0…255 in a window of lungaug.WINDOWS, or over the whole range; any shape, uint8"""
+    if window is None:
+        return lungaug.grey(x)
+    return lungaug.windowed(preprocessing.denormalize(x), window)
+
+
+def slices(cube, columns=12, window=None):
     """All axial slices in reading order, superior to inferior   [rule_2_1_7_reading_order]
 
     cube: (z, y, x) in [-1, 1], z rising to superior. Returns uint8 grey.
     """
-    return lungaug.tile(lungaug.grey(cube[::-1]), columns, gap=1)
+    return lungaug.tile(shades(cube[::-1], window), columns, gap=1)
 
 
-def planes(cube):
+def planes(cube, window=None):
     """The middle planes of a cube (z, y, x) in [-1, 1], side by side, superior up; uint8 grey.
 
     They are the axial, the coronal and the sagittal one.
@@ -1360,14 +1444,15 @@ def planes(cube):
     axial = cube[middle]
     coronal = cube[::-1, middle]
     sagittal = cube[::-1, :, middle]
-    return lungaug.tile(lungaug.grey(np.stack([axial, coronal, sagittal])), 3, gap=1)
+    return lungaug.tile(shades(np.stack([axial, coronal, sagittal]), window), 3, gap=1)
 
 
-def draw_slices(path, dataset, rows, count=3):
-    """Draw some of the cubes at `rows`, slice by slice: figures 2 and 3."""
-    chosen = rows[lungaug.evenly(len(rows), count)]
+def draw_slices(path, dataset, rows):
+    """Draw some of the cubes at `rows`, slice by slice, in both windows: figures 2 and 3."""
+    chosen = rows[lungaug.evenly(len(rows), SLICED)]
     cubes = preprocessing.read_cubes(dataset, chosen)[:, 0]
-    sheet = lungaug.tile([slices(cube) for cube in cubes], 1, gap=6, paper=255)
+    sheets = [slices(cube, window=window) for cube in cubes for window in lungaug.WINDOWS]
+    sheet = lungaug.tile(sheets, 1, gap=6, paper=SHEET)
     lungaug.write(path, lungaug.png(sheet, lungaug.zoom(dataset.cube, 48)))
 
 
@@ -1381,22 +1466,43 @@ def draw_cubes(folder, dataset):
 
     all_positives = np.concatenate(list(dataset.positives.values()))
     cubes = preprocessing.read_cubes(dataset, all_positives[:24])[:, 0]
-    sheet = lungaug.tile([planes(cube) for cube in cubes], 4, gap=6, paper=255)
+    sheet = lungaug.tile([planes(cube, "lung window") for cube in cubes], 4, gap=6,
+                         paper=SHEET)
     lungaug.write(folder / "nodules.png", lungaug.png(sheet, 2))
 
 
-def pair(left, right):
+def pair(left, right, window=None):
     """Two cubes in [-1, 1] side by side: their middle planes, threefold, above all their slices."""
     halves = []
     for cube in (left, right):
-        sheet = slices(cube)
-        middle = planes(cube).repeat(3, axis=0).repeat(3, axis=1)
+        sheet = slices(cube, window=window)
+        middle = planes(cube, window).repeat(3, axis=0).repeat(3, axis=1)
 
-        # Fill up with white to the sheet's width, and leave three rows in between.
+        # Fill up with grey to the sheet's width, and leave three rows in between.
         missing_columns = sheet.shape[1] - middle.shape[1]
-        middle = np.pad(middle, ((0, 3), (0, missing_columns)), constant_values=255)
+        middle = np.pad(middle, ((0, 3), (0, missing_columns)), constant_values=SHEET)
         halves.append(np.concatenate([middle, sheet]))
-    return lungaug.tile(halves, 2, gap=8, paper=255)
+    return lungaug.tile(halves, 2, gap=8, paper=SHEET)
+
+
+def in_both_windows(pictures):
+    """A sheet of two rows, one per window of lungaug.WINDOWS; pictures(window): one row, uint8."""
+    rows = [pictures(window) for window in lungaug.WINDOWS]
+    return lungaug.tile(rows, 1, gap=1, paper=SHEET)
+
+
+def draw_in_step(path, *cubes):
+    """Draw cubes side by side, slice by slice, each slice in both windows, superior first."""
+    sheets = []
+    for z in reversed(range(len(cubes[0]))):
+        of_slice = np.stack([cube[z] for cube in cubes])
+
+        def row(window, of_slice=of_slice):
+            return lungaug.tile(shades(of_slice, window), len(cubes), gap=1)
+
+        sheets.append(in_both_windows(row))
+    sheet = lungaug.tile(sheets, 1, gap=0)
+    lungaug.write(path, lungaug.png(sheet, lungaug.zoom(len(cubes[0]), 48)))
 
 
 def choose_generated(run, dataset, count):
@@ -1440,8 +1546,11 @@ def draw_novelty(folder, run, dataset, count=6):
         # Draw the generated cube beside its nearest one.
         row = rows[[nearest[i]]]
         training_cube = preprocessing.read_cubes(dataset, row, flips[[nearest[i]]])[0, 0]
-        picture = lungaug.png(pair(query, training_cube), lungaug.zoom(dataset.cube, 48))
+        sheet = in_both_windows(functools.partial(pair, query, training_cube))
+        picture = lungaug.png(sheet, lungaug.zoom(dataset.cube, 48))
         lungaug.write(folder / f"figure_{9 + i}.png", picture)
+        if i == 0 and len(held_out):
+            draw_in_step(folder / "in_step.png", held_out[0], query, training_cube)
 
         # Record whose cube that is, and whether it has a nodule.
         scan = dataset.info["scans"][row[0, 0]]
@@ -1455,21 +1564,315 @@ def draw_novelty(folder, run, dataset, count=6):
     return {"generated": records, "held_out_distances": distances[len(queries):].tolist()}
 
 
+# Beyond the thesis: the best nodules and the worst errors, to look at
+
+def draw_planes(path, cube):
+    """Draw the middle planes of a cube (c, c, c) in [-1, 1], in both windows."""
+    sheet = in_both_windows(functools.partial(planes, cube))
+    lungaug.write(path, lungaug.png(sheet, lungaug.zoom(len(cube), 96)))
+
+
+def place_of(dataset, row):
+    """Where a row (4,) of the dataset is: {"seriesuid", "centre"}, the centre (x, y, z) in mm."""
+    scan = dataset.info["scans"][row[0]]
+    centre = np.array(scan["origin"]) + row[:0:-1]
+    return {"seriesuid": scan["seriesuid"], "centre": [round(float(mm), 2) for mm in centre]}
+
+
+def draw_best(folder, run, dataset, test, classifier, device):
+    """Draw the test positive and the accepted generated one that a classifier is surest of.
+
+    classifier: the real-trained one, of the first repeat. Leaves best_real.png and
+    best_generated.png; returns what results.json holds of them, less what there is not.
+    """
+    best = {}
+    rows, flips, labels = preprocessing.labelled(dataset, "test")
+    positives = np.flatnonzero(labels == 1)
+    if len(positives):
+        scores = test.scores["real"][0][positives]
+        chosen = positives[[scores.argmax()]]
+        cube = preprocessing.read_cubes(dataset, rows[chosen], flips[chosen])[0, 0]
+        draw_planes(folder / "best_real.png", cube)
+        best["real"] = {"probability": float(scores.max())} | place_of(dataset, rows[chosen[0]])
+
+    path = run / "classifiers" / "generated" / "positive.npy"
+    accepted = preprocessing.open_array(path, dataset.cube)
+    if len(accepted):
+        def read(numbers):
+            return preprocessing.normalize(accepted[numbers])[:, None]
+
+        def probability(cubes):
+            return classifier(cubes).softmax(1)[:, 1]
+
+        scores = lungaug.predict(probability, read, len(accepted), device)
+        number = int(scores.argmax())
+        draw_planes(folder / "best_generated.png", preprocessing.normalize(accepted[number]))
+        best["generated"] = {"probability": float(scores.max()), "number": number}
+    return best
+
+
+MOST_ERRORS = 6     # of each kind, that are drawn
+ERROR_KINDS = ("false positive", "false negative")
+
+
+def worst_errors(test, arm):
+    """kind → numbers of a Scored's cubes that an arm gets wrong, the worst first.
+
+    The probability is the mean over repeats. Of a nodule's flips the worst one stands for it.
+    """
+    probabilities = np.mean(test.scores[arm], axis=0)
+    found = predict_labels(probabilities)
+    order = np.argsort(probabilities, kind="stable")
+    false_positives = [i for i in order[::-1] if found[i] and test.labels[i] == 0]
+
+    # The eight flips of a nodule follow each other, and the positives come first.
+    false_negatives = {}
+    for i in order:
+        if not found[i] and test.labels[i] == 1:
+            false_negatives.setdefault(i // 8, i)
+    return {"false positive": false_positives[:MOST_ERRORS],
+            "false negative": list(false_negatives.values())[:MOST_ERRORS]}
+
+
+def draw_errors(folder, dataset, test, arm):
+    """Draw errors_<arm>.png: middle axial slices, false positives above false negatives.
+
+    Each row is drawn in both windows. Returns the errors, as results.json holds them.
+    """
+    rows, flips, _ = preprocessing.labelled(dataset, "test")
+    probabilities = np.mean(test.scores[arm], axis=0)
+    records = []
+    sheets = []
+    for kind, numbers in worst_errors(test, arm).items():
+        side = dataset.cube
+        pictures = {window: np.full((MOST_ERRORS, side, side), SHEET, np.uint8)
+                    for window in lungaug.WINDOWS}
+        for place, number in enumerate(numbers):
+            chosen = [number]
+            cube = preprocessing.read_cubes(dataset, rows[chosen], flips[chosen])[0, 0]
+            for window, of_window in pictures.items():
+                of_window[place] = shades(cube[side // 2], window)
+            records.append({"kind": kind, "probability": float(probabilities[number]),
+                            **place_of(dataset, rows[number]), "flip": int(flips[number])})
+        for of_window in pictures.values():
+            sheets.append(lungaug.tile(of_window, MOST_ERRORS, gap=1, paper=SHEET))
+
+    sheet = lungaug.tile(sheets, 1, gap=0)
+    picture = lungaug.png(sheet, lungaug.zoom(dataset.cube, 96))
+    lungaug.write(folder / f"errors_{arm}.png", picture)
+    return records
+
+
 def format_distances(values):
     return ", ".join(f"{value:.1f}" for value in values)
 
 
 # The page: what evaluate.py itself shows, and the report of all stages
 
-def novelty_figures(records):
-    """Figures 9–14 with their captions; records: of results.json."""
-    figures = []
+class Thresholds(NamedTuple):
+    """Confusion matrices of the arms at many thresholds, which a slider of the page chooses."""
+    caption: str
+    thresholds: list    # (k,), rising
+    counts: dict        # arm → (k, 4): TP, FP, FN, TN, each the mean over the repeats
+    code: tuple = ()
+
+
+# 161 thresholds, evenly spaced in the logarithm of the odds: most probabilities are near 0 or 1.
+LOG_ODDS = np.linspace(-8, 8, 161)
+
+
+def thresholds_of(test):
+    """The Thresholds of a Scored, positives counted with their flips as in Tables 2–5."""
+    values = 1 / (1 + np.exp(-LOG_ODDS))
+    counts = {}
+    for arm, of_arm in test.scores.items():
+        counts[arm] = []
+        for threshold in values:
+            of_repeats = [confusion_matrix(test.labels, scores > threshold) for scores in of_arm]
+            means = np.mean(of_repeats, axis=0)
+            counts[arm].append([round(float(mean), 1) for mean in means])
+    caption = ("What a threshold does. Move it: to the left nearly every cube is called positive, "
+               "to the right hardly any. The dots on the curves of the ROC below move along. "
+               "Tables 2–5 stand at ½. Positives are counted with their flips, and counts are "
+               "means over the repeats; the metrics are those of the mean counts, where Tables "
+               "2–5 give the mean of the repeats' metrics.")
+    return Thresholds(caption, values.tolist(), counts,
+                      code=("evaluate.confusion_matrix", "evaluate.predict_labels"))
+
+
+def sample_items(dataset):
+    """What the page shows of section 2.1.7: figures that need no training."""
+    centre = dataset.cube // 2
+    windows = [f"sample {number}, {window}" for number in range(1, SLICED + 1)
+               for window in lungaug.WINDOWS]
+    pixel_mm = 1 / lungaug.zoom(dataset.cube, 48)
+    reading = (f"each of its {dataset.cube} axial slices of 1 mm, from superior (top left) to "
+               f"inferior, row by row, in both windows ({lungaug.WINDOWS_SAY})")
+    return [
+        lungaug.Heading("2.1.7 Processed samples"),
+        lungaug.Figure("Nodules of the data set in their middle planes, in the lung window. The "
+                       "nodule is in the middle of each plane; axial planes show the patient from "
+                       "below, anterior up, the others have superior up. Look at how different in "
+                       "size, sharpness and surroundings they are: that is what the generator "
+                       "has to learn.",
+                       "nodules.png", code=("evaluate.draw_cubes", "evaluate.planes"),
+                       columns=("axial, coronal, sagittal",) * 4, pixel_mm=0.5),
+        lungaug.Figure(f"Figure 2. Positive samples, {reading}. The nodule's centre is in slice "
+                       f"{centre}: it appears in the slices before and is gone some slices later.",
+                       "figure_2.png", code=("evaluate.draw_slices", "evaluate.slices"),
+                       rows=windows, pixel_mm=pixel_mm),
+        lungaug.Figure(f"Figure 3. Negative samples, {reading}. They are drawn at random within "
+                       "the lungs, away from nodules. A vessel runs through many slices, where a "
+                       "nodule is round; black in the mediastinal window is lung without either.",
+                       "figure_3.png", code=("evaluate.draw_slices",
+                                             "preprocessing.draw_negatives"),
+                       rows=windows, pixel_mm=pixel_mm),
+    ]
+
+
+def curve_items(folder):
+    """What the page shows of the trainings: figures 7 and 8, as far as they are drawn."""
+    items = []
+    if (folder / "figure_7.svg").exists():
+        items += [
+            lungaug.Heading("4.1 Wasserstein GAN: loss curves"),
+            lungaug.Figure("Figure 7. The GAN's losses: running means, with bands that hold about "
+                           "95% of the values around them, cut off where no value is possible. "
+                           "The estimate f(real) − f(fake) rises while the critic learns, then "
+                           "falls as fakes become like reals; single values may be negative. Near "
+                           "0 it says that this critic tells them apart no longer, and not that "
+                           "the generator has variety. The penalty should stay small: slopes near "
+                           "1. An accuracy of 1 on fakes is no success by itself: the generator "
+                           "is rewarded for fakes whose class is plain. Dashed: a new α.",
+                           "figure_7.svg",
+                           code=("evaluate.figure_7", "losses.critic_loss",
+                                 "losses.gradient_penalty", "losses.generator_loss",
+                                 "train_gan.auxiliary_scale", "evaluate.smooth")),
+        ]
+    if (folder / "figure_8.svg").exists():
+        items += [
+            lungaug.Heading("4.4 Classifier"),
+            lungaug.Figure("Figure 8. Training and validation loss of the classifiers, of the "
+                           "first repeat, all on one axis. Where the training loss falls and the "
+                           "validation loss rises, a classifier learns its training set by heart. "
+                           "Dashed: the epoch of the best validation F1, whose weights are kept. "
+                           "The validation set is real for every arm: the loss of the arm fake "
+                           "shows how far generated cubes are from real ones. The control "
+                           "longer has as many steps as mixed.",
+                           "figure_8.svg",
+                           code=("evaluate.figure_8", "losses.classifier_loss",
+                                 "train_classifier.validate", "train_classifier.keep_best")),
+        ]
+    return items
+
+
+def best_items(results, dataset):
+    """The best real nodule and the best generated one, large."""
+    items = [lungaug.Heading("A real nodule and a generated one")]
+    best = results["best"]
+    pixel_mm = 1 / lungaug.zoom(dataset.cube, 96)
+    common = dict(rows=list(lungaug.WINDOWS), columns=("axial", "coronal", "sagittal"),
+                  pixel_mm=pixel_mm)
+    sure = ("of which the classifier that was trained on real data is surest, ŷ = "
+            "{probability:.4f}")
+    if "real" in best:
+        caption = (f"Real: the test nodule {sure.format(**best['real'])}. "
+                   f"{place_text(best['real'])}. Windows: {lungaug.WINDOWS_SAY}.")
+        items.append(lungaug.Figure(caption, "best_real.png",
+                                    code=("evaluate.draw_best", "evaluate.planes"), **common))
+    if "generated" in best:
+        caption = (f"Generated: the accepted positive {sure.format(**best['generated'])}. It is "
+                   "the best and no typical one: section 4.3 shows others.")
+        items.append(lungaug.Figure(caption, "best_generated.png",
+                                    code=("evaluate.draw_best", "train_classifier.generate"),
+                                    **common))
+    return items if len(items) > 1 else []
+
+
+def place_text(place):
+    """A scan and a place in it, as a line of text."""
+    x, y, z = place["centre"]
+    return f"Series {place['seriesuid']} at ({x:.1f}, {y:.1f}, {z:.1f}) mm"
+
+
+def class_name(label):
+    """positive (a nodule), or negative (no nodule)."""
+    return f"{CLASS_NAMES[label]}, {'a nodule' if label == 1 else 'no nodule'}"
+
+
+def novelty_items(novelty, dataset):
+    """Section 5.1: cubes in step, figures 9–14 with their captions, and distances."""
+    records = novelty["generated"]
+    pixel_mm = 1 / lungaug.zoom(dataset.cube, 48)
+    items = [lungaug.Heading("5.1 Generated samples")]
+    if records and novelty["held_out_distances"]:
+        nearest = class_name(records[0]["nearest_label"])
+        caption = ("Slice by slice in step: a real test nodule, the generated one of figure 9, "
+                   f"and the training cube nearest to that, which is {nearest}. Above the lung "
+                   "window, below the mediastinal one. Move the slider from superior to "
+                   "inferior: a copy would match its training cube in every slice.")
+        names = [f"slice {number} of {dataset.cube}" for number in range(1, dataset.cube + 1)]
+        items.append(lungaug.Figure(
+            caption, "in_step.png", code=("evaluate.draw_in_step", "evaluate.nearest_neighbours"),
+            rows=names, columns=("real, test set", "generated", f"nearest: {nearest}"),
+            pixel_mm=pixel_mm, first=dataset.cube // 2 - 1))
+
     for record in records:
         generated = "Generated" if record["accepted"] else "Generated, not accepted in 4.3"
+        nearest = class_name(record["nearest_label"])
         caption = (f"Figure {record['figure']}. {generated} (left); the nearest training sample, "
-                   f"l2 distance {record['distance']:.1f} (right).")
-        figures.append(lungaug.Figure(caption, f"figure_{record['figure']}.png"))
-    return figures
+                   f"l2 distance {record['distance']:.1f} (right), which is {nearest}. Above, "
+                   "threefold: the middle axial, coronal and sagittal plane; below: all axial "
+                   f"slices from superior to inferior. Windows: {lungaug.WINDOWS_SAY}.")
+        items.append(lungaug.Figure(
+            caption, f"figure_{record['figure']}.png",
+            code=("evaluate.draw_novelty", "evaluate.nearest_neighbours"),
+            rows=list(lungaug.WINDOWS), columns=("generated", f"nearest: {nearest}"),
+            pixel_mm=pixel_mm))
+
+    # List the distances, those of real nodules as the scale.
+    generated_distances = [record["distance"] for record in records]
+    rows = [("generated", format_distances(generated_distances)),
+            ("real test positives", format_distances(novelty["held_out_distances"]))]
+    items.append(lungaug.Table(
+        "Distance to the nearest training sample; 0 would be a copy. What surrounds a nodule has "
+        "most of the voxels: a small distance may be an empty lung beside an empty lung, and the "
+        "nearest is often a negative.", ("", "l2 distances"), rows))
+    return items
+
+
+ERROR_ARMS = ("real", "mixed")      # the two that the thesis compares
+
+
+def error_items(results, dataset):
+    """The worst errors of two arms: pictures, and where they are."""
+    items = [lungaug.Heading("Beyond the thesis: the worst errors")]
+    for arm, records in results["errors"].items():
+        rows = [f"{kind}s, {window}" for kind in ERROR_KINDS for window in lungaug.WINDOWS]
+        caption = (f"The worst errors of the arm {arm}, each the middle axial slice; the mean "
+                   "probability over the repeats falls from left to right for false positives, "
+                   "and rises for false negatives. Would you have called them? A bright vessel "
+                   "cut across looks like a nodule in one slice; grey fields are empty.")
+        items.append(lungaug.Figure(caption, f"errors_{arm}.png",
+                                    code=("evaluate.draw_errors", "evaluate.worst_errors"),
+                                    rows=rows,
+                                    columns=[str(n) for n in range(1, MOST_ERRORS + 1)],
+                                    pixel_mm=1 / lungaug.zoom(dataset.cube, 96)))
+        items.append(lungaug.Table(f"Where the errors of the arm {arm} are, in the order of the "
+                                   "picture.",
+                                   ("error", "ŷ", "flip", "x, y, z in mm", "series"),
+                                   error_rows(records)))
+    return items
+
+
+def error_rows(records):
+    """The rows of a table of errors, as text."""
+    rows = []
+    for record in records:
+        centre = ", ".join(f"{mm:.1f}" for mm in record["centre"])
+        rows.append((record["kind"], f"{record['probability']:.4f}", str(record["flip"]), centre,
+                     record["seriesuid"]))
+    return rows
 
 
 ARMS_HEAD = ("arm", "F1 with flips", "thesis", "F1", "AUC", "average precision")
@@ -1586,17 +1989,22 @@ def repeats_sentence(results):
             f"nodules and {counts['negatives']:,} negatives.")
 
 
-def beyond_items(results):
+def beyond_items(results, thresholds):
     """What the page says beyond the thesis: operating points, and the quality of what was made."""
     items = [
         lungaug.Heading("Beyond the thesis: operating points"),
+        thresholds,
+        lungaug.Figure("ROC curves of the arms, means over the repeats: the whole, and the part "
+                       "where few negatives are called positive. A curve nearer to the top left "
+                       "is better at every threshold. The dots with names are the thesis' Tables "
+                       "2 to 5, each in the colour of its arm.", "roc.svg",
+                       code=("evaluate.figure_roc", "evaluate.sensitivity_at",
+                             "evaluate.roc_auc")),
         lungaug.Table("F1 at three thresholds: ½, which is argmax; the best one of the validation "
                       "set; the one that corrects for training on as many positives as negatives. "
                       "Then the sensitivity at false positive rates; 0.65% and 2.39% are those of "
                       "the thesis' Tables 3 and 2. Each nodule counts once.",
                       OPERATING_HEAD, operating_rows(results)),
-        lungaug.Figure("ROC curves of the arms, means over the repeats. The dots are the thesis' "
-                       "Tables 2 to 5, each in the colour of its arm.", "roc.svg"),
         lungaug.Heading("Beyond the thesis: quality of the generated cubes"),
     ]
     for name in CLASS_NAMES.values():
@@ -1608,18 +2016,18 @@ def beyond_items(results):
         items.append(lungaug.Text(selection_sentence(results["quality"]["selection"])))
     items.append(lungaug.Figure("Mean HU by distance from the centre, ± a standard deviation over "
                                 "cubes: real training cubes, accepted ones, and those before "
-                                "selection.", "profiles.svg"))
+                                "selection. A nodule is dense in the middle and falls off to "
+                                "lung; a generated curve below the real one is a pale nodule, a "
+                                "narrower band less variety.", "profiles.svg",
+                                code=("evaluate.figure_profiles", "evaluate.radial_profile")))
     return items
 
 
-def page(results):
-    """What the report shows: whether it helped, sections 2, 4 and 5 in figures, and beyond."""
-    # List the distances, those of real nodules as the scale.
-    novelty = results["novelty"]
-    generated_distances = [record["distance"] for record in novelty["generated"]]
-    distances = [("generated", format_distances(generated_distances)),
-                 ("real test positives", format_distances(novelty["held_out_distances"]))]
+def page(results, dataset, folder, thresholds):
+    """What the report shows: whether it helped, sections 2, 4 and 5 in figures, and beyond.
 
+    folder: where the figures are; thresholds: of `thresholds_of`.
+    """
     # Draw up Tables 2–5.
     metric_tables = []
     for number, table in with_control(results):
@@ -1628,47 +2036,281 @@ def page(results):
 
     return [
         *help_items(results),
-
-        lungaug.Heading("2.1.7 Processed samples"),
-        lungaug.Figure("Nodules, each in its three middle planes: axial, coronal, sagittal.",
-                       "nodules.png"),
-        lungaug.Figure("Figure 2. Positive samples, slice by slice from superior to inferior.",
-                       "figure_2.png"),
-        lungaug.Figure("Figure 3. Negative samples, slice by slice from superior to inferior.",
-                       "figure_3.png"),
-
-        lungaug.Heading("4.1 Wasserstein GAN: loss curves"),
-        lungaug.Figure("Figure 7. Loss curves, smoothed, with 95% bands.", "figure_7.svg"),
-
-        lungaug.Heading("4.4 Classifier"),
-        lungaug.Figure("Figure 8. Training and validation loss.", "figure_8.svg"),
-
-        lungaug.Heading("5.1 Generated samples"),
-        *novelty_figures(novelty["generated"]),
-        lungaug.Table("Distance to the nearest training sample; 0 would be a copy.",
-                      ("", "l2 distances"), distances),
-
+        *best_items(results, dataset),
+        *sample_items(dataset),
+        *curve_items(folder),
+        *novelty_items(results["novelty"], dataset),
         lungaug.Heading("5.2 Classification metrics"),
         *metric_tables,
-
-        *beyond_items(results),
+        *beyond_items(results, thresholds),
+        *error_items(results, dataset),
     ]
 
 
-PAGE_HEAD = """<!doctype html><html lang="en"><meta charset="utf-8"><title>lungaug</title><style>
-body{font:15px/1.5 system-ui,sans-serif;max-width:1000px;margin:2em auto;padding:0 1em;color:#222}
-h1{font-size:1.5em}h2{font-size:1.15em;border-bottom:1px solid #ccc;margin-top:2em}
-table{border-collapse:collapse;margin:.6em 0}figure{margin:1em 0}
-figcaption{color:#555;font-size:.9em}
-td,th{padding:.15em .8em;text-align:right;border-bottom:1px solid #eee;overflow-wrap:anywhere}
-td:first-child,th:first-child{text-align:left}
-img,svg{max-width:100%;height:auto}img{image-rendering:pixelated}
-</style><body><h1>Generative adversarial data augmentation for lung nodule detection</h1>"""
+# The page's look. Two schemes of colour, three sizes of screen, and paper.
+STYLE = """
+:root{color-scheme:light dark;--paper:#fff;--ink:#1b1d20;--soft:#555b63;--line:#d6d9dd;
+--box:#f1f5fa;--mark:#0a58ca;--chart:#fff}
+@media (prefers-color-scheme:dark){:root{--paper:#15171a;--ink:#e9eaec;--soft:#adb3bb;
+--line:#3c4148;--box:#20252c;--mark:#8ab4f8;--chart:#1d2024}}
+html{font-size:clamp(16px,1.15vw,24px);scroll-padding-top:1rem}
+body{font:1rem/1.5 system-ui,sans-serif;max-width:78rem;margin:0 auto;padding:1rem;
+background:var(--paper);color:var(--ink)}
+h1{font-size:1.5rem;line-height:1.25}
+h2{font-size:1.25rem;border-bottom:2px solid var(--line);margin-top:2.5rem}
+p,figcaption{max-width:52rem}
+a{color:var(--mark)}
+code{font-size:.9em;overflow-wrap:anywhere}
+figcaption,.caption{color:var(--soft)}
+h1,h2,p,li,figcaption{overflow-wrap:anywhere}
+.caption{margin:1.2rem 0 .3rem}
+nav ul{columns:2 18rem;padding-left:1.2rem;margin:.3rem 0}
+nav li li{display:inline;margin-right:.7em;font-size:.9em}
+nav ul ul{columns:auto;padding:0}
+nav li{break-inside:avoid}
+summary{font-weight:600}
+#did-it-help{background:var(--box);border-left:.4rem solid var(--mark);padding:.1rem 1rem 1rem}
+#did-it-help h2{border:0;margin:.8rem 0 0}
+#did-it-help>p:first-of-type{font-size:1.25rem;font-weight:600;margin:.3rem 0;max-width:none}
+#a-real-nodule-and-a-generated-one{display:flex;flex-wrap:wrap;gap:0 2rem}
+#a-real-nodule-and-a-generated-one h2{flex:1 0 100%;margin-bottom:0}
+#a-real-nodule-and-a-generated-one figure{flex:1 1 20rem;min-width:0}
+[id="5-2-classification-metrics"]{display:flex;flex-wrap:wrap;gap:0 3rem}
+[id="5-2-classification-metrics"] h2{flex:1 0 100%;margin-bottom:0}
+[id="5-2-classification-metrics"] .table{max-width:100%}
+[id="5-2-classification-metrics"] .caption{max-width:24rem}
+.scroll{overflow-x:auto;max-width:100%}
+table{border-collapse:collapse;font-variant-numeric:tabular-nums}
+td,th{padding:.2rem .7rem;text-align:right;border-bottom:1px solid var(--line);vertical-align:top}
+td{white-space:nowrap}
+td.long{white-space:normal;min-width:16rem;text-align:left;overflow-wrap:anywhere}
+td:first-child,th:first-child{text-align:left;padding-left:.2rem}
+tr.changed td{font-weight:600}
+figure{margin:1.5rem 0}
+.sheet{display:grid;grid-template-columns:auto minmax(0,1fr);gap:.2rem .4rem;
+max-width:max(20rem,calc(85vh*var(--ratio)));margin-bottom:.4rem}
+.columns,.view,.scale{grid-column:2}
+.scale{grid-row:3}
+.columns{grid-row:1;display:grid;grid-auto-flow:column;grid-auto-columns:minmax(0,1fr);text-align:center}
+.rows{grid-column:1;grid-row:2;display:grid;grid-auto-rows:minmax(0,1fr);align-items:center;
+text-align:right;max-width:7rem}
+.columns,.rows,.scale{font-size:.8rem;line-height:1.15;color:var(--soft)}
+.view{grid-row:2;overflow:hidden;align-self:start}
+.view img{display:block;width:100%;height:auto;image-rendering:pixelated}
+.columns span{overflow:hidden;padding:0 .1em}
+.scale span{display:block;border:1px solid var(--ink);border-top:0;height:.3rem}
+.control{display:none;align-items:center;gap:.6rem;flex-wrap:wrap;margin:.4rem 0}
+.js .control{display:flex}
+.control input{flex:1 1 12rem;max-width:40rem;min-width:10rem;height:2rem;accent-color:var(--mark)}
+.control output{min-width:9rem;font-variant-numeric:tabular-nums;font-weight:600}
+[data-first] .sheet{max-width:14rem}
+.js [data-first] .sheet{max-width:min(70rem,max(18rem,calc(70vh*var(--ratio)*var(--count))))}
+.js [data-first] .rows{display:none}
+.js [data-first] .view{aspect-ratio:calc(var(--ratio)*var(--count))}
+.js [data-first] img{transform:translateY(calc(-100%*var(--shown)/var(--count)))}
+.js [data-first].all .rows{display:grid}
+.js [data-first].all .view{aspect-ratio:auto}
+.js [data-first].all img{transform:none}
+.charts{display:grid;gap:1rem;grid-template-columns:repeat(auto-fit,minmax(min(100%,26rem),1fr))}
+.charts svg{width:100%;height:auto;display:block}
+.charts figcaption{grid-column:1/-1}
+.chart-paper{fill:var(--chart)}
+.charts text{fill:var(--ink)}
+.grid{stroke:var(--line)}
+.mark{stroke:var(--soft)}
+.hover{stroke:var(--ink);stroke-width:.7}
+.charts .tip-paper{fill:var(--box);stroke:var(--line)}
+@media screen and (prefers-color-scheme:dark){.charts svg{filter:brightness(1.3)}}
+.next{border:1px solid var(--mark);padding:.5rem 1rem}
+@media print{
+:root{color-scheme:light;--paper:#fff;--ink:#000;--soft:#333;--line:#ccc;--box:#f4f4f4;
+--mark:#000;--chart:#fff}
+html{font-size:10.5px}
+@page{size:A4;margin:14mm}
+body{max-width:none;padding:0}
+h1,h2,.caption{break-after:avoid}
+figure,table,tr,svg{break-inside:avoid}
+.sheet{max-width:min(100%,calc(20cm*var(--ratio)))}
+.scroll{overflow:visible}
+td,th{padding:.15rem .4rem}
+.control input,.control button{display:none}
+*{-webkit-print-color-adjust:exact;print-color-adjust:exact}
+}
+"""
 
-# The folders of a run whose stages leave a page, and their headings in the order of the thesis.
+# The page's script: sliders, and values under the pointer. The page can be read without it.
+SCRIPT = """
+"use strict";
+document.documentElement.classList.add("js");
+
+// Sliders that show one row of a picture.
+for (const figure of document.querySelectorAll("[data-first]")) {
+  const slider = figure.querySelector("input");
+  const names = [...figure.querySelectorAll(".rows span")].map(span => span.textContent);
+  const show = () => {
+    figure.style.setProperty("--shown", slider.value);
+    figure.querySelector("output").textContent = names[slider.value];
+    slider.setAttribute("aria-valuetext", names[slider.value]);
+  };
+  slider.addEventListener("input", show);
+  figure.querySelector("button").addEventListener("click", event => {
+    const all = figure.classList.toggle("all");
+    event.target.textContent = all ? "one by one" : "all at once";
+    event.target.setAttribute("aria-pressed", all);
+  });
+  show();
+}
+
+// Values of an SVG's chart.
+const svgNamespace = "http://www.w3.org/2000/svg";
+const plot = JSON.parse(document.body.dataset.plot);
+const numbers = text => text.split(" ").map(Number);
+const add = (parent, name, attributes) => {
+  const element = document.createElementNS(svgNamespace, name);
+  for (const key in attributes) element.setAttribute(key, attributes[key]);
+  parent.append(element);
+  return element;
+};
+const short = value => String(Number(value.toPrecision(4)));
+
+class Chart {
+  constructor(group) {
+    this.group = group;
+    this.xRange = numbers(group.dataset.x);
+    this.yRange = numbers(group.dataset.y);
+    this.lines = [...group.querySelectorAll("polyline")].map(line => ({
+      name: line.dataset.name, colour: line.getAttribute("stroke"),
+      points: line.getAttribute("points").split(" ").filter(Boolean)
+        .map(pair => pair.split(",").map(Number))}));
+  }
+  toX(value) {
+    const share = (value - this.xRange[0]) / (this.xRange[1] - this.xRange[0]);
+    return plot.left + share * (plot.right - plot.left);
+  }
+  toY(value) {
+    const share = (value - this.yRange[0]) / (this.yRange[1] - this.yRange[0]);
+    return plot.bottom - share * (plot.bottom - plot.top);
+  }
+  fromX(pixel) {
+    const share = (pixel - plot.left) / (plot.right - plot.left);
+    return this.xRange[0] + share * (this.xRange[1] - this.xRange[0]);
+  }
+  fromY(pixel) {
+    const share = (plot.bottom - pixel) / (plot.bottom - plot.top);
+    return this.yRange[0] + share * (this.yRange[1] - this.yRange[0]);
+  }
+  // Show each line's value nearest to a place in pixels.
+  tell(pixel) {
+    this.hide();
+    const words = [];
+    let place = null;
+    for (const line of this.lines) {
+      let nearest = null;
+      for (const point of line.points) {
+        if (!nearest || Math.abs(point[0] - pixel) < Math.abs(nearest[0] - pixel)) nearest = point;
+      }
+      if (!nearest) continue;
+      place = nearest[0];
+      words.push([`${line.name}: ${short(this.fromY(nearest[1]))}`, line.colour]);
+    }
+    if (place === null) return;
+    words.unshift([`${this.group.dataset.label} ${short(this.fromX(place))}`, ""]);
+
+    this.tip = add(this.group, "g", {class: "tip"});
+    add(this.tip, "path", {class: "hover", d: `M${place} ${plot.top}V${plot.bottom}`});
+    const width = 14 + 6.6 * Math.max(...words.map(word => word[0].length));
+    const left = place < (plot.left + plot.right) / 2 ? place + 8 : place - 8 - width;
+    add(this.tip, "rect", {class: "tip-paper", x: left, y: plot.top + 16, width,
+                           height: 8 + 16 * words.length, rx: 4});
+    words.forEach(([word, colour], i) => {
+      const text = add(this.tip, "text", {x: left + 7, y: plot.top + 32 + 16 * i});
+      text.textContent = word;
+      if (colour) text.style.fill = colour;
+    });
+  }
+  hide() {
+    if (this.tip) this.tip.remove();
+    this.tip = null;
+  }
+}
+
+const charts = [];
+for (const group of document.querySelectorAll("g.chart")) {
+  const chart = new Chart(group);
+  charts.push(chart);
+  const svg = group.ownerSVGElement;
+  let place = (plot.left + plot.right) / 2;
+  const tell = () => chart.tell(place);
+  svg.addEventListener("pointermove", event => {
+    const box = svg.getBoundingClientRect();
+    place = (event.clientX - box.left) / box.width * svg.viewBox.baseVal.width;
+    tell();
+  });
+  svg.addEventListener("pointerleave", () => chart.hide());
+  svg.addEventListener("focus", tell);
+  svg.addEventListener("blur", () => chart.hide());
+  svg.addEventListener("keydown", event => {
+    const step = {ArrowLeft: -4, ArrowRight: 4}[event.key];
+    if (!step) return;
+    event.preventDefault();
+    place = Math.min(plot.right, Math.max(plot.left, place + step));
+    tell();
+  });
+}
+
+// The threshold, the matrix of each arm at it, and its dot on the ROC curves.
+for (const figure of document.querySelectorAll("[data-thresholds]")) {
+  const thresholds = JSON.parse(figure.dataset.thresholds);
+  const counts = JSON.parse(figure.dataset.counts);
+  const slider = figure.querySelector("input");
+  const rows = [...figure.querySelectorAll("tr")].slice(1);
+  const roc = charts.filter(chart => chart.group.dataset.label === "false positive rate");
+  let dots = [];
+  const ratio = (part, whole) => whole ? part / whole : NaN;
+  const text = value => Number.isNaN(value) ? "\\u2013" : value.toFixed(3);
+  const show = () => {
+    const threshold = thresholds[slider.value];
+    const words = threshold.toPrecision(4);
+    figure.querySelector("output").textContent = words;
+    slider.setAttribute("aria-valuetext", words);
+    dots.forEach(dot => dot.remove());
+    dots = [];
+    Object.keys(counts).forEach((arm, i) => {
+      const [tp, fp, fn, tn] = counts[arm][slider.value];
+      const sensitivity = ratio(tp, tp + fn);
+      const values = [sensitivity, ratio(tn, tn + fp), ratio(tp, tp + fp),
+                      ratio(2 * tp, 2 * tp + fp + fn)];
+      const cells = [...rows[i].cells].slice(1);
+      [tp, fp, fn, tn].forEach((count, j) => {
+        cells[j].textContent = count.toLocaleString("en");
+      });
+      values.forEach((value, j) => { cells[4 + j].textContent = text(value); });
+      for (const chart of roc) {
+        const rate = ratio(fp, fp + tn);
+        const line = chart.lines.find(other => other.name === arm);
+        if (!line || !(rate <= chart.xRange[1]) || Number.isNaN(sensitivity)) continue;
+        dots.push(add(chart.group, "circle", {class: "dot", cx: chart.toX(rate),
+          cy: chart.toY(sensitivity), r: 5, fill: line.colour, stroke: "#fff"}));
+      }
+    });
+  };
+  slider.addEventListener("input", show);
+  show();
+}
+"""
+
+# Nothing but what stands in the page may be loaded, and no other script may run.
+SCRIPT_HASH = base64.b64encode(hashlib.sha256(SCRIPT.encode()).digest()).decode()
+POLICY = ("default-src 'none'; img-src data:; style-src 'unsafe-inline'; "
+          f"script-src 'sha256-{SCRIPT_HASH}'")
+TITLE = "Generated lung nodules as training data"
+
+# The folders of a run whose stages leave a page, in the order of the stages, and the headings in
+# the order of the page. The contents follow the first two.
 PAGE_FOLDERS = ("prepared", "gan", "classifiers", "evaluation")
+BEFORE_CONTENTS = ("Did it help?", "A real nodule and a generated one")
 HEADINGS = (
-    "Did it help?",
+    *BEFORE_CONTENTS,
     "2 Dataset",
     "2.1.7 Processed samples",
     "4.1 Wasserstein GAN: loss curves",
@@ -1678,6 +2320,7 @@ HEADINGS = (
     "5.1 Generated samples",
     "5.2 Classification metrics",
     "Beyond the thesis: operating points",
+    "Beyond the thesis: the worst errors",
     "Beyond the thesis: quality of the generated cubes",
     "This run",
 )
@@ -1688,65 +2331,338 @@ def escaped(text):
     return html.escape(lungaug.printable(text, 2000))
 
 
-def row_html(tag, cells):
-    """A row of a table; tag: th or td."""
-    inner = "".join(f"<{tag}>{escaped(cell)}</{tag}>" for cell in cells)
-    return f"<tr>{inner}</tr>"
+def anchor(text):
+    """A name for an id of the page: small letters, digits and hyphens."""
+    return re.sub("[^a-z0-9]+", "-", str(text).lower()).strip("-") or "part"
 
 
-def table_html(caption, head, rows):
-    """A table; every cell is escaped."""
-    lines = [row_html("th", head)]
-    lines += [row_html("td", row) for row in rows]
-    return f"<p>{escaped(caption)}</p><table>{''.join(lines)}</table>"
+LONG = 40       # characters: a longer text may break at its spaces, a number never
 
 
-def figure_html(path, caption):
-    """A picture, inline, with its caption; a line that says so where no stage made it."""
+def cell_html(tag, cell):
+    """A cell of a table; tag: th or td."""
+    text = str(cell)
+    mark = ' class="long"' if tag == "td" and len(text) > LONG and " " in text else ""
+    return f"<{tag}{mark}>{escaped(cell)}</{tag}>"
+
+
+def row_html(tag, cells, mark=""):
+    """A row of a table; tag: th or td; mark: a class of the row."""
+    inner = "".join(cell_html(tag, cell) for cell in cells)
+    attribute = f' class="{mark}"' if mark else ""
+    return f"<tr{attribute}>{inner}</tr>"
+
+
+def table_html(caption, head, rows, marked=()):
+    """A table, which scrolls where it is too wide; every cell is escaped.
+
+    marked: the numbers of rows that stand out.
+    """
+    lines = [row_html("td", row, "changed" if number in marked else "")
+             for number, row in enumerate(rows)]
+    return (f'<div class="table"><p class="caption">{escaped(caption)}</p>'
+            f'<div class="scroll" tabindex="0"><table><thead>{row_html("th", head)}</thead>'
+            f"<tbody>{''.join(lines)}</tbody></table></div></div>")
+
+
+def code_html(names):
+    """The functions that made a figure, as the end of its caption."""
+    if not names:
+        return ""
+    return " Code: " + ", ".join(f"<code>{escaped(name)}</code>" for name in names) + "."
+
+
+def names_html(kind, names):
+    """Names along a picture; kind: rows or columns."""
+    if not names:
+        return ""
+    spans = "".join(f"<span>{escaped(name)}</span>" for name in names)
+    return f'<div class="{kind}">{spans}</div>'
+
+
+SCALE_MM = (5, 10, 20, 50, 100, 200)
+
+
+def scale_html(width_mm):
+    """A scale bar below a picture of this width: a round length near an eighth of it."""
+    length = min(SCALE_MM, key=lambda mm: abs(mm - width_mm / 8))
+    share = 100 * length / width_mm
+    return f'<div class="scale"><span style="width:{share:.2f}%"></span>{length} mm</div>'
+
+
+def png_size(data):
+    """Width and height of a PNG file in pixels; (1, 1) where it is none."""
+    if len(data) < 24:
+        return 1, 1
+    width, height = struct.unpack(">II", data[16:24])
+    return max(width, 1), max(height, 1)
+
+
+def picture_html(path, item):
+    """A PNG, inline, with the names of its rows and columns and a scale bar."""
+    data = path.read_bytes()
+    width, height = png_size(data)
+    base64_data = base64.b64encode(data).decode()
+    alt = item["caption"].partition(": ")[0].partition(". ")
+    alt_text = alt[2] if re.fullmatch(r"Figure \d+", alt[0]) else alt[0]
+    scale = scale_html(width * item["pixel_mm"]) if item.get("pixel_mm") else ""
+    return (f'<div class="sheet" style="--ratio:{width / height:.4f}">'
+            f'{names_html("columns", item.get("columns"))}{names_html("rows", item.get("rows"))}'
+            f'<div class="view"><img width="{width}" height="{height}" alt="{escaped(alt_text)}" '
+            f'src="data:image/png;base64,{base64_data}"></div>{scale}</div>')
+
+
+SVG = "http://www.w3.org/2000/svg"
+ElementTree.register_namespace("", SVG)
+
+
+def charts_html(path):
+    """The charts of an SVG of `side_by_side`, each one an SVG of its own: a phone stacks them."""
+    with lungaug.refuse_on_error(path, "run python evaluate.py again"):
+        root = ElementTree.fromstring(path.read_text(encoding="utf-8"))
+    charts = []
+    for chart in root.iterfind(f".//{{{SVG}}}g[@class='chart']"):
+        title = "".join(chart.find(f"{{{SVG}}}text").itertext())
+        inner = ElementTree.tostring(chart, encoding="unicode")
+        charts.append(f'<svg viewBox="0 0 {CHART_WIDTH} {CHART_HEIGHT}" role="img" tabindex="0" '
+                      f'aria-label="Chart: {escaped(title)}" font-family="sans-serif" '
+                      f'font-size="12">{inner}</svg>')
+    return "".join(charts)
+
+
+def figure_html(path, item):
+    """A picture or charts, inline, with the caption; a line that says so where it was not made.
+
+    item: a Figure as options.json holds it.
+    """
+    caption = escaped(item["caption"]) + code_html(item.get("code"))
     if not path.exists():
-        return f"<p>{escaped(caption)} (Not made in this run.)</p>"
+        return f"<p>{caption} (Not made in this run.)</p>"
+    place = f'id="{anchor(path.parent.name)}-{anchor(path.stem)}"'
     if path.suffix == ".svg":
-        picture = path.read_text(encoding="utf-8")
-    else:
-        data = base64.b64encode(path.read_bytes()).decode()
-        picture = f'<img src="data:image/png;base64,{data}">'
-    return f"<figure>{picture}<figcaption>{escaped(caption)}</figcaption></figure>"
+        return (f'<figure class="charts" {place}>{charts_html(path)}'
+                f"<figcaption>{caption}</figcaption></figure>")
+
+    first = item.get("first")
+    count = len(item.get("rows") or ())
+    if first is None or not count:
+        return (f"<figure {place}>{picture_html(path, item)}"
+                f"<figcaption>{caption}</figcaption></figure>")
+
+    # A slider shows one row of the picture.
+    first = min(max(int(first), 0), count - 1)
+    control = slider_html("Show", count, first) + '<button type="button">all at once</button></div>'
+    return (f'<figure {place} data-first="{first}" style="--count:{count};--shown:{first}">'
+            f"{control}{picture_html(path, item)}<figcaption>{caption}</figcaption></figure>")
+
+
+def slider_html(label, count, first):
+    """A slider from 0 to count − 1 in a box that the caller closes; only the script shows it."""
+    return (f'<div class="control"><label>{label}</label><input type="range" aria-label="{label}" '
+            f'min="0" max="{count - 1}" value="{first}"><output></output>')
+
+
+THRESHOLD_HEAD = ("arm", "TP", "FP", "FN", "TN", "sensitivity", "specificity", "precision", "F1")
+
+
+def thresholds_html(item):
+    """Thresholds: a slider and a table, which shows ½ where no script runs."""
+    thresholds = item["thresholds"]
+    middle = len(thresholds) // 2
+    rows = []
+    for arm, counts in item["counts"].items():
+        confusion = Confusion(*counts[middle])
+        values = map(lungaug.format_number, metrics(confusion))
+        rows.append((arm, *map(format_count, confusion), *values))
+    data = (f'data-thresholds="{html.escape(json.dumps(thresholds))}" '
+            f'data-counts="{html.escape(json.dumps(item["counts"]))}"')
+    caption = escaped(item["caption"]) + code_html(item.get("code"))
+    return (f'<figure id="threshold" {data}>'
+            f'{slider_html("Threshold", len(thresholds), middle)}</div>'
+            f'{table_html("Confusion matrices at the threshold", THRESHOLD_HEAD, rows)}'
+            f"<figcaption>{caption}</figcaption></figure>")
 
 
 def item_html(item, folder):
-    """A Text, Figure or Table, as options.json holds it, as HTML."""
+    """A Text, Figure, Table or Thresholds, as options.json holds it, as HTML."""
     if item["kind"] == "figure":
         # Only a file of the stage's own folder is read, whatever options.json says.
-        return figure_html(folder / Path(item["file"]).name, item["caption"])
+        return figure_html(folder / Path(item["file"]).name, item)
     if item["kind"] == "table":
         return table_html(item["caption"], item["head"], item["rows"])
+    if item["kind"] == "thresholds":
+        return thresholds_html(item)
     return f"<p>{escaped(item['text'])}</p>"
+
+
+def stage_rows(pages):
+    """When each stage was run, how long it took, and how; pages: stage → JSON."""
+    rows = []
+    for stage, page in pages.items():
+        facts = page.get("facts") or {}
+        rows.append((stage, *[facts.get(name, "–") for name in ("time", "date", "command")]))
+    return rows
+
+
+def joined(values):
+    """What stages say, as one text; values: stage → value. Where they differ, each by its name."""
+    distinct = list(dict.fromkeys(values.values()))
+    if len(distinct) == 1:
+        return str(distinct[0])
+    parts = []
+    for value in distinct:
+        stages = [stage for stage, other in values.items() if other == value]
+        parts.append(f"{value} ({', '.join(stages)})")
+    return "; ".join(parts)
+
+
+def machine_rows(pages):
+    """On what machine and with which versions the stages were run; pages: stage → JSON."""
+    by_name = {}
+    for stage, page in pages.items():
+        for name, value in (page.get("facts") or {}).items():
+            if name not in ("time", "date", "command"):
+                by_name.setdefault(name, {})[stage] = str(value)
+    return [(name, joined(values)) for name, values in by_name.items()]
+
+
+def option_rows(pages):
+    """The stages' options: rows of text, and the numbers of those that differ from the preset's."""
+    by_option = {}
+    for stage, page in pages.items():
+        options = page.get("options") or {}
+        preset = options.get("preset")
+        for option in lungaug.options_of(stage):
+            if option.dest not in options:
+                continue
+            value = options[option.dest]
+            default = getattr(option, preset) if preset in ("demo", "thesis") else None
+            # Where the preset has no value, none can differ from it.
+            differs = default is not None and value != default
+            text = "–" if value is None else str(value)
+            row = (option.name, text, str(default) if differs else "the same", differs)
+            by_option.setdefault(row, []).append(stage)
+
+    rows = []
+    changed = []
+    for (*cells, differs), stages in by_option.items():
+        if differs:
+            changed.append(len(rows))
+        rows.append((*cells, "all" if len(stages) == len(pages) else ", ".join(stages)))
+    return rows, changed
+
+
+def run_html(pages):
+    """How the stages were run: times, machine, versions, options; pages: stage → JSON."""
+    rows, changed = option_rows(pages)
+    return [
+        table_html("The last command of each stage; one that resumes does only what is left.",
+                   ("stage", "time", "date", "command"), stage_rows(pages)),
+        table_html("Machine and versions.", ("", "of the stages"), machine_rows(pages)),
+        table_html("Options. Those that differ from the preset's are bold.",
+                   ("option", "value", "preset", "stages"), rows, changed),
+    ]
+
+
+def contents_html(sections):
+    """A table of contents: a link to each heading, and to each of its figures."""
+    lines = []
+    for heading, items in sections.items():
+        figures = []
+        for match in re.finditer('<figure[^>]* id="([^"]*)"|<figure id="([^"]*)"', "".join(items)):
+            name = match[1] or match[2]
+            title = name.partition("-")[2].replace("-", " ") or name
+            # A scan's picture is named after its series.
+            if re.fullmatch("[0-9 ]+", title):
+                title = "scan"
+            figures.append(f'<li><a href="#{name}">{title}</a></li>')
+        inner = f"<ul>{''.join(figures)}</ul>" if figures else ""
+        lines.append(f'<li><a href="#{anchor(heading)}">{escaped(heading)}</a>{inner}</li>')
+    return (f"<nav><details open><summary>Contents</summary><ul>{''.join(lines)}</ul></details>"
+            "</nav>")
+
+
+def section_html(heading, items):
+    """A heading and what belongs to it."""
+    return (f'<section id="{anchor(heading)}"><h2>{escaped(heading)}</h2>{"".join(items)}'
+            "</section>")
+
+
+def next_stage(run, stages=lungaug.STAGES):
+    """The first of some stages that has not finished in a run; None where all have."""
+    for stage, folder in zip(lungaug.STAGES, PAGE_FOLDERS):
+        if stage in stages and not (run / folder / "options.json").exists():
+            return stage
+    return None
+
+
+def read_pages(run):
+    """stage → the page that it left in a run, as JSON. Raises Refusal where there is none."""
+    remedy = f"run python lungaug.py --run {run} first"
+    pages = {}
+    for stage, name in zip(lungaug.STAGES, PAGE_FOLDERS):
+        path = run / name / "options.json"
+        if path.exists():
+            pages[stage] = lungaug.read_json(path, remedy)
+    check(pages, run / PAGE_FOLDERS[0] / "options.json", "not found", remedy)
+    return pages
+
+
+def page_sections(run, pages):
+    """heading → its items as HTML, in the order of the page, less those without any."""
+    remedy = f"run python lungaug.py --run {run} first"
+    sections = {heading: [] for heading in HEADINGS}
+    folders = dict(zip(lungaug.STAGES, PAGE_FOLDERS))
+    for stage, left in pages.items():
+        path = run / folders[stage] / "options.json"
+        # A page begins with a heading; what stands before one in a damaged page has no section.
+        section = None
+        with lungaug.refuse_on_error(path, remedy):
+            for item in left["page"]:
+                if item["kind"] == "heading":
+                    section = sections.setdefault(item["text"], [])
+                else:
+                    section.append(item_html(item, path.parent))
+            # What it says of the run must be readable, too.
+            run_html({stage: left})
+
+    sections["This run"] += run_html(pages)
+    return {heading: items for heading, items in sections.items() if items}
 
 
 def draw_report(run):
     """Draw <run>/report.html from the pages that the stages left, in the thesis' order.
 
-    Returns its path. Raises Refusal where a stage has left no page.
+    Of a run that is not finished it shows what there is. Returns its path. Raises Refusal where no
+    stage has left a page.
     """
-    sections = {heading: [] for heading in HEADINGS}
-    for name in PAGE_FOLDERS:
-        path = run / name / "options.json"
-        remedy = f"run python lungaug.py --run {run} first"
-        items = lungaug.read_json(path, remedy)
-        # A page begins with a heading; what stands before one in a damaged page has no section.
-        section = None
-        with lungaug.refuse_on_error(path, remedy):
-            for item in items["page"]:
-                if item["kind"] == "heading":
-                    section = sections.setdefault(item["text"], [])
-                else:
-                    section.append(item_html(item, path.parent))
+    pages = read_pages(run)
+    sections = page_sections(run, pages)
+    name = escaped(run.resolve().name)
+    first_page = next(iter(pages.values()))
+    preset = (first_page.get("options") or {}).get("preset") or "unknown"
+    plot = json.dumps({"left": LEFT, "right": RIGHT, "top": TOP, "bottom": BOTTOM})
 
-    parts = [PAGE_HEAD]
-    for heading, items in sections.items():
-        if items:
-            parts.append(f"<h2>{escaped(heading)}</h2>{''.join(items)}")
-    parts.append("</body></html>\n")
+    parts = [
+        '<!doctype html><html lang="en"><head><meta charset="utf-8">',
+        f'<meta http-equiv="Content-Security-Policy" content="{POLICY}">',
+        '<meta name="viewport" content="width=device-width,initial-scale=1">',
+        f"<title>{name}: lung nodule augmentation, preset {escaped(preset)}</title>",
+        f"<style>{STYLE}</style></head>",
+        f'<body data-plot="{html.escape(plot)}"><h1>{TITLE}: run {name}, '
+        f"preset {escaped(preset)}</h1>",
+    ]
+    missing = next_stage(run)
+    if missing:
+        parts.append('<p class="next">This run is not finished. Next: '
+                     f"<code>python {missing}.py --run {escaped(run)}</code></p>")
+
+    before = [heading for heading in BEFORE_CONTENTS if heading in sections]
+    parts += [section_html(heading, sections[heading]) for heading in before]
+    parts.append(contents_html(sections))
+    parts += [section_html(heading, items) for heading, items in sections.items()
+              if heading not in before]
+    parts.append(f"<script>{SCRIPT}</script></body></html>\n")
     lungaug.write(run / "report.html", "".join(parts))
     return run / "report.html"
 
@@ -1854,6 +2770,12 @@ def main():
     draw_cubes(folder, dataset)
     draw_curves(folder, run)
     print(f"Wrote figures 2, 3 and (where logs exist) 7, 8 to {folder}.", flush=True)
+    missing = next_stage(run, lungaug.STAGES[1:3])
+    if missing:
+        lungaug.save_page(folder, options, [*sample_items(dataset), *curve_items(folder)])
+        print(f"{draw_report(run)}: what there is so far. For the rest run "
+              f"python {missing}.py --run {run} first, until it ends.")
+        return
 
     # Score the validation set, for a threshold, and the test set.
     networks = load_networks(run, dataset, device)
@@ -1865,6 +2787,9 @@ def main():
     results = compare_and_count(dataset, test, validation)
     results["novelty"] = draw_novelty(folder, run, dataset)
     results["quality"], profiles = assess_generated(run, dataset, networks, options.seed, device)
+    results["best"] = draw_best(folder, run, dataset, test, networks["real"][0], device)
+    results["errors"] = {arm: draw_errors(folder, dataset, test, arm)
+                         for arm in ERROR_ARMS if arm in test.scores}
     results = null_for_nan(results)
 
     # Report.
@@ -1872,9 +2797,8 @@ def main():
     lungaug.write(folder / "profiles.svg", figure_profiles(profiles))
     lungaug.write(folder / "results.json", results)
     print_results(results)
-    lungaug.save_page(folder, options, page(results))
-    if all((run / name / "options.json").exists() for name in PAGE_FOLDERS):
-        draw_report(run)
+    lungaug.save_page(folder, options, page(results, dataset, folder, thresholds_of(test)))
+    draw_report(run)
 
 
 if __name__ == "__main__":

@@ -17,6 +17,7 @@ import json
 import math
 import multiprocessing
 import os
+import platform
 import re
 import shlex
 import signal
@@ -935,6 +936,19 @@ def grey(x):
     return np.clip(levels, 0, 255).astype(np.uint8)
 
 
+# The HU that are black and white, as radiologists choose them.
+WINDOWS = {"lung window": (-1350, 150), "mediastinal window": (-160, 240)}
+WINDOWS_SAY = ("lung window: −1350 HU black, 150 HU white; mediastinal window: −160 HU black, "
+               "240 HU white")
+
+
+def windowed(hu, window):
+    """HU → 0…255, as a window of WINDOWS shows them; any shape, uint8"""
+    low, high = WINDOWS[window]
+    levels = np.rint((np.asarray(hu, np.float32) - low) * (255 / (high - low)))
+    return np.clip(levels, 0, 255).astype(np.uint8)
+
+
 def tile(images, columns, gap=2, paper=40):
     """Images of one size on one sheet, in reading order.
 
@@ -985,8 +999,14 @@ class Text(NamedTuple):
 
 
 class Figure(NamedTuple):
+    """A picture. The page sets words and a scale bar beside it, which our PNG files cannot hold."""
     caption: str
-    file: str       # in the stage's folder
+    file: str               # in the stage's folder
+    code: tuple = ()        # the functions that made it, and its equations: "evaluate.figure_7"
+    rows: tuple = ()        # what is in each row, from the top; the rows are of one height
+    columns: tuple = ()     # what is in each column, from the left; the columns are of one width
+    pixel_mm: float = None  # the side of a pixel, for the scale bar
+    first: int = None       # the row that a slider shows first; without it all rows are shown
 
 
 class Table(NamedTuple):
@@ -995,29 +1015,63 @@ class Table(NamedTuple):
     rows: list
 
 
+def processor_name():
+    """The name of this machine's CPU, as far as the system tells it."""
+    try:
+        text = Path("/proc/cpuinfo").read_text(encoding="utf-8", errors="replace")
+        names = re.findall(r"^model name\s*: (.+)$", text, re.MULTILINE)
+    except OSError:
+        names = []
+    return names[0] if names else platform.processor() or platform.machine()
+
+
+def device_name(device):
+    """The name of the GPU or the CPU that --device stands for: auto is a GPU where there is one."""
+    wants_gpu = str(device).startswith("cuda") or device in (None, "auto")
+    if wants_gpu and torch.cuda.is_available():
+        return torch.cuda.get_device_name()
+    return processor_name()
+
+
+def commit_name():
+    """The commit of this program, with -dirty where files differ from it; "" without git."""
+    if not (HERE / ".git").exists():
+        return ""
+    command = ["git", "-C", str(HERE), "describe", "--always", "--dirty"]
+    # Another git process that works in this folder must not meet a lock of ours.
+    environment = dict(os.environ, GIT_OPTIONAL_LOCKS="0")
+    try:
+        done = subprocess.run(command, env=environment, timeout=5, capture_output=True, text=True)
+    except (OSError, subprocess.SubprocessError, UnicodeDecodeError):
+        return ""
+    return done.stdout.strip()
+
+
+def facts_of_stage(options):
+    """What a reader must know of how a stage was run: {name: text}. The only times of a run."""
+    seconds = time.monotonic() - STARTED
+    return {
+        "command": shlex.join(["python", Path(sys.argv[0]).name, *sys.argv[1:]]),
+        "time": format_duration(seconds),
+        "date": time.strftime("%Y-%m-%d %H:%M %z"),
+        "device": device_name(getattr(options, "device", None)),
+        "threads": f"{torch.get_num_threads()} of {os.cpu_count()} cores",
+        "Python": sys.version.split()[0],
+        "PyTorch": torch.__version__,
+        "NumPy": np.__version__,
+        "system": f"{platform.system()} {platform.machine()}",
+        "commit": commit_name() or "no git checkout",
+    }
+
+
 def save_page(folder, options, items):
-    """Save a stage's page, its options and its time in <folder>/options.json, for the report.
+    """Save a stage's page, its options and what it took in <folder>/options.json, for the report.
 
     items: Heading, Text, Figure and Table in the order in which they are shown.
     """
-    values = dict(vars(options))
-    values["python"] = sys.version.split()[0]
-    values["torch"] = torch.__version__
-    values["numpy"] = np.__version__
-
-    # Close with the command that was typed, what it took, and each option that has a value.
-    typed = shlex.join(["python", Path(sys.argv[0]).name, *sys.argv[1:]])
-    seconds = format_duration(time.monotonic() - STARTED)
-    given = []
-    for name, value in values.items():
-        # A seed of 0 equals False, and is a value all the same.
-        if value is not None and value is not False:
-            given.append(f"{name} {value}")
-    summary = f"{typed}: {seconds}, with {', '.join(given)}."
-
-    page = [*items, Heading("This run"), Text(printable(summary, 2000))]
-    as_json = [{"kind": type(item).__name__.lower(), **item._asdict()} for item in page]
-    write(folder / "options.json", {"page": as_json, "options": values})
+    page = [{"kind": type(item).__name__.lower(), **item._asdict()} for item in items]
+    write(folder / "options.json",
+          {"page": page, "options": vars(options), "facts": facts_of_stage(options)})
 
 
 # Other processes: a stage as a command, and workers that share the work of a stage

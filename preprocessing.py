@@ -1242,10 +1242,15 @@ def page(dataset):
 
     # Show the scan with the most nodules.
     scan = max(info["scans"], key=lambda scan: len(scan["positives"]))
-    caption = (f"Scan {scan['seriesuid']}: axial, coronal and sagittal plane through its largest "
-               "nodule. Red: the lungs. Green: nodule outline plus 2 mm. "
-               "Radiological view: the patient's left is on the right.")
-    items.append(lungaug.Figure(caption, scan["volume"].replace(".npy", ".png")))
+    caption = (f"Scan {scan['seriesuid']}, the one with the most nodules: axial, coronal and "
+               "sagittal plane through its largest nodule, −1000 HU black and 400 HU white. Red: "
+               "the outline of the lungs, within which negatives are drawn. Green: nodules, 2 mm "
+               "outside their outline. A nodule outside the red line would be cut from the wrong "
+               "place. Radiological view: the patient's left is on the right.")
+    items.append(lungaug.Figure(caption, scan["volume"].replace(".npy", ".png"),
+                                code=("preprocessing.scan_picture", "preprocessing.lung_mask",
+                                      "preprocessing.draw_negatives"),
+                                pixel_mm=1))
     return items
 
 

@@ -28,6 +28,7 @@ CLASS_NAMES = {1: "positive", 0: "negative"}
 BETAS = (0.9, 0.999)    # 4.4.1   [num_4_4_adam]
 BATCH = 64              # cubes generated at a time
 REJECTED = 16           # rejected cubes that are kept for the pictures
+SAMPLES = 16            # cubes of each row of samples.png
 
 
 # 4.2 Conventional augmentation: the eight flips of each positive, and no noise, which would blur
@@ -281,14 +282,18 @@ def open_generated(run, dataset, name):
 
 
 def middle_slices(cubes, count):
-    """The middle axial slices of cubes (n, c, c, c), n ≤ count, then black: (count, c, c)."""
+    """The middle axial slices of cubes (n, c, c, c) in [-1, 1], n ≤ count, in the lung window.
+
+    Then black: uint8 (count, c, c).
+    """
     side = cubes.shape[-1]
-    slices = np.full((count, side, side), -1, np.float32)
-    slices[:len(cubes)] = cubes[:, side // 2]
+    slices = np.zeros((count, side, side), np.uint8)
+    hu = preprocessing.denormalize(cubes[:, side // 2])
+    slices[:len(cubes)] = lungaug.windowed(hu, "lung window")
     return slices
 
 
-def draw_samples(run, dataset, count=16):
+def draw_samples(run, dataset, count=SAMPLES):
     """Draw samples.png: middle axial slices, one row each.
 
     The rows are real and generated positives, real and generated negatives. Where fewer cubes were
@@ -308,7 +313,7 @@ def draw_samples(run, dataset, count=16):
         generated = np.concatenate([accepted, rejected])[:count]
         sheet_rows.append(middle_slices(preprocessing.normalize(generated), count))
 
-    sheet = lungaug.tile(lungaug.grey(np.concatenate(sheet_rows)), count)
+    sheet = lungaug.tile(np.concatenate(sheet_rows), count)
     pixels = lungaug.png(sheet, lungaug.zoom(dataset.cube, 48))
     lungaug.write(run / "classifiers" / "samples.png", pixels)
 
@@ -652,7 +657,7 @@ def train_arm(arm, run, dataset, options, classes, device, repeat=1):
 
 # 4.3 on the page, and the command
 
-def page(classes):
+def page(classes, dataset):
     """What the report shows of section 4.3."""
     rows = []
     for name, row in classes.items():
@@ -661,10 +666,19 @@ def page(classes):
     head = ("class", "requested", "accepted", "acceptance rate", "score at least")
     return [
         lungaug.Heading("4.3 Generative augmentation"),
-        lungaug.Table("Requested and accepted samples.", head, rows),
-        lungaug.Figure("Middle axial slices, one row each: real, generated positives; real, "
-                       "generated negatives. Rejected ones follow where fewer were accepted.",
-                       "samples.png"),
+        lungaug.Table("Requested and accepted samples. A cube is accepted whose score f(x) is at "
+                      "least that of a quantile of the real cubes, and of whose class the critic "
+                      "is sure (train_classifier.select).", head, rows),
+        lungaug.Figure("Real cubes and generated ones, each the middle axial slice in the lung "
+                       "window. Compare a row with the one below it: are the generated ones as "
+                       "sharp, as bright and as different from each other as the real ones? Where "
+                       "too few were accepted, the best of the rejected follow, then black.",
+                       "samples.png",
+                       code=("train_classifier.draw_samples", "train_classifier.generate",
+                             "train_classifier.select"),
+                       rows=("real, with nodule", "generated, with nodule",
+                             "real, without", "generated, without"),
+                       pixel_mm=1 / lungaug.zoom(dataset.cube, 48)),
     ]
 
 
@@ -694,7 +708,7 @@ def main():
                 generated = None if arm == "real" else classes
                 train_arm(arm, run, dataset, options, generated, device, repeat)
 
-    lungaug.save_page(folder, options, page(classes))
+    lungaug.save_page(folder, options, page(classes, dataset))
 
 
 if __name__ == "__main__":

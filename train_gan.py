@@ -386,10 +386,32 @@ def draw_progression(folder, trainer):
     middle_slices = []
     for _, cubes in trainer.moments:
         side = cubes.shape[-1]
-        middle_slices += list(cubes[:, side // 2].numpy())
+        # Grey from 0 to 255 stands for the whole range of HU.
+        shares = cubes[:, side // 2].numpy() / np.float32(127.5) - 1
+        middle_slices += list(lungaug.windowed(preprocessing.denormalize(shares), "lung window"))
 
     sheet = lungaug.tile(middle_slices, 2 * FIXED)
     lungaug.write(folder / "progression.png", lungaug.png(sheet, lungaug.zoom(side, 96)))
+
+
+def page(trainer):
+    """What the report shows of the training: the fixed z from its start to its end."""
+    epochs = [epoch for epoch, _ in trainer.moments]
+    side = trainer.moments[-1][1].shape[-1]
+    caption = (f"The same {2 * FIXED} samples of z through the training, each the middle axial "
+               f"slice of its cube of {side} mm in the lung window. Move the slider: noise turns "
+               "into lung tissue (negatives) and into nodules (positives). Look at what the "
+               "samples of a class have in common: where all end alike, the generator has lost "
+               "its variety. In the last quarter α weighs the class loss more.")
+    return [
+        lungaug.Heading("4.1 Wasserstein GAN: samples through the training"),
+        lungaug.Figure(caption, "progression.png",
+                       code=("train_gan.draw_progression", "train_gan.sample_fixed",
+                             "train_gan.auxiliary_scale"),
+                       rows=[f"epoch {epoch:,}" for epoch in epochs],
+                       columns=("without a nodule", "with a nodule"),
+                       pixel_mm=1 / lungaug.zoom(side, 96), first=len(epochs) - 1),
+    ]
 
 
 # Start, resume, stop
@@ -497,7 +519,7 @@ def check_shares(options):
 
 
 def train_in(folder, options, dataset, device):
-    """Train in a folder that this process, or the first of several, has locked."""
+    """Train in a folder that this process, or the first of several, has locked: the Trainer."""
     trainer = start_or_resume(folder, options, dataset, device)
     process, n_processes = process_place()
     if process == 0:
@@ -505,9 +527,13 @@ def train_in(folder, options, dataset, device):
         print(f"Preset {options.preset}, cube {dataset.cube}, width {options.width}, on {place}; "
               f"epochs {trainer.epoch} to {options.epochs}.", flush=True)
         lungaug.warn_of_days(options, dataset.cube, options.epochs - trainer.epoch, device)
+        if trainer.epoch < options.epochs:
+            # Until it has its page again the stage is not finished, for evaluate.py.
+            lungaug.remove(folder, "options.json")
     train(trainer, dataset, folder)
     if process == 0:
         draw_progression(folder, trainer)
+    return trainer
 
 
 def main():
@@ -529,16 +555,11 @@ def main():
         return
 
     with lungaug.lock(folder, "training"):
-        train_in(folder, options, dataset, device)
+        trainer = train_in(folder, options, dataset, device)
 
     print(f"{summary(folder / 'log.jsonl')} Picture: {folder / 'progression.png'}; "
           f"python evaluate.py --run {run} draws the curves, figure 7.")
-    lungaug.save_page(folder, options, [
-        lungaug.Heading("4.1 Wasserstein GAN: samples through the training"),
-        lungaug.Figure("The same z from the start of the training (top) to its end: four "
-                       "negatives, then four positives, each the middle axial slice.",
-                       "progression.png"),
-    ])
+    lungaug.save_page(folder, options, page(trainer))
 
 
 if __name__ == "__main__":
