@@ -9,8 +9,8 @@ thesis'. Finds the nearest real training sample of generated ones: figures 9–1
 differences between the arms with intervals, operating points, and how good the generated cubes are.
 First it draws the figures of sections 2 and 4, which need no finished training: run it at any time
 to watch one. Leaves <run>/evaluation: results.json (every number of every table), scores.csv (every
-test cube), figures 2, 3, 7 to 14, nodules.png, roc.svg, profiles.svg; and <run>/report.html, one
-page of all of it.
+test cube), figures 2, 3, 7 to 14, nodules.png, roc.svg, profiles.svg, in_step.png, the best nodules
+and the worst errors; and <run>/report.html, one page of all of it.
 """
 
 import base64
@@ -1823,7 +1823,8 @@ def novelty_items(novelty, dataset):
         caption = (f"Figure {record['figure']}. {generated} (left); the nearest training sample, "
                    f"l2 distance {record['distance']:.1f} (right), which is {nearest}. Above, "
                    "threefold: the middle axial, coronal and sagittal plane; below: all axial "
-                   f"slices from superior to inferior. Windows: {lungaug.WINDOWS_SAY}.")
+                   "slices from superior to inferior, to which the bar belongs. Windows: "
+                   f"{lungaug.WINDOWS_SAY}.")
         items.append(lungaug.Figure(
             caption, f"figure_{record['figure']}.png",
             code=("evaluate.draw_novelty", "evaluate.nearest_neighbours"),
@@ -2101,16 +2102,20 @@ text-align:right;max-width:7rem}
 .scale span{display:block;border:1px solid var(--ink);border-top:0;height:.3rem}
 .control{display:none;align-items:center;gap:.6rem;flex-wrap:wrap;margin:.4rem 0}
 .js .control{display:flex}
+.control label{display:contents}
+.control button{font:inherit;font-size:.9rem}
 .control input{flex:1 1 12rem;max-width:40rem;min-width:10rem;height:2rem;accent-color:var(--mark)}
 .control output{min-width:9rem;font-variant-numeric:tabular-nums;font-weight:600}
-[data-first] .sheet{max-width:14rem}
+[data-first] .sheet{max-width:20rem}
+.few .sheet{max-width:44rem}
 .js [data-first] .sheet{max-width:min(70rem,max(18rem,calc(70vh*var(--ratio)*var(--count))))}
 .js [data-first] .rows{display:none}
-.js [data-first] .view{aspect-ratio:calc(var(--ratio)*var(--count))}
-.js [data-first] img{transform:translateY(calc(-100%*var(--shown)/var(--count)))}
+.js [data-first] img{aspect-ratio:calc(var(--ratio)*var(--count));object-fit:cover;
+object-position:0 calc(100%*var(--shown)/max(1,var(--count) - 1))}
 .js [data-first].all .rows{display:grid}
-.js [data-first].all .view{aspect-ratio:auto}
-.js [data-first].all img{transform:none}
+.js [data-first].all .sheet{max-width:24rem}
+.js .few.all .sheet{max-width:44rem}
+.js [data-first].all img{aspect-ratio:var(--ratio)}
 .charts{display:grid;gap:1rem;grid-template-columns:repeat(auto-fit,minmax(min(100%,26rem),1fr))}
 .charts svg{width:100%;height:auto;display:block}
 .charts figcaption{grid-column:1/-1}
@@ -2130,10 +2135,18 @@ html{font-size:10.5px}
 body{max-width:none;padding:0}
 h1,h2,.caption{break-after:avoid}
 figure,table,tr,svg{break-inside:avoid}
-.sheet{max-width:min(100%,calc(20cm*var(--ratio)))}
+.sheet{max-width:min(100%,calc(11cm*var(--ratio)))}
+.js [data-first] .sheet{max-width:min(100%,calc(9cm*var(--ratio)*var(--count)))}
+.caption{break-inside:avoid}
+nav{break-inside:avoid}
 .scroll{overflow:visible}
-td,th{padding:.15rem .4rem}
-.control input,.control button{display:none}
+table{font-size:.9em}
+td,th{padding:.15rem .35rem}
+.control label,.control button{display:none}
+.few .control{display:none}
+.js .few .sheet{max-width:12cm}
+.js .few .rows{display:grid}
+.js .few img{aspect-ratio:var(--ratio)}
 *{-webkit-print-color-adjust:exact;print-color-adjust:exact}
 }
 """
@@ -2214,12 +2227,15 @@ class Chart {
       words.push([`${line.name}: ${short(this.fromY(nearest[1]))}`, line.colour]);
     }
     if (place === null) return;
-    words.unshift([`${this.group.dataset.label} ${short(this.fromX(place))}`, ""]);
+    const label = this.group.dataset.label;
+    const x = this.fromX(place);
+    words.unshift([`${label} ${label === "epoch" ? Math.round(x) : short(x)}`, ""]);
 
     this.tip = add(this.group, "g", {class: "tip"});
     add(this.tip, "path", {class: "hover", d: `M${place} ${plot.top}V${plot.bottom}`});
     const width = 14 + 6.6 * Math.max(...words.map(word => word[0].length));
-    const left = place < (plot.left + plot.right) / 2 ? place + 8 : place - 8 - width;
+    const beside = place < (plot.left + plot.right) / 2 ? place + 8 : place - 8 - width;
+    const left = Math.max(2, Math.min(beside, plot.width - width - 2));
     add(this.tip, "rect", {class: "tip-paper", x: left, y: plot.top + 16, width,
                            height: 8 + 16 * words.length, rx: 4});
     words.forEach(([word, colour], i) => {
@@ -2430,6 +2446,9 @@ def charts_html(path):
     return "".join(charts)
 
 
+FEW_ROWS = 12       # on paper, so many rows of a figure with a slider are all printed
+
+
 def figure_html(path, item):
     """A picture or charts, inline, with the caption; a line that says so where it was not made.
 
@@ -2451,15 +2470,17 @@ def figure_html(path, item):
 
     # A slider shows one row of the picture.
     first = min(max(int(first), 0), count - 1)
-    control = slider_html("Show", count, first) + '<button type="button">all at once</button></div>'
-    return (f'<figure {place} data-first="{first}" style="--count:{count};--shown:{first}">'
+    label = str(item["rows"][0]).partition(" ")[0].capitalize()
+    control = slider_html(label, count, first) + '<button type="button">all at once</button></div>'
+    few = ' class="few"' if count <= FEW_ROWS else ""
+    return (f'<figure {place}{few} data-first="{first}" style="--count:{count};--shown:{first}">'
             f"{control}{picture_html(path, item)}<figcaption>{caption}</figcaption></figure>")
 
 
 def slider_html(label, count, first):
     """A slider from 0 to count − 1 in a box that the caller closes; only the script shows it."""
-    return (f'<div class="control"><label>{label}</label><input type="range" aria-label="{label}" '
-            f'min="0" max="{count - 1}" value="{first}"><output></output>')
+    return (f'<div class="control"><label>{escaped(label)} <input type="range" min="0" '
+            f'max="{count - 1}" value="{first}"></label><output></output>')
 
 
 THRESHOLD_HEAD = ("arm", "TP", "FP", "FN", "TN", "sensitivity", "specificity", "precision", "F1")
@@ -2641,7 +2662,8 @@ def draw_report(run):
     name = escaped(run.resolve().name)
     first_page = next(iter(pages.values()))
     preset = (first_page.get("options") or {}).get("preset") or "unknown"
-    plot = json.dumps({"left": LEFT, "right": RIGHT, "top": TOP, "bottom": BOTTOM})
+    plot = json.dumps({"left": LEFT, "right": RIGHT, "top": TOP, "bottom": BOTTOM,
+                       "width": CHART_WIDTH})
 
     parts = [
         '<!doctype html><html lang="en"><head><meta charset="utf-8">',

@@ -311,11 +311,13 @@ addEventListener("load", () => {
     };
     const row = {overflow: root.scrollWidth - root.clientWidth};
     const figure = page.querySelector("[data-first]"), picture = figure.querySelector("img");
-    row.before = [figure.querySelector("output").textContent, picture.getBoundingClientRect().top];
-    row.height = picture.getBoundingClientRect().height;
-    row.window = figure.querySelector(".view").getBoundingClientRect().height;
+    const shown = () => [figure.querySelector("output").textContent, getComputedStyle(picture).objectPosition];
+    row.before = shown();
+    row.shape = picture.clientWidth / picture.clientHeight;
     move(figure, 0);
-    row.after = [figure.querySelector("output").textContent, picture.getBoundingClientRect().top];
+    row.after = shown();
+    figure.querySelector("button").click();
+    row.whole = picture.clientWidth / picture.clientHeight;
     const threshold = page.querySelector("[data-thresholds]");
     const cells = () => [...threshold.querySelectorAll("tbody tr")].map(line => line.innerText);
     row.matrix = cells();
@@ -370,10 +372,9 @@ def test_page__in_a_browser(tmp_path):
     assert len(rows) == len(WIDTHS)
     for row in rows:
         assert row["overflow"] <= 0
-        # From the third row of the picture to the first: it moves down by two rows of the window.
-        assert (row["before"][0], row["after"][0]) == ("three", "one")
-        assert row["height"] == pytest.approx(3 * row["window"], abs=1.5)
-        assert row["after"][1] - row["before"][1] == pytest.approx(2 * row["window"], abs=1.5)
+        # From the third row of a picture of 60 × 90 pixels to the first, then all three at once.
+        assert (row["before"], row["after"]) == (["three", "0px 100%"], ["one", "0px 0%"])
+        assert row["shape"] == pytest.approx(60 / 30, rel=0.02) and row["whole"] == pytest.approx(60 / 90, rel=0.02)
         assert row["matrix"] != row["moved"] and row["moved"][0].split()[:5] == ["real", "8", "12", "0", "0"]
         assert row["dots"] == 2 and row["tip"][0].startswith("epoch ") and "f(real)" in row["tip"][1]
 
