@@ -2099,6 +2099,7 @@ text-align:right;max-width:7rem}
 .view{grid-row:2;overflow:hidden;align-self:start}
 .view img{display:block;width:100%;height:auto;image-rendering:pixelated}
 .columns span{overflow:hidden;padding:0 .1em}
+@media (max-width:600px){.rows{max-width:4.8rem}}
 .scale span{display:block;border:1px solid var(--ink);border-top:0;height:.3rem}
 .control{display:none;align-items:center;gap:.6rem;flex-wrap:wrap;margin:.4rem 0}
 .js .control{display:flex}
