@@ -9,8 +9,8 @@ thesis'. Finds the nearest real training sample of generated ones: figures 9–1
 differences between the arms with intervals, operating points, and how good the generated cubes are.
 First it draws the figures of sections 2 and 4, which need no finished training: run it at any time
 to watch one. Leaves <run>/evaluation: results.json (every number of every table), scores.csv (every
-test cube), figures 2, 3, 7 to 14, nodules.png, roc.svg, profiles.svg; and <run>/report.html, one
-page of all of it.
+test cube), figures 2, 3, 7 to 14, nodules.png, roc.svg, profiles.svg, in_step.png, the best nodules
+and the worst errors; and <run>/report.html, one page of all of it.
 """
 
 import base64
@@ -1443,8 +1443,12 @@ def figure_profiles(profiles):
 
 
 def draw_curves(folder, run):
-    """Draw figure_7.svg and figure_8.svg of the logs that exist, a running training's too."""
+    """Draw figure_7.svg and figure_8.svg of the logs that exist, a running training's too.
+
+    A figure of a log that is gone is removed.
+    """
     remedy = "its log.jsonl is damaged: train again with --overwrite"
+    lungaug.remove(folder, "figure_7.svg", "figure_8.svg")
 
     gan_rows = lungaug.read_log(run / "gan" / "log.jsonl")
     if gan_rows:
@@ -1744,7 +1748,8 @@ def thresholds_of(test):
     caption = ("What a threshold does. Move it: to the left nearly every cube is called positive, "
                "to the right hardly any. The dots on the curves of the ROC below move along. "
                "Tables 2–5 stand at ½. Positives are counted with their flips, and counts are "
-               "means over the repeats.")
+               "means over the repeats; the metrics are those of the mean counts, where Tables "
+               "2–5 give the mean of the repeats' metrics.")
     return Thresholds(caption, values.tolist(), counts,
                       code=("evaluate.confusion_matrix", "evaluate.predict_labels"))
 
@@ -1765,7 +1770,7 @@ def sample_items(dataset):
                        "size, sharpness and surroundings they are: that is what the generator "
                        "has to learn.",
                        "nodules.png", code=("evaluate.draw_cubes", "evaluate.planes"),
-                       columns=("axial", "coronal", "sagittal") * 4, pixel_mm=0.5),
+                       columns=("axial, coronal, sagittal",) * 4, pixel_mm=0.5),
         lungaug.Figure(f"Figure 2. Positive samples, {reading}. The nodule's centre is in slice "
                        f"{centre}: it appears in the slices before and is gone some slices later.",
                        "figure_2.png", code=("evaluate.draw_slices", "evaluate.slices"),
@@ -1826,7 +1831,7 @@ def best_items(results, dataset):
             "{probability:.4f}")
     if "real" in best:
         caption = (f"Real: the test nodule {sure.format(**best['real'])}. "
-                   f"{place_text(best['real'])}.")
+                   f"{place_text(best['real'])}. Windows: {lungaug.WINDOWS_SAY}.")
         items.append(lungaug.Figure(caption, "best_real.png",
                                     code=("evaluate.draw_best", "evaluate.planes"), **common))
     if "generated" in best:
@@ -1872,7 +1877,8 @@ def novelty_items(novelty, dataset):
         caption = (f"Figure {record['figure']}. {generated} (left); the nearest training sample, "
                    f"l2 distance {record['distance']:.1f} (right), which is {nearest}. Above, "
                    "threefold: the middle axial, coronal and sagittal plane; below: all axial "
-                   f"slices from superior to inferior. {lungaug.WINDOWS_SAY.capitalize()}.")
+                   "slices from superior to inferior, to which the bar belongs. Windows: "
+                   f"{lungaug.WINDOWS_SAY}.")
         items.append(lungaug.Figure(
             caption, f"figure_{record['figure']}.png",
             code=("evaluate.draw_novelty", "evaluate.nearest_neighbours"),
@@ -2121,6 +2127,7 @@ p,figcaption{max-width:52rem}
 a{color:var(--mark)}
 code{font-size:.9em;overflow-wrap:anywhere}
 figcaption,.caption{color:var(--soft)}
+h1,h2,p,li,figcaption{overflow-wrap:anywhere}
 .caption{margin:1.2rem 0 .3rem}
 nav ul{columns:2 18rem;padding-left:1.2rem;margin:.3rem 0}
 nav li li{display:inline;margin-right:.7em;font-size:.9em}
@@ -2129,10 +2136,14 @@ nav li{break-inside:avoid}
 summary{font-weight:600}
 #did-it-help{background:var(--box);border-left:.4rem solid var(--mark);padding:.1rem 1rem 1rem}
 #did-it-help h2{border:0;margin:.8rem 0 0}
-#did-it-help>p:first-of-type{font-size:1.25rem;font-weight:600;margin:.3rem 0}
-#a-real-nodule-and-a-generated-one{display:grid;gap:1rem;
-grid-template-columns:repeat(auto-fit,minmax(min(100%,24rem),1fr))}
-#a-real-nodule-and-a-generated-one h2{grid-column:1/-1;margin-bottom:0}
+#did-it-help>p:first-of-type{font-size:1.25rem;font-weight:600;margin:.3rem 0;max-width:none}
+#a-real-nodule-and-a-generated-one{display:flex;flex-wrap:wrap;gap:0 2rem}
+#a-real-nodule-and-a-generated-one h2{flex:1 0 100%;margin-bottom:0}
+#a-real-nodule-and-a-generated-one figure{flex:1 1 20rem;min-width:0}
+[id="5-2-classification-metrics"]{display:flex;flex-wrap:wrap;gap:0 3rem}
+[id="5-2-classification-metrics"] h2{flex:1 0 100%;margin-bottom:0}
+[id="5-2-classification-metrics"] .table{max-width:100%}
+[id="5-2-classification-metrics"] .caption{max-width:24rem}
 .scroll{overflow-x:auto;max-width:100%}
 table{border-collapse:collapse;font-variant-numeric:tabular-nums}
 td,th{padding:.2rem .7rem;text-align:right;border-bottom:1px solid var(--line);vertical-align:top}
@@ -2144,25 +2155,32 @@ figure{margin:1.5rem 0}
 .sheet{display:grid;grid-template-columns:auto minmax(0,1fr);gap:.2rem .4rem;
 max-width:max(20rem,calc(85vh*var(--ratio)));margin-bottom:.4rem}
 .columns,.view,.scale{grid-column:2}
-.columns{display:grid;grid-auto-flow:column;grid-auto-columns:minmax(0,1fr);text-align:center}
+.scale{grid-row:3}
+.columns{grid-row:1;display:grid;grid-auto-flow:column;grid-auto-columns:minmax(0,1fr);text-align:center}
 .rows{grid-column:1;grid-row:2;display:grid;grid-auto-rows:minmax(0,1fr);align-items:center;
 text-align:right;max-width:7rem}
 .columns,.rows,.scale{font-size:.8rem;line-height:1.15;color:var(--soft)}
 .view{grid-row:2;overflow:hidden;align-self:start}
 .view img{display:block;width:100%;height:auto;image-rendering:pixelated}
+.columns span{overflow:hidden;padding:0 .1em}
+@media (max-width:600px){.rows{max-width:4.8rem}}
 .scale span{display:block;border:1px solid var(--ink);border-top:0;height:.3rem}
 .control{display:none;align-items:center;gap:.6rem;flex-wrap:wrap;margin:.4rem 0}
 .js .control{display:flex}
+.control label{display:contents}
+.control button{font:inherit;font-size:.9rem}
 .control input{flex:1 1 12rem;max-width:40rem;min-width:10rem;height:2rem;accent-color:var(--mark)}
 .control output{min-width:9rem;font-variant-numeric:tabular-nums;font-weight:600}
-[data-first] .sheet{max-width:14rem}
-.js [data-first] .sheet{max-width:max(18rem,calc(70vh*var(--ratio)*var(--count)))}
+[data-first] .sheet{max-width:20rem}
+.few .sheet{max-width:44rem}
+.js [data-first] .sheet{max-width:min(70rem,max(18rem,calc(70vh*var(--ratio)*var(--count))))}
 .js [data-first] .rows{display:none}
-.js [data-first] .view{aspect-ratio:calc(var(--ratio)*var(--count))}
-.js [data-first] img{transform:translateY(calc(-100%*var(--shown)/var(--count)))}
+.js [data-first] img{aspect-ratio:calc(var(--ratio)*var(--count));object-fit:cover;
+object-position:0 calc(100%*var(--shown)/max(1,var(--count) - 1))}
 .js [data-first].all .rows{display:grid}
-.js [data-first].all .view{aspect-ratio:auto}
-.js [data-first].all img{transform:none}
+.js [data-first].all .sheet{max-width:24rem}
+.js .few.all .sheet{max-width:44rem}
+.js [data-first].all img{aspect-ratio:var(--ratio)}
 .charts{display:grid;gap:1rem;grid-template-columns:repeat(auto-fit,minmax(min(100%,26rem),1fr))}
 .charts svg{width:100%;height:auto;display:block}
 .charts figcaption{grid-column:1/-1}
@@ -2172,6 +2190,7 @@ text-align:right;max-width:7rem}
 .mark{stroke:var(--soft)}
 .hover{stroke:var(--ink);stroke-width:.7}
 .charts .tip-paper{fill:var(--box);stroke:var(--line)}
+@media screen and (prefers-color-scheme:dark){.charts svg{filter:brightness(1.3)}}
 .next{border:1px solid var(--mark);padding:.5rem 1rem}
 @media print{
 :root{color-scheme:light;--paper:#fff;--ink:#000;--soft:#333;--line:#ccc;--box:#f4f4f4;
@@ -2181,10 +2200,18 @@ html{font-size:10.5px}
 body{max-width:none;padding:0}
 h1,h2,.caption{break-after:avoid}
 figure,table,tr,svg{break-inside:avoid}
-.sheet{max-width:min(100%,calc(20cm*var(--ratio)))}
+.sheet{max-width:min(100%,calc(11cm*var(--ratio)))}
+.js [data-first] .sheet{max-width:min(100%,calc(9cm*var(--ratio)*var(--count)))}
+.caption{break-inside:avoid}
+nav{break-inside:avoid}
 .scroll{overflow:visible}
-td,th{padding:.15rem .4rem}
-.control input,.control button{display:none}
+table{font-size:.9em}
+td,th{padding:.15rem .35rem}
+.control label,.control button{display:none}
+.few .control{display:none}
+.js .few .sheet{max-width:12cm}
+.js .few .rows{display:grid}
+.js .few img{aspect-ratio:var(--ratio)}
 *{-webkit-print-color-adjust:exact;print-color-adjust:exact}
 }
 """
@@ -2265,12 +2292,15 @@ class Chart {
       words.push([`${line.name}: ${short(this.fromY(nearest[1]))}`, line.colour]);
     }
     if (place === null) return;
-    words.unshift([`${this.group.dataset.label} ${short(this.fromX(place))}`, ""]);
+    const label = this.group.dataset.label;
+    const x = this.fromX(place);
+    words.unshift([`${label} ${label === "epoch" ? Math.round(x) : short(x)}`, ""]);
 
     this.tip = add(this.group, "g", {class: "tip"});
     add(this.tip, "path", {class: "hover", d: `M${place} ${plot.top}V${plot.bottom}`});
     const width = 14 + 6.6 * Math.max(...words.map(word => word[0].length));
-    const left = place < (plot.left + plot.right) / 2 ? place + 8 : place - 8 - width;
+    const beside = place < (plot.left + plot.right) / 2 ? place + 8 : place - 8 - width;
+    const left = Math.max(2, Math.min(beside, plot.width - width - 2));
     add(this.tip, "rect", {class: "tip-paper", x: left, y: plot.top + 16, width,
                            height: 8 + 16 * words.length, rx: 4});
     words.forEach(([word, colour], i) => {
@@ -2354,7 +2384,7 @@ for (const figure of document.querySelectorAll("[data-thresholds]")) {
 SCRIPT_HASH = base64.b64encode(hashlib.sha256(SCRIPT.encode()).digest()).decode()
 POLICY = ("default-src 'none'; img-src data:; style-src 'unsafe-inline'; "
           f"script-src 'sha256-{SCRIPT_HASH}'")
-TITLE = "Generative adversarial data augmentation for lung nodule detection"
+TITLE = "Generated lung nodules as training data"
 
 # The folders of a run whose stages leave a page, in the order of the stages, and the headings in
 # the order of the page. The contents follow the first two.
@@ -2411,8 +2441,9 @@ def table_html(caption, head, rows, marked=()):
     """
     lines = [row_html("td", row, "changed" if number in marked else "")
              for number, row in enumerate(rows)]
-    return (f'<p class="caption">{escaped(caption)}</p><div class="scroll" tabindex="0"><table>'
-            f"<thead>{row_html('th', head)}</thead><tbody>{''.join(lines)}</tbody></table></div>")
+    return (f'<div class="table"><p class="caption">{escaped(caption)}</p>'
+            f'<div class="scroll" tabindex="0"><table><thead>{row_html("th", head)}</thead>'
+            f"<tbody>{''.join(lines)}</tbody></table></div></div>")
 
 
 def code_html(names):
@@ -2480,6 +2511,9 @@ def charts_html(path):
     return "".join(charts)
 
 
+FEW_ROWS = 12       # on paper, so many rows of a figure with a slider are all printed
+
+
 def figure_html(path, item):
     """A picture or charts, inline, with the caption; a line that says so where it was not made.
 
@@ -2501,15 +2535,17 @@ def figure_html(path, item):
 
     # A slider shows one row of the picture.
     first = min(max(int(first), 0), count - 1)
-    control = slider_html("Show", count, first) + '<button type="button">all at once</button></div>'
-    return (f'<figure {place} data-first="{first}" style="--count:{count};--shown:{first}">'
+    label = str(item["rows"][0]).partition(" ")[0].capitalize()
+    control = slider_html(label, count, first) + '<button type="button">all at once</button></div>'
+    few = ' class="few"' if count <= FEW_ROWS else ""
+    return (f'<figure {place}{few} data-first="{first}" style="--count:{count};--shown:{first}">'
             f"{control}{picture_html(path, item)}<figcaption>{caption}</figcaption></figure>")
 
 
 def slider_html(label, count, first):
     """A slider from 0 to count − 1 in a box that the caller closes; only the script shows it."""
-    return (f'<div class="control"><label>{label}</label><input type="range" aria-label="{label}" '
-            f'min="0" max="{count - 1}" value="{first}"><output></output>')
+    return (f'<div class="control"><label>{escaped(label)} <input type="range" min="0" '
+            f'max="{count - 1}" value="{first}"></label><output></output>')
 
 
 THRESHOLD_HEAD = ("arm", "TP", "FP", "FN", "TN", "sensitivity", "specificity", "precision", "F1")
@@ -2545,43 +2581,73 @@ def item_html(item, folder):
     return f"<p>{escaped(item['text'])}</p>"
 
 
-def options_rows(stage, options):
-    """The options of a stage: rows (stage, option, value, the preset's), and which rows differ."""
-    preset = options.get("preset")
+def stage_rows(pages):
+    """When each stage was run, how long it took, and how; pages: stage → JSON."""
+    rows = []
+    for stage, page in pages.items():
+        facts = page.get("facts") or {}
+        rows.append((stage, *[facts.get(name, "–") for name in ("time", "date", "command")]))
+    return rows
+
+
+def joined(values):
+    """What stages say, as one text; values: stage → value. Where they differ, each by its name."""
+    distinct = list(dict.fromkeys(values.values()))
+    if len(distinct) == 1:
+        return str(distinct[0])
+    parts = []
+    for value in distinct:
+        stages = [stage for stage, other in values.items() if other == value]
+        parts.append(f"{value} ({', '.join(stages)})")
+    return "; ".join(parts)
+
+
+def machine_rows(pages):
+    """On what machine and with which versions the stages were run; pages: stage → JSON."""
+    by_name = {}
+    for stage, page in pages.items():
+        for name, value in (page.get("facts") or {}).items():
+            if name not in ("time", "date", "command"):
+                by_name.setdefault(name, {})[stage] = str(value)
+    return [(name, joined(values)) for name, values in by_name.items()]
+
+
+def option_rows(pages):
+    """The stages' options: rows of text, and the numbers of those that differ from the preset's."""
+    by_option = {}
+    for stage, page in pages.items():
+        options = page.get("options") or {}
+        preset = options.get("preset")
+        for option in lungaug.options_of(stage):
+            if option.dest not in options:
+                continue
+            value = options[option.dest]
+            default = getattr(option, preset) if preset in ("demo", "thesis") else None
+            # Where the preset has no value, none can differ from it.
+            differs = default is not None and value != default
+            text = "–" if value is None else str(value)
+            row = (option.name, text, str(default) if differs else "the same", differs)
+            by_option.setdefault(row, []).append(stage)
+
     rows = []
     changed = []
-    for option in lungaug.options_of(stage):
-        if option.dest not in options:
-            continue
-        value = options[option.dest]
-        default = getattr(option, preset) if preset in ("demo", "thesis") else None
-        differs = default is not None and value != default
+    for (*cells, differs), stages in by_option.items():
         if differs:
             changed.append(len(rows))
-        text = "–" if value is None else str(value)
-        rows.append((stage, option.name, text, str(default) if differs else "the same"))
+        rows.append((*cells, "all" if len(stages) == len(pages) else ", ".join(stages)))
     return rows, changed
 
 
 def run_html(pages):
-    """How the stages were run: machine and versions, and their options; pages: stage → JSON."""
-    facts = {stage: page.get("facts") or {} for stage, page in pages.items()}
-    names = list(dict.fromkeys(name for of_stage in facts.values() for name in of_stage))
-    rows = [(name, *[of_stage.get(name, "–") for of_stage in facts.values()]) for name in names]
-    parts = []
-    if rows:
-        parts.append(table_html("Machine, versions and time of each stage.", ("", *facts), rows))
-
-    option_table = []
-    changed = []
-    for stage, page in pages.items():
-        of_stage, of_stage_changed = options_rows(stage, page.get("options") or {})
-        changed += [len(option_table) + number for number in of_stage_changed]
-        option_table += of_stage
-    if option_table:
-        parts.append(table_html("Options; those that differ from the preset's are bold.",
-                                ("stage", "option", "value", "preset"), option_table, changed))
-    return parts
+    """How the stages were run: times, machine, versions, options; pages: stage → JSON."""
+    rows, changed = option_rows(pages)
+    return [
+        table_html("The last command of each stage; one that resumes does only what is left.",
+                   ("stage", "time", "date", "command"), stage_rows(pages)),
+        table_html("Machine and versions.", ("", "of the stages"), machine_rows(pages)),
+        table_html("Options. Those that differ from the preset's are bold.",
+                   ("option", "value", "preset", "stages"), rows, changed),
+    ]
 
 
 def contents_html(sections):
@@ -2592,6 +2658,9 @@ def contents_html(sections):
         for match in re.finditer('<figure[^>]* id="([^"]*)"|<figure id="([^"]*)"', "".join(items)):
             name = match[1] or match[2]
             title = name.partition("-")[2].replace("-", " ") or name
+            # A scan's picture is named after its series.
+            if re.fullmatch("[0-9 ]+", title):
+                title = "scan"
             figures.append(f'<li><a href="#{name}">{title}</a></li>')
         inner = f"<ul>{''.join(figures)}</ul>" if figures else ""
         lines.append(f'<li><a href="#{anchor(heading)}">{escaped(heading)}</a>{inner}</li>')
@@ -2658,7 +2727,8 @@ def draw_report(run):
     name = escaped(run.resolve().name)
     first_page = next(iter(pages.values()))
     preset = (first_page.get("options") or {}).get("preset") or "unknown"
-    plot = json.dumps({"left": LEFT, "right": RIGHT, "top": TOP, "bottom": BOTTOM})
+    plot = json.dumps({"left": LEFT, "right": RIGHT, "top": TOP, "bottom": BOTTOM,
+                       "width": CHART_WIDTH})
 
     parts = [
         '<!doctype html><html lang="en"><head><meta charset="utf-8">',

@@ -283,10 +283,14 @@ def open_generated(run, dataset, name):
 
 
 def middle_slices(cubes, count):
-    """The middle axial slices of cubes (n, c, c, c), n ≤ count, then black: (count, c, c)."""
+    """The middle axial slices of cubes (n, c, c, c) in [-1, 1], n ≤ count, in the lung window.
+
+    Then black: uint8 (count, c, c).
+    """
     side = cubes.shape[-1]
-    slices = np.full((count, side, side), -1, np.float32)
-    slices[:len(cubes)] = cubes[:, side // 2]
+    slices = np.zeros((count, side, side), np.uint8)
+    hu = preprocessing.denormalize(cubes[:, side // 2])
+    slices[:len(cubes)] = lungaug.windowed(hu, "lung window")
     return slices
 
 
@@ -310,8 +314,7 @@ def draw_samples(run, dataset, count=SAMPLES):
         generated = np.concatenate([accepted, rejected])[:count]
         sheet_rows.append(middle_slices(preprocessing.normalize(generated), count))
 
-    hu = preprocessing.denormalize(np.concatenate(sheet_rows))
-    sheet = lungaug.tile(lungaug.windowed(hu, "lung window"), count)
+    sheet = lungaug.tile(np.concatenate(sheet_rows), count)
     pixels = lungaug.png(sheet, lungaug.zoom(dataset.cube, 48))
     lungaug.write(run / "classifiers" / "samples.png", pixels)
 
@@ -671,7 +674,7 @@ def page(classes, dataset):
         lungaug.Figure("Real cubes and generated ones, each the middle axial slice in the lung "
                        "window. Compare a row with the one below it: are the generated ones as "
                        "sharp, as bright and as different from each other as the real ones? Where "
-                       "too few were accepted, the best of the rejected follow, then flat grey.",
+                       "too few were accepted, the best of the rejected follow, then black.",
                        "samples.png",
                        code=("train_classifier.draw_samples", "train_classifier.generate",
                              "train_classifier.select"),

@@ -549,6 +549,9 @@ def train_in(folder, options, dataset, device):
         print(f"Preset {options.preset}, cube {dataset.cube}, width {options.width}, on {place}; "
               f"epochs {trainer.epoch} to {options.epochs}.", flush=True)
         lungaug.warn_of_days(options, dataset.cube, options.epochs - trainer.epoch, device)
+        if trainer.epoch < options.epochs:
+            # Until it has its page again the stage is not finished, for evaluate.py.
+            lungaug.remove(folder, "options.json")
     train(trainer, dataset, folder)
     if process == 0:
         draw_progression(folder, trainer)

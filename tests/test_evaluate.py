@@ -152,8 +152,11 @@ def test_draw_novelty__the_figures_are_of_samples_from_all_of_the_accepted(tmp_p
     """Of more than six accepted samples the figures show the first, the last, some between, each beside its nearest."""
     dataset, pairs = small_run(tmp_path), []
     made = write_generated(tmp_path, positives=11)["positive"] / 700 + 3 / 7
-    monkeypatch.setattr(evaluate, "pair", lambda left, right: pairs.append((left, right)) or np.zeros((1, 1), np.uint8))
+    monkeypatch.setattr(evaluate, "pair",
+                        lambda left, right, window: pairs.append((left, right)) or np.zeros((1, 1), np.uint8))
     found = evaluate.draw_novelty(tmp_path, tmp_path, dataset)["generated"]
+    assert pairs[::2] == pairs[1::2]        # each in both windows
+    del pairs[1::2]
     assert np.allclose([left for left, _ in pairs], made[::2], atol=1e-5)
     assert np.allclose([np.linalg.norm(left - right) for left, right in pairs], [row["distance"] for row in found],
                        atol=1e-4)

@@ -320,13 +320,35 @@ def own_words(stage):
 
 @pytest.mark.parametrize("stage, gone, first", [
     ("train_classifier", "prepared", "preprocessing.py"), ("train_classifier", "gan", "train_gan.py"),
-    ("evaluate", "prepared", "preprocessing.py"), ("evaluate", "gan", "train_"),
-    ("evaluate", "classifiers", "train_classifier.py")])
+    ("evaluate", "prepared", "preprocessing.py")])
 def test_without_its_input__a_stage_says_what_to_run(copy, run, stage, gone, first):
     """A stage run too early, or without its input, names the missing file and the command that makes it."""
     shutil.rmtree(copy / gone)
     done = run(__import__(stage), "--run", copy)
     assert in_one_line(done, f"{copy}/{gone}", "not found", f"python {first}")
+
+
+@pytest.mark.parametrize("gone, first", [
+    ("gan", "train_gan.py"), ("classifiers", "train_classifier.py"), ("gan/options.json", "train_gan.py"),
+    ("classifiers/options.json", "train_classifier.py")])
+def test_without_its_input__evaluate_draws_what_there_is(copy, run, gone, first):
+    """While a training runs, or before it, the figures that need none are drawn, and the page says what comes next."""
+    (shutil.rmtree if (copy / gone).is_dir() else os.remove)(copy / gone)
+    done = run(evaluate, "--run", copy)
+    assert done.status == 0 and done.err == "" and f"python {first} --run {copy}" in done.out.splitlines()[-1]
+    page = Page((copy / "report.html").read_text(encoding="utf-8"))
+    assert f"Next: python {first} --run {copy}" in page.text
+    assert "Figure 2." in page.text and "Table 2." not in page.text
+    assert ("Figure 7." in page.text) == (gone != "gan") and ("Figure 8." in page.text) == (gone != "classifiers")
+
+
+def test_without_its_input__report_of_one_stage_is_its_page(copy, run):
+    """The page of a run of which only the scans are prepared shows Table 1 and says which command comes next."""
+    for name in ("gan", "classifiers", "evaluation"):
+        shutil.rmtree(copy / name)
+    assert run(evaluate, "report", "--run", copy).status == 0
+    page = Page((copy / "report.html").read_text(encoding="utf-8"))
+    assert "Table 1." in page.text and "Next: python train_gan.py" in page.text and "Figure" not in page.text
 
 
 def test_without_its_input__report_says_what_to_run(tmp_path, run):
@@ -528,7 +550,7 @@ class Page(HTMLParser):
 
     def handle_starttag(self, tag, attributes):
         self.elements.append((tag, dict(attributes)))
-        self.open += [] if tag in ("meta", "img") else [tag]
+        self.open += [] if tag in ("meta", "img", "input") else [tag]
 
     def handle_startendtag(self, tag, attributes):
         self.elements.append((tag, dict(attributes)))
@@ -544,17 +566,25 @@ class Page(HTMLParser):
         return " ".join(" ".join(self.words).split())
 
 
+def only_its_own_script(text):
+    """Whether a page has one script, ours, and forbids others."""
+    return re.findall("<script.*?</script>", text, re.S) == [f"<script>{evaluate.SCRIPT}</script>"] and (
+        f'http-equiv="Content-Security-Policy" content="{evaluate.POLICY}"' in text)
+
+
 def test_report__needs_nothing_else(tiny):
-    """No link and no source beside data in the page itself, no script; tags close in order."""
+    """No link out of the page, no source beside data in it, no script but its own; tags close in order."""
     text = (tiny.run / "report.html").read_text(encoding="utf-8")
     page = Page(text)
     assert set(re.findall(r"https?://[^\"' <]*", text)) <= {"http://www.w3.org/2000/svg"}
     assert {"img", "svg", "table"} <= {tag for tag, _ in page.elements} and set(page.open) <= {"html", "body"}
-    assert not {tag for tag, _ in page.elements} & {"script", "link", "iframe", "a", "object"}
+    assert not {tag for tag, _ in page.elements} & {"link", "iframe", "object"}
+    assert only_its_own_script(text)
     assert "@import" not in text and "url(" not in text
     for _, attributes in page.elements:
         assert attributes.get("src", "data:").startswith("data:")
-        assert not {"href", "xlink:href", "onload"} & set(attributes)
+        assert attributes.get("href", "#").startswith("#")
+        assert not {"xlink:href", "onload"} & set(attributes)
 
 
 @pytest.mark.parametrize("word", [*(f"Table {n}." for n in range(1, 6)),
@@ -567,14 +597,14 @@ def test_report__has_every_table_and_figure_once(tiny, word):
 def test_report__no_picture_is_missing(tiny):
     """Every figure of a whole run is drawn, and every PNG in it is one."""
     text = (tiny.run / "report.html").read_text(encoding="utf-8")
-    assert "Not made in this run" not in text and len(re.findall("<figure>", text)) >= 10
+    assert "Not made in this run" not in text and len(re.findall("<figure", text)) >= 10
     assert all(data.startswith("iVBORw0KGgo") for data in re.findall("base64,([^\"]*)", text)) and "base64," in text
 
 
 def test_report__shows_the_results_own_numbers(tiny):
     """Tables 2–5 on the page hold the cells of results.json, ours and the thesis'."""
     tables = json.loads((tiny.run / "evaluation" / "results.json").read_bytes())["tables"]
-    rows = re.findall("<tr>(.*?)</tr>", (tiny.run / "report.html").read_text(encoding="utf-8"))
+    rows = re.findall("<tr[^>]*>(.*?)</tr>", (tiny.run / "report.html").read_text(encoding="utf-8"))
     cells = [[html.unescape(cell) for cell in re.findall("<td>(.*?)</td>", row)] for row in rows]
     for table in tables.values():
         for key in ("tp", "fp", "fn", "tn"):
@@ -605,5 +635,5 @@ def test_report__what_a_file_says_of_itself_is_escaped(copy, monkeypatch, run):
     items = [*preprocessing.page(preprocessing.open_dataset(copy)), lungaug.Text(hostile)]
     lungaug.save_page(copy / "prepared", SimpleNamespace(), items)
     assert run(evaluate, "--run", copy).status == 0
-    page = Page((copy / "report.html").read_text(encoding="utf-8"))
-    assert "script" not in {tag for tag, _ in page.elements} and page.text.count(hostile) >= 3
+    text = (copy / "report.html").read_text(encoding="utf-8")
+    assert only_its_own_script(text) and Page(text).text.count(hostile) >= 3

@@ -799,7 +799,10 @@ def test_train_arm__a_skipped_arm_leaves_no_older_classifier(
 
 
 def test_draw_samples__one_row_per_kind_and_black_where_there_are_too_few(tmp_path, monkeypatch):
-    """Rows: real positives, generated ones, real negatives, generated ones; then black."""
+    """Rows: real positives, generated ones, real negatives, generated ones, in the lung window; then black."""
+    def shown(cubes):
+        return lungaug.windowed(700 * cubes[:, 3] - 300, "lung window")
+
     dataset = small_run(tmp_path)
     generated = write_generated(tmp_path, positives=3, negatives=20)
     sheets = []
@@ -816,18 +819,18 @@ def test_draw_samples__one_row_per_kind_and_black_where_there_are_too_few(tmp_pa
 
     # Real cubes, 3 and 5.
     for row, kind in ((rows[0], "positives"), (rows[2], "negatives")):
-        middles = lungaug.grey(cubes_of(dataset, kind, "train")[:, 3])
+        middles = shown(cubes_of(dataset, kind, "train"))
         assert np.array_equal(row[:len(middles)], middles)
         assert not row[len(middles):].any()
 
     # Three accepted positives, then the three rejected ones.
-    positives = lungaug.grey(scaled(generated["positive"][:, 3]))
+    positives = shown(scaled(generated["positive"]))
     assert np.array_equal(rows[1, :3], positives)
     assert np.array_equal(rows[1, 3:6], positives)
     assert not rows[1, 6:].any()
 
     # More accepted negatives than fit.
-    negatives = lungaug.grey(scaled(generated["negative"][:16, 3]))
+    negatives = shown(scaled(generated["negative"][:16]))
     assert np.array_equal(rows[3], negatives)
 
 
