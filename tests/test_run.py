@@ -96,7 +96,8 @@ def later(tiny, twin, tmp_path_factory):
     folder = tmp_path_factory.mktemp("later")
     moved = Path(shutil.copytree(tiny.run, folder / "Läufe und mehr" / "R 2"))
     shutil.rmtree(moved / "evaluation")
-    drawn = Path(shutil.copytree(tiny.run, folder / "C"))
+    # The page is called after the run's folder.
+    drawn = Path(shutil.copytree(tiny.run, folder / tiny.run.name))
     (drawn / "report.html").unlink()
     found = files(twin)
     words = ["24" if word == "12" else word for word in WORDS]
