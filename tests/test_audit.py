@@ -8,11 +8,14 @@ import re
 import subprocess
 import sys
 
+import lungaug
+
 import pytest
 import torch
 
 import audit
 import mutate
+import train_classifier
 import wrong_versions
 from helpers import in_one_line, run_main, run_python, small_run
 
@@ -269,6 +272,31 @@ def test_run_stage__its_checkpoint_names_the_mistake(mistaken):
     assert state["settings"]["mistake"] == "one_epsilon_per_batch"
     done = run_python(audit.ROOT / "tests" / "wrong_versions.py", "epsilon_is_one", "--", "train_gan.py", *words)
     assert in_one_line(done, "mistake one_epsilon_per_batch, not epsilon_is_one", "--overwrite")
+    done = run_python(audit.ROOT / "train_gan.py", *words)
+    assert in_one_line(done, "mistake one_epsilon_per_batch, not None", "--overwrite")
+
+
+def test_run_stage__a_classifier_made_with_a_mistake_is_not_resumed_without_it(tmp_path):
+    """The checkpoint's settings, which name the mistake, are not those of the right stage; nor are the cubes'."""
+    dataset = small_run(tmp_path)
+    options = lungaug.parse("", "train_classifier", words=["--batch-size", "4"])
+    lungaug.apply_preset(options, "train_classifier", "thesis")
+    trainer = train_classifier.Trainer("real", options, dataset, None, torch.device("cpu"))
+    lungaug.write(tmp_path / "checkpoint.pt", trainer.state() | {"settings": trainer.settings | {"mistake": "x"}})
+    with pytest.raises(lungaug.Refusal, match="mistake x, not None"):
+        train_classifier.resume(trainer, tmp_path)
+    lungaug.write(tmp_path / "generated.json", {"settings": {"mistake": "x"}, "classes": {}, "files": {}})
+    with pytest.raises(lungaug.Refusal, match="mistake x, not None"):
+        train_classifier.read_generated(tmp_path, {}, "run it again")
+
+
+def test_run_stage__worker_processes_that_start_anew_have_the_mistake():
+    """Where a worker imports everything again, as on Windows, this file puts the mistake in place once more."""
+    code = ("import runpy, preprocessing; runpy.run_path('tests/wrong_versions.py', run_name='__mp_main__'); "
+            "print(preprocessing.nearest_voxel.__name__)")
+    for name, expected in (("axes_transposed", "axes_transposed"), ("", "nearest_voxel")):
+        done = run_python("-c", code, cwd=audit.ROOT, env=os.environ | {"LUNGAUG_WRONG": name})
+        assert done.out.split() == [expected], done.err
 
 
 def test_run_stage__errors_are_the_stages_own(tmp_path):
