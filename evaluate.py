@@ -2778,33 +2778,25 @@ def unpaired_rows(results, others):
     return rows
 
 
-def compare_runs(runs):
-    """The command `python evaluate.py --compare RUN …`: one table of arms, one picture of curves.
+def print_arms_of_runs(results_of):
+    """Print the arms of several runs in one table, and each arm's difference from the first run.
 
-    Leaves comparison.svg in the first run's evaluation folder.
+    results_of: run → its results.json. Raises Refusal where that is damaged.
     """
-    check(len(runs) > 0, "--compare", "no runs", "give the folders of evaluated runs")
+    runs = list(results_of)
     rows = []
-    logs = {}
     differences = []
-    first_results = None
     test_sets = set()
-    for run in runs:
-        path = run / "evaluation" / "results.json"
-        remedy = f"run python evaluate.py --run {run} first"
-        results = lungaug.read_json(path, remedy)
-        with lungaug.refuse_on_error(path, remedy):
+    for run, results in results_of.items():
+        with lungaug.refuse_on_error(run / "evaluation" / "results.json", "run evaluate.py again"):
             rows += [(str(run), *cells) for cells in arm_rows(results)]
-            rows.append((str(run), results["verdict"].partition(":")[0], *[""] * 5))
+            verdict_word = results["verdict"].partition(":")[0]
+            rows.append((str(run), verdict_word, *[""] * (len(ARMS_HEAD) - 1)))
             test_sets.add(results["counts"]["prepared"])
-            if first_results is None:
-                first_results = results
-            else:
+            if run != runs[0]:
                 name = f"{run} − {runs[0]}"
-                differences += [(name, *cells) for cells in unpaired_rows(results, first_results)]
-        log = lungaug.read_log(run / "gan" / "log.jsonl")
-        if log:
-            logs[run.name] = log
+                differences += [(name, *cells)
+                                for cells in unpaired_rows(results, results_of[runs[0]])]
 
     lungaug.print_table("Arms of each run", ("run", *ARMS_HEAD), rows)
     if differences:
@@ -2813,6 +2805,30 @@ def compare_runs(runs):
     if len(test_sets) > 1:
         print("\nThe runs are tested on different scans, splits or cubes: their numbers differ for "
               "that reason, too.")
+
+
+def compare_runs(runs):
+    """The command `python evaluate.py --compare RUN …`: one table of arms, one picture of curves.
+
+    A run that is not evaluated yet has curves only. Leaves comparison.svg in the first run's
+    evaluation folder.
+    """
+    check(len(runs) > 0, "--compare", "no runs", "give the folders of runs")
+    results_of = {}
+    logs = {}
+    for run in runs:
+        path = run / "evaluation" / "results.json"
+        log = lungaug.read_log(run / "gan" / "log.jsonl")
+        if log:
+            logs[str(run)] = log
+        if path.exists():
+            results_of[run] = lungaug.read_json(path, f"run python evaluate.py --run {run} again")
+        else:
+            check(log, run, "has neither a GAN nor results", f"run python lungaug.py --run {run}")
+            print(f"{run}: not evaluated, so its curves only.")
+
+    if results_of:
+        print_arms_of_runs(results_of)
     if logs:
         path = runs[0] / "evaluation" / "comparison.svg"
         lungaug.write(path, figure_7_of_runs(logs))

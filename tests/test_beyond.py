@@ -586,7 +586,7 @@ def test_compare_runs__one_table_and_one_picture(tmp_path, run):
     for folder in (first, second):
         assert sum(str(folder) in line for line in done.out.splitlines()) >= 6
     figure = (first / "evaluation" / "comparison.svg").read_text(encoding="utf-8")
-    assert figure.count("<polyline") == 4 * 2 and ">one<" in figure and ">two<" in figure
+    assert figure.count("<polyline") == 4 * 2 and f">{first}<" in figure and f">{second}<" in figure
     gain = next(line for line in done.out.splitlines() if "mixed" in line and "−" in line and str(second) in line)
     assert len(re.findall(r"\[[^]]+, [^]]+\]", gain)) == 2
     assert not (second / "evaluation" / "comparison.svg").exists()
@@ -599,14 +599,25 @@ def test_compare_runs__other_test_sets_are_told(tmp_path, run):
     assert done.status == 0 and "different scans" in done.out
 
 
-@pytest.mark.parametrize("fault", ["none", "no results", "damaged"])
-def test_compare_runs__what_cannot_be_compared_is_one_line(tmp_path, run, fault):
-    """No run at all, one that was not evaluated, or whose results are damaged."""
+def test_compare_runs__without_results_the_curves_only(tmp_path, run):
+    """Two GANs, of which one run is evaluated: both curves, the arms of that run alone; of none, no table."""
+    first, second = evaluated_run(tmp_path / "one", 0.2), evaluated_run(tmp_path / "two", 0.5)
+    (second / "evaluation" / "results.json").unlink()
+    done = run(evaluate, "--compare", second, first)
+    assert done.status == 0 and f"{second}: not evaluated" in done.out
+    assert "Figure 7 of 2 runs" in done.out and str(second) not in done.out.split("Arms of each run")[1].split("Fig")[0]
+    (first / "evaluation" / "results.json").unlink()
+    assert "Arms of each run" not in run(evaluate, "--compare", first, second).out
+
+
+@pytest.mark.parametrize("fault, words", [("none", "give the folders"), ("nothing", "run python lungaug.py --run"),
+                                          ("damaged", "run evaluate.py again")])
+def test_compare_runs__what_cannot_be_compared_is_one_line(tmp_path, run, fault, words):
+    """No run at all, one of which there is nothing, or whose results are damaged."""
     runs = [evaluated_run(tmp_path / "one", 0.2), tmp_path / "two"]
     if fault == "damaged":
         lungaug.write(runs[1] / "evaluation" / "results.json", {"tables": {}})
-    done = run(evaluate, "--compare", *([] if fault == "none" else runs))
-    assert in_one_line(done, "give the folders" if fault == "none" else "run python evaluate.py --run")
+    assert in_one_line(run(evaluate, "--compare", *([] if fault == "none" else runs)), words)
 
 
 def test_figure_roc__curves_of_the_arms_and_the_thesis_points():
