@@ -583,7 +583,7 @@ def t_interval(estimate, influences):
 
     estimate: θ; influences: (S,), s is their standard deviation. Returns (low, high) of the 95%
     interval; nan for fewer than two scans. A percentile bootstrap of few scans is too narrow:
-    tests/coverage.py.
+    tests/interval_coverage.py.
     """
     error = standard_error(influences)
     if math.isnan(error):

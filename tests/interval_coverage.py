@@ -1,7 +1,7 @@
 """How often do 95% intervals of a difference hold the truth, by 5 test scans and by 20?
 
-    python tests/coverage.py                  # 2,000 test sets of each size; 2 minutes
-    python tests/coverage.py --sets 200
+    python tests/interval_coverage.py                  # 1,000 test sets of each size; 5 minutes
+    python tests/interval_coverage.py --sets 200
 
 Draws test sets of which the truth is known: two classifiers with the same errors by scan, and some
 of their own. For each set it makes the t interval of evaluate.py, on influences of scans, and the
@@ -98,7 +98,7 @@ def count_coverage(n_scans, n_sets, truth, rng):
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-    parser.add_argument("--sets", type=int, default=2000, help="test sets of each size")
+    parser.add_argument("--sets", type=int, default=1000, help="test sets of each size")
     parser.add_argument("--seed", type=int, default=0)
     options = parser.parse_args()
     rng = lungaug.stream(options.seed, "coverage")
