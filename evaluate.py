@@ -1836,7 +1836,7 @@ def best_items(results, dataset):
                                     code=("evaluate.draw_best", "evaluate.planes"), **common))
     if "generated" in best:
         caption = (f"Generated: the accepted positive {sure.format(**best['generated'])}. It is "
-                   "the best and no typical one: section 4.3 shows others.")
+                   "the best one, not a typical one: section 4.3 shows others.")
         items.append(lungaug.Figure(caption, "best_generated.png",
                                     code=("evaluate.draw_best", "train_classifier.generate"),
                                     **common))

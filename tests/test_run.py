@@ -638,3 +638,14 @@ def test_report__what_a_file_says_of_itself_is_escaped(copy, monkeypatch, run):
     assert run(evaluate, "--run", copy).status == 0
     text = (copy / "report.html").read_text(encoding="utf-8")
     assert only_its_own_script(text) and Page(text).text.count(hostile) >= 3
+
+
+def test_readme__its_lines_of_python_draw_eight_nodules(tiny, tmp_path, monkeypatch):
+    """README's example loads the GAN of runs/demo and draws eight cubes of it side by side."""
+    code = re.search("```python\n(.*?)```", (HERE / "README.md").read_text(encoding="utf-8"), re.S)[1]
+    shutil.copytree(tiny.run, tmp_path / "runs" / "demo")
+    monkeypatch.chdir(tmp_path)
+    names = {}
+    exec(code, names)
+    assert names["cubes"].shape == (8, 12, 12, 12) and np.abs(names["cubes"]).max() <= 1
+    assert (tmp_path / "nodules.png").read_bytes().startswith(b"\x89PNG")
