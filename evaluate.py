@@ -229,12 +229,29 @@ def has_cubes(arm, classes):
     return all(classes[name]["accepted"] > 0 for name in names)
 
 
+def is_repeat_whole(run, arms, repeat):
+    """Whether each of these arms has been trained for as many epochs as in the first repeat."""
+    for arm in arms:
+        folder = lungaug.arm_folder(run, arm, repeat)
+        first = lungaug.arm_folder(run, arm, 1)
+        n_epochs = len(lungaug.read_log(folder / "log.jsonl"))
+        if not (folder / "checkpoint.pt").exists():
+            return False
+        if n_epochs != len(lungaug.read_log(first / "log.jsonl")):
+            return False
+    return True
+
+
 def count_repeats(run, arms):
-    """How many repeats of training have a checkpoint of each of these arms; at least 1."""
+    """How many repeats of training are alike in length, in each of these arms; at least 1."""
     repeats = 1
-    while all((lungaug.arm_folder(run, arm, repeats + 1) / "checkpoint.pt").exists()
-              for arm in arms):
+    while is_repeat_whole(run, arms, repeats + 1):
         repeats += 1
+
+    left_out = lungaug.arm_folder(run, "real", repeats + 1)
+    if (left_out / "checkpoint.pt").exists():
+        print(f"{left_out}: not counted, as some arm has not the epochs of the first repeat; run "
+              f"python train_classifier.py --run {run} with --repeats {repeats + 1} or more.")
     return repeats
 
 
@@ -309,6 +326,8 @@ def score_split(networks, dataset, split, device):
 
     # Every network scores a cube while it is in memory.
     columns = lungaug.predict(probabilities, read_cubes, len(rows), device).T
+    # In float32 a threshold between two neighbours would be one of them.
+    columns = columns.astype(float)
     scores = {}
     first = 0
     for arm, of_arm in networks.items():
@@ -316,7 +335,7 @@ def score_split(networks, dataset, split, device):
         first += len(of_arm)
 
     _, scans = np.unique(rows[:, 0], return_inverse=True)
-    return Scored(labels, flip_weights(labels), scans, scores)
+    return Scored(labels, flip_weights(labels, rows), scans, scores)
 
 
 def write_scores(path, dataset, scores):
@@ -450,12 +469,20 @@ def format_spread(mean, deviation):
 # Beyond the thesis: operating points. Tables 2–5 compare classifiers at one threshold each, and
 # count each nodule eight times
 
-def flip_weights(labels):
+def flip_weights(labels, rows=None):
     """⅛ for each of a nodule's eight flips, 1 for a negative   [rule_beyond_flip_weight]
 
-    labels: (n,), 1 = positive. Eight flips of one nodule say little more than one of them does.
+    Eight flips of one nodule say little more than one of them does. labels: (n,), 1 = positive;
+    rows: (n, 4), whose cubes they are. With --split cube a split has some of a nodule's flips: of k
+    flips each weighs 1/k. Without rows there are eight.
     """
-    return np.where(np.asarray(labels) == 1, 1 / 8, 1.0)
+    is_positive = np.asarray(labels) == 1
+    weights = np.where(is_positive, 1 / 8, 1.0)
+    if rows is not None and is_positive.any():
+        _, nodule, n_flips = np.unique(rows[is_positive], axis=0, return_inverse=True,
+                                       return_counts=True)
+        weights[is_positive] = 1 / n_flips[np.ravel(nodule)]
+    return weights
 
 
 def roc_auc(labels, scores):
@@ -758,8 +785,8 @@ def summarize_arm(arm, test, validation, measured, prevalence):
 
 def training_prevalence(dataset):
     """π, the share of nodules among the training cubes, each nodule counted once."""
-    _, _, labels = preprocessing.labelled(dataset, "train")
-    weights = flip_weights(labels)
+    rows, _, labels = preprocessing.labelled(dataset, "train")
+    weights = flip_weights(labels, rows)
     return float(weights[labels == 1].sum() / weights.sum())
 
 
@@ -1679,11 +1706,13 @@ def worst_errors(test, arm):
     order = np.argsort(probabilities, kind="stable")
     false_positives = [i for i in order[::-1] if found[i] and test.labels[i] == 0]
 
-    # The eight flips of a nodule follow each other, and the positives come first.
+    # The positives come first, the flips of a nodule follow each other, and weigh 1 together.
+    weight_before = np.cumsum(test.weights) - test.weights
+    nodule = np.floor(weight_before + 1e-6).astype(int)
     false_negatives = {}
     for i in order:
         if not found[i] and test.labels[i] == 1:
-            false_negatives.setdefault(i // 8, i)
+            false_negatives.setdefault(nodule[i], i)
     return {"false positive": false_positives[:MOST_ERRORS],
             "false negative": list(false_negatives.values())[:MOST_ERRORS]}
 
@@ -2765,17 +2794,27 @@ def unpaired_rows(results, others):
     rows = []
     counts = (results["counts"]["scans"], others["counts"]["scans"])
     for arm, summary in results["arms"].items():
-        if arm not in others["arms"] or min(counts) < 2:
+        if arm not in others["arms"]:
             continue
         cells = []
         for name in ("f1_argmax", "auc"):
-            pair = (summary[name], others["arms"][arm][name])
-            difference = pair[0]["mean"] - pair[1]["mean"]
-            errors = [entry["error"] for entry in pair]
-            low, high = welch_interval(difference, errors, counts)
-            cells.append(format_difference({"difference": difference, "low": low, "high": high}))
+            cells.append(unpaired_cell(summary[name], others["arms"][arm][name], counts))
         rows.append((arm, *cells))
     return rows
+
+
+def unpaired_cell(entry, other, counts):
+    """One entry of a summary minus another's, with its interval; – for what there is not.
+
+    A test set of one scan, or with nodules in one alone, has no interval.
+    """
+    if entry["mean"] is None or other["mean"] is None:
+        return "–"
+    difference = entry["mean"] - other["mean"]
+    low, high = math.nan, math.nan
+    if entry["error"] is not None and other["error"] is not None:
+        low, high = welch_interval(difference, (entry["error"], other["error"]), counts)
+    return format_difference({"difference": difference, "low": low, "high": high})
 
 
 def print_arms_of_runs(results_of):
@@ -2831,7 +2870,10 @@ def compare_runs(runs):
         print_arms_of_runs(results_of)
     if logs:
         path = runs[0] / "evaluation" / "comparison.svg"
-        lungaug.write(path, figure_7_of_runs(logs))
+        remedy = "its log.jsonl is damaged: train again with --overwrite"
+        with lungaug.refuse_on_error("a GAN's log", remedy):
+            figure = figure_7_of_runs(logs)
+        lungaug.write(path, figure)
         print(f"\nFigure 7 of {len(logs)} runs: {path}.")
 
 

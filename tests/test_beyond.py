@@ -36,6 +36,13 @@ def test_rule_beyond_flip_weight__a_nodule_weighs_as_much_as_a_negative():
     assert weights[:16].sum() == 2 and weights[16:].sum() == 3 and len(set(weights[:16])) == 1
 
 
+def test_rule_beyond_flip_weight__of_the_flips_that_are_there():
+    """Where a split has three flips of one nodule and one of another, each nodule weighs 1 all the same."""
+    rows = np.array([(0, 1, 1, 1)] * 3 + [(0, 2, 2, 2)] + [(0, 3, 3, 3)] * 2)
+    assert evaluate.flip_weights([1, 1, 1, 1, 0, 0], rows) == pytest.approx([1 / 3] * 3 + [1, 1, 1])
+    assert evaluate.flip_weights([0, 0], rows[4:]).tolist() == [1, 1]
+
+
 def test_rule_beyond_flip_weight__a_matrix_of_weights():
     """TP, FP, FN and TN are sums of weights: 2·⅛, 1, ⅛ and 2."""
     weights = np.array([0.125, 0.125, 0.125, 1, 1, 1])
@@ -608,6 +615,25 @@ def test_compare_runs__without_results_the_curves_only(tmp_path, run):
     assert "Figure 7 of 2 runs" in done.out and str(second) not in done.out.split("Arms of each run")[1].split("Fig")[0]
     (first / "evaluation" / "results.json").unlink()
     assert "Arms of each run" not in run(evaluate, "--compare", first, second).out
+
+
+def test_compare_runs__without_an_interval_there_is_a_dash(tmp_path, run):
+    """A test set whose nodules lie in one scan has no error, one without nodules no mean: a dash each, exit 0."""
+    first, second = evaluated_run(tmp_path / "one", 0.2), evaluated_run(tmp_path / "two", 0.5)
+    path = second / "evaluation" / "results.json"
+    results = lungaug.read_json(path, "")
+    results["arms"]["mixed"]["auc"] |= {"low": None, "high": None, "error": None}
+    results["arms"]["real"]["f1_argmax"] |= {"mean": None, "low": None, "high": None, "error": None}
+    lungaug.write(path, results)
+    for runs in ((first, second), (second, first)):
+        done = run(evaluate, "--compare", *runs)
+        assert done.status == 0 and "[–, –]" in done.out
+
+
+def test_compare_runs__a_log_of_other_rows_is_one_line(tmp_path, run):
+    """A log that is none of a GAN is told in one line."""
+    lungaug.append_log(tmp_path / "gan" / "log.jsonl", {"epoch": 1})
+    assert in_one_line(run(evaluate, "--compare", tmp_path), "log", "--overwrite")
 
 
 @pytest.mark.parametrize("fault, words", [("none", "give the folders"), ("nothing", "run python lungaug.py --run"),

@@ -575,6 +575,20 @@ def test_load_networks__arms_left_out_are_passed_over(tmp_path):
     assert list(evaluate.load_networks(tmp_path, dataset, CPU)) == ["real", "critic"]
 
 
+def test_load_networks__a_repeat_of_another_length_is_not_counted(tmp_path, capsys):
+    """Where the first repeat was trained on, and the second was not: one repeat, and a line that says so."""
+    _, dataset = trained_run(tmp_path)
+    for arm in evaluate.TRAINED_ARMS:
+        folders = [lungaug.arm_folder(tmp_path, arm, repeat) for repeat in (1, 2)]
+        lungaug.write(folders[1] / "checkpoint.pt", (folders[0] / "checkpoint.pt").read_bytes())
+        for folder, n_epochs in zip(folders, (3, 2)):
+            for epoch in range(1, n_epochs + 1):
+                lungaug.append_log(folder / "log.jsonl", {"epoch": epoch})
+    found = evaluate.load_networks(tmp_path, dataset, CPU)
+    assert {len(of_arm) for of_arm in found.values()} == {1}
+    assert "repeat_2: not counted" in capsys.readouterr().out
+
+
 @pytest.mark.parametrize("gone", ["classifiers/real/checkpoint.pt", "gan/checkpoint.pt",
                                   "classifiers/mixed/checkpoint.pt", "classifiers/fake/checkpoint.pt",
                                   "classifiers/generated/generated.json"])
