@@ -183,9 +183,12 @@ class CriticHead(torch.nn.Module):
 
 
 def report_unfinished(path, state):
-    """Print a line if a training was stopped before its last epoch."""
+    """Print a line if a training was stopped before its last epoch, or made with a mistake."""
     if state["epoch"] < state["epochs"]:
         print(f"{path}: stopped at epoch {state['epoch']} of {state['epochs']}.")
+    mistake = state["settings"].get("mistake")
+    if mistake:
+        print(f"{path}: made with the mistake {mistake} (tests/wrong_versions.py).")
 
 
 RETRAIN = "train it again with --overwrite"

@@ -575,6 +575,18 @@ def test_load_networks__arms_left_out_are_passed_over(tmp_path):
     assert list(evaluate.load_networks(tmp_path, dataset, CPU)) == ["real", "critic"]
 
 
+def test_load_networks__a_gan_that_was_made_with_a_mistake_is_told(tmp_path, capsys):
+    """A right evaluation of a GAN with a published mistake in it says so."""
+    _, dataset = trained_run(tmp_path)
+    path = tmp_path / "gan" / "checkpoint.pt"
+    state = lungaug.load_checkpoint(path, "")
+    evaluate.report_unfinished(path, state)
+    assert capsys.readouterr().out == ""
+    state["settings"]["mistake"] = "one_epsilon_per_batch"
+    evaluate.report_unfinished(path, state)
+    assert "made with the mistake one_epsilon_per_batch" in capsys.readouterr().out
+
+
 def test_load_networks__a_repeat_of_another_length_is_not_counted(tmp_path, capsys):
     """Where the first repeat was trained on, and the second was not: one repeat, and a line that says so."""
     _, dataset = trained_run(tmp_path)
