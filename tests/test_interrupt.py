@@ -37,7 +37,10 @@ def wait_until(holds, seconds=60):
 
 @pytest.fixture(scope="module")
 def coarse(tmp_path_factory):
-    """A copy of the program whose synthetic scans have voxels four times as large, and take a fraction of a second."""
+    """A copy of the program whose synthetic scans have voxels four times as large, and take a fraction of a second.
+
+    There are many of them, so that it is not done before it is interrupted.
+    """
     folder = tmp_path_factory.mktemp("program")
     (folder / "tests").mkdir()
     for path in (*lungaug.HERE.glob("*.py"), *(lungaug.HERE / "tests").glob("[ps]*.py")):
@@ -47,7 +50,10 @@ def coarse(tmp_path_factory):
     text = path.read_text(encoding="utf-8")
     call = "options.workers,\n                         progress.update)"
     assert text.count(call) == 1
-    path.write_text(text.replace(call, call[:-1] + ", scale=4.0)"), encoding="utf-8")
+    text = text.replace(call, call[:-1] + ", scale=4.0)")
+    count = "default=30, help="
+    assert text.count(count) == 1
+    path.write_text(text.replace(count, "default=3000, help="), encoding="utf-8")
     return folder
 
 
@@ -73,7 +79,7 @@ def test_interrupt__is_one_line_and_nothing_stays_behind(coarse, tmp_path):
     ends = at_once(
         lambda: interrupted(coarse, tmp_path / "all", lambda process: os.killpg(process.pid, signal.SIGINT)),
         lambda: interrupted(coarse, tmp_path / "first", lambda process: process.send_signal(signal.SIGINT)))
-    # The table comes after the last of thirty scans.
+    # The table comes after the last scan.
     assert not list(tmp_path.rglob("annotations.csv"))
     for done in ends:
         assert len(done.started) >= 4
