@@ -394,6 +394,15 @@ def test_rule_beyond_profile_difference__within_a_third_of_the_side():
     assert evaluate.profile_difference(far, cubes) == 0
 
 
+def test_rule_beyond_profile_difference__ends_at_a_third_of_the_side():
+    """In a cube of 12 a voxel 4 mm from the centre counts, one 5 mm from it does not."""
+    cubes = blobs(4, 0)
+    at_4_mm, at_5_mm = cubes.copy(), cubes.copy()
+    at_4_mm[:, 6, 6, 10] -= 1
+    at_5_mm[:, 6, 6, 11] -= 1
+    assert evaluate.profile_difference(at_4_mm, cubes) > 1 and evaluate.profile_difference(at_5_mm, cubes) == 0
+
+
 def test_rule_beyond_called_positive__the_share_above_a_half():
     """Two of four, a probability of exactly ½ being negative."""
     assert evaluate.share_called_positive(np.array([0.9, 0.51, 0.5, 0.1])) == 0.5
@@ -428,6 +437,7 @@ def test_eq_beyond_copy_ratio__by_hand():
     """Distances 1, 2, 4 and 3, 3, 9: the mean of ½ and 1; a copy has 0, two equal training cubes 1."""
     assert evaluate.copy_ratio(np.array([[4, 1, 2], [9, 3, 3.0]])) == 0.75
     assert evaluate.copy_ratio(np.array([[0, 5.0]])) == 0 and evaluate.copy_ratio(np.array([[0, 0.0]])) == 1
+    assert evaluate.copy_ratio(np.array([[0.2, 0.4]])) == 0.5
 
 
 @pytest.mark.parametrize("seed", range(10))
@@ -446,6 +456,8 @@ def test_eq_beyond_copying_test__sign():
     near, far = np.linspace(1, 2, 30), np.linspace(3, 4, 30)
     assert evaluate.copying_test(near, far) < -6 and evaluate.copying_test(far, near) > 6
     assert evaluate.copying_test(near, near) == 0 and math.isnan(evaluate.copying_test(near[:0], far))
+    assert evaluate.copying_test(near[:1], far) < 0 < evaluate.copying_test(far, near[:1])
+    assert math.isnan(evaluate.copying_test(near, far[:0]))
 
 
 def test_eq_beyond_two_sample__apart_alike_and_copied():
