@@ -2814,9 +2814,9 @@ def unpaired_cell(entry, other, counts):
     if entry["mean"] is None or other["mean"] is None:
         return "–"
     difference = entry["mean"] - other["mean"]
-    low, high = math.nan, math.nan
-    if entry["error"] is not None and other["error"] is not None:
-        low, high = welch_interval(difference, (entry["error"], other["error"]), counts)
+    if entry["error"] is None or other["error"] is None:
+        return format_difference({"difference": difference, "low": None, "high": None})
+    low, high = welch_interval(difference, (entry["error"], other["error"]), counts)
     return format_difference({"difference": difference, "low": low, "high": high})
 
 

@@ -8,9 +8,23 @@ The drawings are lost; tests/thesis/choices.md gives the reason for each layer.
 """
 
 import argparse
+import os
+import signal
+import sys
 from typing import NamedTuple
 
-import lungaug
+
+def exit_interrupted(*_):
+    """Say in one line that Ctrl-C has stopped `python models.py`, and end with status 130."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    print("\nlungaug: interrupted — run the same command again", file=sys.stderr, flush=True)
+    os._exit(130)
+
+
+# Importing torch takes a second, in which Ctrl-C would print a traceback. This file imports no
+# other of ours, so it sees to that itself.
+if __name__ == "__main__" and signal.getsignal(signal.SIGINT) == signal.default_int_handler:
+    signal.signal(signal.SIGINT, exit_interrupted)
 
 import torch
 from torch import nn
@@ -353,9 +367,10 @@ def print_layers(title, network, x):
 
 
 def main():
-    what, examples = lungaug.what_and_examples(__doc__)
+    what, examples, _ = __doc__.split("\n\n")
     parser = argparse.ArgumentParser(
-        description=what, epilog=examples, formatter_class=argparse.RawDescriptionHelpFormatter)
+        description=what, epilog=f"examples:\n{examples}",
+        formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--cube", type=int, default=48, choices=SIDES[1:],
                         help="side of the cube (default 48)")
     parser.add_argument("--width", type=int, default=16,
@@ -378,4 +393,13 @@ def main():
 
 
 if __name__ == "__main__":
-    lungaug.command(main)
+    # A terminal whose encoding lacks × gets a ? in its place.
+    sys.stdout.reconfigure(errors="replace")
+    try:
+        main()
+        sys.stdout.flush()
+    except BrokenPipeError:
+        # Whoever read the output, such as head, has seen enough. What is still in a buffer would
+        # fail again when Python ends.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        sys.exit(1)
