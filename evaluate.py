@@ -615,10 +615,7 @@ def t_interval(estimate, influences):
     interval; nan for fewer than two scans. A percentile bootstrap of few scans is too narrow:
     tests/interval_coverage.py.
     """
-    error = standard_error(influences)
-    if math.isnan(error):
-        return math.nan, math.nan
-    half = stats.t.ppf(0.975, len(influences) - 1) * error
+    half = stats.t.ppf(0.975, len(influences) - 1) * standard_error(influences)
     return float(estimate - half), float(estimate + half)
 
 
@@ -720,8 +717,9 @@ def verdict(differences, n_scans, n_nodules):
     is_shown = all(row["low"] > 0 for row in fair.values())
     start = "Shown to help" if is_shown else "Not shown to help"
     return (f"{start}: mixed − longer is {format_difference(fair['f1'])} in F1 and "
-            f"{format_difference(fair['auc'])} in AUC (95% intervals; {n_scans} test scans with "
-            f"{n_nodules} nodules).")
+            f"{format_difference(fair['auc'])} in AUC (95% intervals; "
+            f"{preprocessing.counted(n_scans, 'test scan')} with "
+            f"{preprocessing.counted(n_nodules, 'nodule')}).")
 
 
 # 0.1%, 1%, 5%, and those of the thesis' Tables 3 and 2.
@@ -801,7 +799,7 @@ def radial_profile(cubes):
     cubes: (n, c, c, c) in [-1, 1], with 1 mm voxels; distances are rounded. Returns the mean and
     the standard deviation over the cubes, (c/2,) each, for r = 0, 1, …, c/2 − 1.
     """
-    side = cubes.shape[-1]
+    *_, side = cubes.shape
     steps = np.arange(side) - side // 2
     z, y, x = np.meshgrid(steps, steps, steps, indexing="ij")
     shell = np.rint(np.sqrt(z ** 2 + y ** 2 + x ** 2)).astype(int)
@@ -820,7 +818,8 @@ def profile_difference(cubes, references):
     """
     mean, _ = radial_profile(cubes)
     reference_mean, _ = radial_profile(references)
-    farthest = cubes.shape[-1] // 3
+    *_, side = cubes.shape
+    farthest = side // 3
     return float(np.abs(mean - reference_mean)[:farthest + 1].max())
 
 
@@ -868,9 +867,9 @@ def copy_ratio(distances):
     distances: (n, m) of n cubes to the training set. Near 1 for what lies between training cubes,
     0 for a copy of one.
     """
-    two = np.sort(distances, axis=1)[:, :2]
+    nearest, second = np.sort(distances, axis=1)[:, :2].T
     # Two equal training cubes say nothing about a copy.
-    ratios = np.divide(two[:, 0], two[:, 1], out=np.ones(len(two)), where=two[:, 1] > 0)
+    ratios = np.divide(nearest, second, out=np.ones(len(second)), where=second > 0)
     return float(ratios.mean())
 
 
@@ -2082,8 +2081,10 @@ def repeats_sentence(results):
     counts = results["counts"]
     repeats = counts["repeats"]
     times = "once" if repeats == 1 else f"{repeats} times: mean ± standard deviation"
-    return (f"Each is trained {times}; tested on {counts['scans']} scans with {counts['nodules']} "
-            f"nodules and {counts['negatives']:,} negatives.")
+    scans = preprocessing.counted(counts["scans"], "scan")
+    nodules = preprocessing.counted(counts["nodules"], "nodule")
+    negatives = preprocessing.counted(counts["negatives"], "negative")
+    return f"Each is trained {times}; tested on {scans} with {nodules} and {negatives}."
 
 
 def beyond_items(results, thresholds):

@@ -205,10 +205,13 @@ def print_class(name, row, options):
           f"{row['rate']:.1%} (score ≥ {row['score_threshold']:.2f}, "
           f"class probability ≥ {options.class_probability}).", flush=True)
     if row["accepted"] < row["requested"]:
-        can_fall = [f"{option} (now {value})" for option, value in (
-            ("--score-quantile", options.score_quantile),
-            ("--class-probability", options.class_probability)) if value > 0]
-        advice = f", or lower {' or '.join(can_fall)}" if can_fall else ""
+        # What is 0 cannot be lowered.
+        can_be_lowered = []
+        if options.score_quantile > 0:
+            can_be_lowered.append(f"--score-quantile (now {options.score_quantile})")
+        if options.class_probability > 0:
+            can_be_lowered.append(f"--class-probability (now {options.class_probability})")
+        advice = f", or lower {' or '.join(can_be_lowered)}" if can_be_lowered else ""
         print(f"  Too few passed within {options.attempts} attempts per requested cube. Train the "
               f"GAN longer{advice}.", flush=True)
 
@@ -657,7 +660,7 @@ def train_arm(arm, run, dataset, options, classes, device, repeat=1):
     positives, negatives = pools
     best = trainer.best
     print(f"{name_of(trainer)}: {len(positives)} positives, {len(negatives)} negatives, "
-          f"{steps_per_epoch(drawn, options)} steps an epoch; "
+          f"{steps_per_epoch(drawn, options)} steps per epoch; "
           f"best validation F1 {best['f1']:.3f}, at epoch {best['epoch']}.", flush=True)
 
 

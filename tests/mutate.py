@@ -91,6 +91,10 @@ EQUIVALENT = {
     ("evaluate.nearest_neighbours", "number", "1"):
         "NumPy takes any negative side for what is left",
     ("evaluate.nearest_training", "number", "size=128"): "the result is that of any size",
+    ("evaluate.welch_interval", "call", "sum → mean"): "where the sum is 0 the mean is 0",
+    ("evaluate.welch_interval", "swapped", "return"): "without an error both ends are one",
+    ("evaluate.pairwise_distances", "number", "1"): "NumPy takes any negative side for what is left",
+    ("evaluate.pairwise_distances", "truth", "copy=False"): "a copy has the same values",
     ("train_classifier.f1_score", "number", "1"): "where the sum is 1 there is no hit",
     ("preprocessing.index_axes", "call", "sum → mean"):
         "a mean of three is largest where their sum is",
