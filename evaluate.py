@@ -13,6 +13,7 @@ test cube), figures 2, 3, 7 to 14, nodules.png, roc.svg, profiles.svg, in_step.p
 and the worst errors; and <run>/report.html, one page of all of it.
 """
 
+import argparse
 import base64
 import csv
 import functools
@@ -699,9 +700,9 @@ def compare_arms(measured):
 
 def format_difference(row):
     """A difference with its interval: −0.022 [−0.045, 0.002]."""
-    numbers = [lungaug.format_number(row[name]).replace("-", "−")
-               for name in ("difference", "low", "high")]
-    return f"{numbers[0]} [{numbers[1]}, {numbers[2]}]"
+    difference, low, high = [lungaug.format_number(row[name], keep_sign=True).replace("-", "−")
+                             for name in ("difference", "low", "high")]
+    return f"{difference} [{low}, {high}]"
 
 
 def verdict(differences, n_scans, n_nodules):
@@ -2850,6 +2851,18 @@ def print_arms_of_runs(results_of):
               "that reason, too.")
 
 
+def parse_compared(words):
+    """The runs that stand behind `python evaluate.py --compare`; --help explains it."""
+    parser = argparse.ArgumentParser(
+        prog="evaluate.py --compare", usage="python %(prog)s RUN [RUN ...]", allow_abbrev=False,
+        description="Show several runs beside each other: a table of their arms, the differences "
+                    "from the first run, and their GANs' loss curves in one picture, "
+                    "comparison.svg in the first run's evaluation folder.")
+    parser.add_argument("runs", nargs="*", type=Path, metavar="RUN",
+                        help="folder of a run; one that is not evaluated yet has curves only")
+    return parser.parse_args(words).runs
+
+
 def compare_runs(runs):
     """The command `python evaluate.py --compare RUN …`: one table of arms, one picture of curves.
 
@@ -2933,7 +2946,7 @@ def main():
         redraw_report()
         return
     if sys.argv[1:2] == ["--compare"]:
-        compare_runs([Path(word) for word in sys.argv[2:]])
+        compare_runs(parse_compared(sys.argv[2:]))
         return
 
     options = lungaug.parse(__doc__, "evaluate")
@@ -2944,6 +2957,7 @@ def main():
     # --precision is for the training of the GAN alone.
     lungaug.allow_tf32("float32")
     folder = run / "evaluation"
+    lungaug.remove_stale(run)
 
     # Draw first what needs no trained network, to look at a training that runs.
     draw_cubes(folder, dataset)
@@ -2964,6 +2978,7 @@ def main():
 
     # Compare the arms, and look at what was generated.
     results = compare_and_count(dataset, test, validation)
+    results["settings"] = lungaug.settings_of(options, "results")
     results["novelty"] = draw_novelty(folder, run, dataset)
     results["quality"], profiles = assess_generated(run, dataset, networks, options.seed, device)
     results["best"] = draw_best(folder, run, dataset, test, networks["real"][0], device)

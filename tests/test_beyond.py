@@ -345,6 +345,12 @@ def test_rule_beyond_verdict__only_where_mixed_exceeds_longer_in_both(f1, auc, s
     assert "5 test scans" in sentence and "27 nodules" in sentence and sentence.count("[") == 2
 
 
+def test_rule_beyond_verdict__a_narrow_gain_does_not_look_like_zero():
+    """An interval that lies above 0 by 0.0002 is shown so, not as one that begins at 0.000."""
+    fair = {"f1": interval(0.0002, 0.1), "auc": interval(0.01, 0.1)}
+    assert "[0.0002, 0.100]" in evaluate.verdict({"mixed - longer": fair}, 5, 27)
+
+
 def test_rule_beyond_verdict__without_a_mixed_arm():
     """Where the GAN made nothing, nothing is shown."""
     assert evaluate.verdict({}, 5, 27).startswith("Not shown to help: no classifier")
@@ -640,6 +646,12 @@ def test_compare_runs__without_an_interval_there_is_a_dash(tmp_path, run):
     for runs in ((first, second), (second, first)):
         done = run(evaluate, "--compare", *runs)
         assert done.status == 0 and "[–, –]" in done.out
+
+
+def test_compare_runs__help_says_what_it_shows(run):
+    """It is no run of this name, and status 0."""
+    done = run(evaluate, "--compare", "--help")
+    assert done.status == 0 and "RUN" in done.out and "comparison.svg" in done.out
 
 
 def test_compare_runs__a_log_of_other_rows_is_one_line(tmp_path, run):

@@ -27,7 +27,7 @@ import pytest
 import torch
 
 import preprocessing
-from helpers import same_state
+from helpers import run_python, same_state
 
 
 HERE = Path(__file__).resolve().parent.parent
@@ -641,6 +641,25 @@ def test_write__the_name_is_taken_when_all_bytes_are_on_the_disk(tmp_path, monke
     assert seen == [(b"old", 5)] and path.read_bytes() == b"newer"
 
 
+def test_remove_stale__what_a_kill_left_long_ago_and_nothing_else(tmp_path):
+    """A process is killed while it writes; two hours later a lock on the folder, or an evaluation, removes the rest."""
+    script = ("import sys; sys.path.insert(0, sys.argv[1])\nimport os, lungaug\nfrom pathlib import Path\n"
+              "os.fsync = lambda _: os._exit(9)\nlungaug.write(Path(sys.argv[2]), 'half')")
+    run_python("-c", script, lungaug.HERE, tmp_path / "scans" / "a.npy")
+    left, = (tmp_path / "scans").iterdir()
+    assert left.name.startswith(".a.npy.")
+
+    kept = [tmp_path / name for name in (".training.lock", "a.1", ".hidden", ".DS_Store")]
+    for path in kept:
+        path.write_bytes(b"")
+        os.utime(path, (0, 0))
+    with lungaug.lock(tmp_path, "training"):
+        assert left.exists()                        # another process may be writing it
+    os.utime(left, (time.time() - 7200,) * 2)
+    with lungaug.lock(tmp_path, "training"):
+        assert not left.exists() and all(path.exists() for path in kept)
+
+
 def test_write__by_the_names_ending(tmp_path):
     """An array comes back in value, shape and dtype, a state by torch.load; text and bytes are written as they are."""
     array = np.arange(24, dtype=np.int16).reshape(2, 3, 4)
@@ -929,6 +948,13 @@ def test_predict__in_parts_as_at_once(count, size):
 def test_format_number__three_decimals_commas_or_a_dash(value, text):
     """Numbers with three decimals, counts with commas, – for none."""
     assert lungaug.format_number(value) == text
+
+
+@pytest.mark.parametrize("value, text", [(0.00012, "0.0001"), (-0.00049, "-0.0005"), (-0.0005001, "-0.001"),
+                                         (1e-9, "0.000000"), (0.0, "0.000"), (0.0123, "0.012"), (None, "–")])
+def test_format_number__with_its_sign(value, text):
+    """More decimals, up to six, where three would show 0.000 for what lies above or below 0."""
+    assert lungaug.format_number(value, keep_sign=True) == text
 
 
 @pytest.mark.parametrize("seconds, text",
