@@ -7,9 +7,10 @@
 The edits are made by syntax: a sign or an operator turned, a comparison's edge moved, a number
 changed, mean for sum, a term dropped, a call to detach or flip removed, a pair swapped. Edited are
 the functions whose docstring has an audit id, and those named in MORE. A mutant survives if all
-tests of the audit that touch its file pass; one that runs for ever does not. EQUIVALENT names those
-that change nothing, with the reason. Exit status 1 where another survives, or where an entry of
-EQUIVALENT is stale.
+tests of the audit that touch its file pass; one that runs for ever does not. The tests of the
+function's own ids are run first, because most mutants fail there within seconds. EQUIVALENT names
+those that change nothing, with the reason. Exit status 1 where another survives, or where an entry
+of EQUIVALENT is stale.
 """
 
 import argparse
@@ -240,6 +241,7 @@ class Mutant(NamedTuple):
     key: tuple      # as in EQUIVALENT: file.function, kind, what
     line: int       # where the edit was made
     source: str
+    ids: list       # whose tests are run first
 
     def __str__(self):
         function, kind, what = self.key
@@ -258,6 +260,21 @@ def edited_functions(file):
         if documented or name in MORE:
             functions[name] = node
     return functions, tree
+
+
+def ids_of(name, functions):
+    """The audit's ids of a function, or, where it has none, of those in its file that call it."""
+    docstring = ast.get_docstring(functions[name]) or ""
+    own = re.findall(rf"\[({audit.ID})\]", docstring)
+    if own:
+        return own
+
+    ids = []
+    for caller, function in functions.items():
+        names = {node.id for node in ast.walk(function) if isinstance(node, ast.Name)}
+        if caller != name and name.split(".")[1] in names:
+            ids += ids_of(caller, functions)
+    return ids
 
 
 def edits(functions):
@@ -283,7 +300,8 @@ def mutants(file):
         put(tree, node, edit.node)
         source = ast.unparse(tree)
         put(tree, edit.node, node)
-        every.append(Mutant(file, (name, edit.kind, edit.what), node.lineno, source))
+        key = (name, edit.kind, edit.what)
+        every.append(Mutant(file, key, node.lineno, source, ids_of(name, functions)))
     return every
 
 
@@ -310,8 +328,14 @@ def survives(mutant):
         copy_tree(root)
         (root / mutant.file).write_text(mutant.source, encoding="utf-8")
         paths = [f"tests/{name}" for name in TESTS[mutant.file]]
-        results = audit.run(root, paths, stop=True, seconds=SECONDS)
-    return bool(results) and all(verdict.passed for verdict in results.values())
+        names = [name for path in paths for name in audit.test_names(root / path)]
+        tested = [id for id in mutant.ids if any(id in name for name in names)]
+        selections = [" or ".join(tested)] if tested else []
+        for select in (*selections, audit.EVERY_ID):
+            results = audit.run(root, paths, select, stop=True, seconds=SECONDS)
+            if not results or not all(verdict.passed for verdict in results.values()):
+                return False
+    return True
 
 
 def main():

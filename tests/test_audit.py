@@ -203,6 +203,16 @@ def test_command__of_all_ids_prints_what_was_compared_and_the_time(monkeypatch, 
     assert re.search(r"1 ids not ok, after \d+ s\.\n$", out)
 
 
+def test_mutants__have_the_ids_whose_tests_are_run_first():
+    """A function's own id, or the ids of those that call it; none where nothing in the file with an id does."""
+    functions, _ = mutate.edited_functions("models.py")
+    assert mutate.ids_of("models.norm", functions) == ["rule_3_1_layer_norm"]
+    ids = mutate.ids_of("models.mean_of_shifts", functions)
+    assert "rule_3_1_1_residual_up" in ids and "rule_3_1_layer_norm" not in ids
+    functions, _ = mutate.edited_functions("preprocessing.py")
+    assert mutate.ids_of("preprocessing.crop_cube", functions) == []
+
+
 # Wrong versions
 
 def test_wrong_versions__for_a_lecture(monkeypatch, capsys):

@@ -28,6 +28,7 @@ from scipy import stats
 import preprocessing
 import train_classifier
 import train_gan
+import wrong_versions
 from helpers import descendants, small_run
 from losses import critic_loss, generator_loss
 from models import Critic, Generator
@@ -298,6 +299,16 @@ def test_rule_4_1_decay__reaches_both_optimizers(tmp_path):
         optimizers = (trainer.generator_optimizer, trainer.critic_optimizer)
         seen.append([group["lr"] for optimizer in optimizers for group in optimizer.param_groups])
     assert seen == [[0.25, 0.25]] * 3 + [[0.125, 0.125]]
+
+
+@pytest.mark.parametrize("name", ["one_to_five", "short_batches_skipped", "reals_used_five_times", "critics_last_z"])
+def test_wrong_epochs__have_one_mistake_each(name, tmp_path):
+    """For a lecture a mistake in an epoch leaves all else as it is, the decay of the learning rate, too."""
+    trainer = small_trainer(epochs=4, learning_rate=0.25, decay_start=0.5)
+    trainer.epoch = 3
+    getattr(wrong_versions, name)(trainer, batches_of(trainer, small_dataset(tmp_path)))
+    optimizers = (trainer.generator_optimizer, trainer.critic_optimizer)
+    assert [group["lr"] for optimizer in optimizers for group in optimizer.param_groups] == [0.125, 0.125]
 
 
 # 3.3.1 What is drawn: labels, ε, z

@@ -233,9 +233,10 @@ def decay_to_zero_too_early(epoch, epochs, rate, start):
 
 # 4.1 The epoch. Its parts are called as train_gan.…, as they stand: none of them is wrong.
 
-def scale_of(trainer):
-    """α in this epoch."""
+def begin_epoch(trainer):
+    """As `train_gan.train_epoch` begins: set the learning rate. Returns this epoch's α."""
     options = trainer.options
+    train_gan.set_learning_rate(trainer)
     return train_gan.auxiliary_scale(trainer.epoch, options.epochs, options.auxiliary_scale,
                                      options.late_auxiliary_scale)
 
@@ -256,7 +257,7 @@ def end_epoch(trainer, scale, critic_terms, generator_terms):
 
 def one_to_five(trainer, batches):
     """One critic step to five of the generator."""
-    scale = scale_of(trainer)
+    scale = begin_epoch(trainer)
 
     trainer.seed_iteration(0)
     real, labels = next_reals(trainer, batches)
@@ -270,7 +271,7 @@ def one_to_five(trainer, batches):
 
 def short_batches_skipped(trainer, batches):
     """Some of the five critic steps skipped."""
-    scale = scale_of(trainer)
+    scale = begin_epoch(trainer)
 
     critic_terms = []
     for iteration in range(trainer.options.critic_iterations - 1):
@@ -285,7 +286,7 @@ def short_batches_skipped(trainer, batches):
 
 def reals_used_five_times(trainer, batches):
     """The same reals at each of the five critic steps."""
-    scale = scale_of(trainer)
+    scale = begin_epoch(trainer)
 
     critic_terms = []
     real, labels = next_reals(trainer, batches)
@@ -300,7 +301,7 @@ def reals_used_five_times(trainer, batches):
 
 def critics_last_z(trainer, batches):
     """The generator given the z of the critic's last step."""
-    scale = scale_of(trainer)
+    scale = begin_epoch(trainer)
 
     critic_terms = []
     for iteration in range(trainer.options.critic_iterations):
