@@ -31,6 +31,14 @@ if os.environ.get("LUNGAUG_WRONG"):
     wrong_versions.install(os.environ["LUNGAUG_WRONG"])
 
 
+@pytest.hookimpl(wrapper=True)
+def pytest_runtestloop(session):
+    """What takes long in other processes runs beside the tests."""
+    import helpers
+    with helpers.begin_early([] if session.config.option.collectonly else session.items):
+        return (yield)
+
+
 @pytest.fixture(autouse=True)
 def interruptible():
     """A command that ends ignores Ctrl-C, as Python is about to end, too; here it is not."""

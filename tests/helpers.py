@@ -7,8 +7,10 @@ import re
 import signal
 import subprocess
 import sys
+import tempfile
 import warnings
 from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 from types import SimpleNamespace
 
 import lungaug
@@ -59,6 +61,48 @@ def at_once(*calls):
     """What functions return that are called two at a time: a process mostly imports, on one core."""
     with ThreadPoolExecutor(2) as pool:
         return [job.result() for job in [pool.submit(call) for call in calls]]
+
+
+# What takes long in other processes
+
+EARLY = {}          # (module, name) → a function of a new folder
+STARTED = {}        # the same → its Future
+
+
+def early(make):
+    """A session's fixture whose processes are started before the first test, to run beside the tests before its own.
+
+    make: a function of a new, empty folder; it is called in a thread, once, if a test that uses it was selected.
+    """
+    key = (make.__module__, make.__name__)
+    EARLY[key] = make
+
+    @pytest.fixture(scope="session", name=make.__name__)
+    def fixture():
+        return STARTED[key].result()
+
+    return fixture
+
+
+@contextlib.contextmanager
+def begin_early(items):
+    """Call in a thread, one after the other, what is `early` for the tests that were selected, until the block ends."""
+    keys = []
+    for item in items:
+        for name in getattr(item, "fixturenames", ()):
+            key = (item.module.__name__, name)
+            if key in EARLY and key not in keys:
+                keys.append(key)
+
+    with tempfile.TemporaryDirectory() as folder, ThreadPoolExecutor(1) as pool:
+        for number, key in enumerate(keys):
+            place = Path(folder) / str(number)
+            place.mkdir()
+            STARTED[key] = pool.submit(EARLY[key], place)
+        try:
+            yield
+        finally:
+            pool.shutdown(cancel_futures=True)
 
 
 def descendants(pid):

@@ -18,7 +18,7 @@ import pytest
 import phantom
 import preprocessing
 import scan_files
-from helpers import at_once, in_one_line
+from helpers import at_once, early, in_one_line
 
 
 # The sets here hold six scans of large voxels, which take a fraction of a second each.
@@ -84,12 +84,12 @@ def stop(run, number, often=False):
     return process.returncode, err
 
 
-@pytest.fixture(scope="module")
-def stopped(tmp_path_factory):
+@early
+def stopped(folder):
     """A set that each signal stopped, by its name: .run, its folder; .status and .err of the command."""
     names = {"Ctrl-C": (signal.SIGINT,), "Ctrl-C again and again": (signal.SIGINT, True),
              "SIGKILL": (signal.SIGKILL,), "SIGTERM": (signal.SIGTERM,)}
-    runs = {name: tmp_path_factory.mktemp("stopped") for name in names}
+    runs = {name: folder / name for name in names}
     ends = at_once(*(functools.partial(stop, runs[name], *how) for name, how in names.items()))
     return {name: SimpleNamespace(run=runs[name], status=status, err=err) for name, (status, err) in zip(names, ends)}
 

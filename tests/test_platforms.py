@@ -13,7 +13,7 @@ from lungaug import Refusal
 
 import pytest
 
-from helpers import at_once
+from helpers import at_once, early
 
 
 SCRIPTS = ["lungaug.py", "preprocessing.py", "models.py", "train_gan.py", "train_classifier.py", "evaluate.py"]
@@ -63,10 +63,9 @@ assert lungaug.read_log(folder / "log.jsonl")[0]["text"] == text
 """
 
 
-@pytest.fixture(scope="module")
-def processes(tmp_path_factory):
+@early
+def processes(folder):
     """What each command of this file did: .help by encoding, .prints, .models, .files, and that one's .folder."""
-    folder = tmp_path_factory.mktemp("processes")
     strict = ["-X", "warn_default_encoding", "-W", "error::EncodingWarning:lungaug"]
     ascii_help, cp1252_help, prints, tables, files = at_once(
         lambda: with_encoding("ascii", "-c", HELP_OF_EACH, *SCRIPTS, *TESTS),

@@ -25,7 +25,7 @@ import preprocessing
 import scan_files
 import train_classifier
 import train_gan
-from helpers import at_once, ellipse, in_one_line, run_main, run_python, small_chest
+from helpers import at_once, early, ellipse, in_one_line, run_main, run_python, small_chest, write_mixed_chests
 
 
 WORDS = ("--cube", "12", "--negatives", "20", "--workers", "1", "--max-slice-mm", "20")
@@ -73,24 +73,26 @@ if __name__ == "__main__":
 """
 
 
-@pytest.fixture(scope="module")
-def processes(scans, tmp_path_factory):
+@early
+def processes(folder):
     """Two commands in processes of their own: .spawned, whose workers are started anew, and .part, lungaug.py over all
-    stages with half of the scans; each with its run and what it said."""
-    folder = tmp_path_factory.mktemp("processes")
+    stages with half of the scans; each with its run and what it said. .scans: those that they prepare."""
     (folder / "spawned.py").write_text(SPAWNED)
-    words = ["--scans", scans, *WORDS, "--run"]
+    scans = folder / "scans"
+    scans.mkdir()
+    words = ["--scans", write_mixed_chests(scans), *WORDS, "--run"]
     spawned, part = at_once(
         lambda: run_python(folder / "spawned.py", lungaug.HERE, *words, folder / "spawned", "--workers", 2),
         lambda: run_python(lungaug.__file__, *words, folder / "part", "--preset", "demo", "--part", "1/2"))
-    return SimpleNamespace(spawned=(folder / "spawned", spawned), part=(folder / "part", part))
+    return SimpleNamespace(scans=scans, spawned=(folder / "spawned", spawned), part=(folder / "part", part))
 
 
-def test_workers__spawned_as_on_windows_and_macos(processes, once):
-    """Windows and macOS start workers anew, Linux copies the process: the same bytes."""
+def test_workers__spawned_as_on_windows_and_macos(processes, run, tmp_path):
+    """Windows and macOS start workers anew, Linux copies the process: the same bytes, as without workers."""
     folder, done = processes.spawned
     assert done.status == 0, done.err
-    assert prepared(folder) == prepared(once)
+    assert run(preprocessing, "--scans", processes.scans, "--run", tmp_path / "R", *WORDS).status == 0
+    assert prepared(folder) == prepared(tmp_path / "R")
 
 
 # Again

@@ -28,7 +28,7 @@ import torch
 import evaluate
 import preprocessing
 from evaluate import Confusion, confusion_matrix
-from helpers import at_once, in_one_line, run_python, same_state
+from helpers import at_once, early, in_one_line, run_python, same_state, write_mixed_chests
 
 
 HERE = Path(__file__).resolve().parent.parent
@@ -57,20 +57,22 @@ def files(folder):
     return {str(path.relative_to(folder)): path.read_bytes() for path in sorted(folder.rglob("*")) if path.is_file()}
 
 
-@pytest.fixture(scope="module")
-def tiny(chests, tmp_path_factory):
+@early
+def tiny(folder):
     """The tiny run: .folder holds scans and run R; .before, its files before the command; .command, what that said.
 
-    .twin: the same command into another run, T, its stages in one process, at the same time.
+    .twin: the same command into another run, T, its stages in one process, at the same time. .later: see `try_later`.
     """
-    folder = tmp_path_factory.mktemp("tiny")
-    shutil.copytree(chests, folder / "scans")
-    before = files(folder)
+    base = folder / "tiny"
+    (base / "scans").mkdir(parents=True)
+    write_mixed_chests(base / "scans")
+    before = files(base)
     command, twin = at_once(
-        lambda: run_python(HERE / "lungaug.py", "--scans", "scans", "--run", "R", *WORDS, cwd=folder),
-        lambda: run_python("-c", ONE_PROCESS, HERE, "--scans", "scans", "--run", "T", *WORDS, cwd=folder))
+        lambda: run_python(HERE / "lungaug.py", "--scans", "scans", "--run", "R", *WORDS, cwd=base),
+        lambda: run_python("-c", ONE_PROCESS, HERE, "--scans", "scans", "--run", "T", *WORDS, cwd=base))
     assert command.status == 0, command.err
-    return SimpleNamespace(folder=folder, run=folder / "R", before=before, command=command, twin=twin)
+    later = try_later(base, folder / "later")
+    return SimpleNamespace(folder=base, run=base / "R", before=before, command=command, twin=twin, later=later)
 
 
 @pytest.fixture(scope="module")
@@ -87,26 +89,32 @@ def copy(tiny, tmp_path):
 
 
 @pytest.fixture(scope="module")
-def later(tiny, twin, tmp_path_factory):
+def later(tiny):
+    """What further commands did."""
+    return tiny.later
+
+
+def try_later(tiny, folder):
     """What further commands did in processes of their own, and the files that they left or found.
 
     .moved: evaluate.py under python -O, in another folder; .report: lungaug.py report; .again: the twin's command;
     .changed: lungaug.py with another --cube.
     """
-    folder = tmp_path_factory.mktemp("later")
-    moved = Path(shutil.copytree(tiny.run, folder / "Läufe und mehr" / "R 2"))
+    folder.mkdir()
+    run = tiny / "R"
+    moved = Path(shutil.copytree(run, folder / "Läufe und mehr" / "R 2"))
     shutil.rmtree(moved / "evaluation")
     # The page is called after the run's folder.
-    drawn = Path(shutil.copytree(tiny.run, folder / tiny.run.name))
+    drawn = Path(shutil.copytree(run, folder / run.name))
     (drawn / "report.html").unlink()
-    found = files(twin)
+    found = files(tiny / "T")
     words = ["24" if word == "12" else word for word in WORDS]
 
     ends = at_once(
         lambda: run_python("-O", HERE / "evaluate.py", "--run", moved, cwd=folder),
         lambda: run_python(HERE / "lungaug.py", "report", "--run", drawn, cwd=folder),
-        lambda: run_python("-c", ONE_PROCESS, HERE, "--scans", "scans", "--run", "T", *WORDS, cwd=tiny.folder),
-        lambda: run_python(HERE / "lungaug.py", "--scans", "scans", "--run", "R", *words, cwd=tiny.folder))
+        lambda: run_python("-c", ONE_PROCESS, HERE, "--scans", "scans", "--run", "T", *WORDS, cwd=tiny),
+        lambda: run_python(HERE / "lungaug.py", "--scans", "scans", "--run", "R", *words, cwd=tiny))
     return SimpleNamespace(**dict(zip(("moved", "report", "again", "changed"), ends)), moved_run=moved, drawn_run=drawn,
                            found=found)
 

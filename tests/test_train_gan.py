@@ -14,6 +14,7 @@ import subprocess
 import sys
 import time
 from collections import deque
+from pathlib import Path
 from types import SimpleNamespace
 from typing import NamedTuple
 
@@ -29,7 +30,7 @@ import preprocessing
 import train_classifier
 import train_gan
 import wrong_versions
-from helpers import descendants, small_run
+from helpers import descendants, early, small_run
 from losses import critic_loss, generator_loss
 from models import Critic, Generator
 from train_gan import (
@@ -817,48 +818,64 @@ def same_training(run, other):
                for name in ("checkpoint.pt", "log.jsonl"))
 
 
-@needs_rendezvous
-def test_torchrun__two_processes_equal_one_with_two_micro_batches(tmp_path):
-    """Two processes for two epochs, then one for two more, end with the bytes of one process all along; one writes."""
-    dataset = small_dataset(tmp_path / "one")
-    small_dataset(tmp_path / "two")
-
-    # Two processes alone, then one, which resumes.
-    out = torchrun(tmp_path / "two", *SHARED, "--epochs", 2)
-    assert out.count("2 processes, cpu; epochs 0 to 2.") == 1
-    train_in_one(tmp_path / "two/gan", dataset, epochs=4, **SHARED_IN_ONE)
-
-    # One process all along, which stops in between, for the sake of the pictures' epochs.
-    train_in_one(tmp_path / "one/gan", dataset, epochs=2, **SHARED_IN_ONE)
-    train_in_one(tmp_path / "one/gan", dataset, epochs=4, **SHARED_IN_ONE)
-    assert same_training(tmp_path / "two", tmp_path / "one")
+@early
+def two_processes(folder):
+    """Two processes that train for two epochs: .run, and .out, what they printed."""
+    run = folder / "two"
+    small_dataset(run)
+    return SimpleNamespace(run=run, out=torchrun(run, *SHARED, "--epochs", 2))
 
 
-@needs_rendezvous
-@pytest.mark.skipif(not shutil.which("ps"), reason="needs ps")
-def test_torchrun__killed_it_is_resumed_by_two_processes_or_by_one(tmp_path):
-    """SIGKILL to all of torchrun's processes after some of 24 epochs: resumed by torchrun, or by one process with two
-    micro-batches, the training ends with the bytes of one process that nobody disturbed."""
-    dataset = small_dataset(tmp_path / "one")
-    small_dataset(tmp_path / "two")
-    train_in_one(tmp_path / "one/gan", dataset, epochs=24, **SHARED_IN_ONE)
+@early
+def killed(folder):
+    """Two processes that are killed (SIGKILL to all of torchrun's) after some of 24 epochs, then resumed by two.
 
-    process = start_torchrun(tmp_path / "two", *SHARED, "--epochs", 24)
-    while len(lungaug.read_log(tmp_path / "two/gan/log.jsonl")) < 2 and process.poll() is None:
+    .stopped, a copy of the run as they left it; .epoch, how far they were; .run and .out of the resumed training.
+    """
+    run = folder / "two"
+    small_dataset(run)
+    process = start_torchrun(run, *SHARED, "--epochs", 24)
+    while len(lungaug.read_log(run / "gan/log.jsonl")) < 2 and process.poll() is None:
         time.sleep(0.005)
     # Each of torchrun's processes has a group of its own.
     for pid in (process.pid, *descendants(process.pid)):
         os.kill(pid, signal.SIGKILL)
     process.communicate()
-    epoch = lungaug.load_checkpoint(tmp_path / "two/gan/checkpoint.pt", "")["epoch"]
-    assert 1 <= epoch < 24
 
-    shutil.copytree(tmp_path / "two", tmp_path / "two then one")
-    train_in_one(tmp_path / "two then one/gan", dataset, epochs=24, **SHARED_IN_ONE)
-    assert same_training(tmp_path / "two then one", tmp_path / "one")
-    out = torchrun(tmp_path / "two", *SHARED, "--epochs", 24)
-    assert out.count(f"2 processes, cpu; epochs {epoch} to 24.") == 1
-    assert same_training(tmp_path / "two", tmp_path / "one")
+    epoch = lungaug.load_checkpoint(run / "gan/checkpoint.pt", "")["epoch"]
+    stopped = Path(shutil.copytree(run, folder / "stopped"))
+    out = torchrun(run, *SHARED, "--epochs", 24)
+    return SimpleNamespace(run=run, stopped=stopped, epoch=epoch, out=out)
+
+
+@needs_rendezvous
+def test_torchrun__two_processes_equal_one_with_two_micro_batches(two_processes, tmp_path):
+    """Two processes for two epochs, then one for two more, end with the bytes of one process all along; one writes."""
+    dataset = small_dataset(tmp_path / "one")
+
+    # Two processes alone, then one, which resumes.
+    assert two_processes.out.count("2 processes, cpu; epochs 0 to 2.") == 1
+    train_in_one(two_processes.run / "gan", dataset, epochs=4, **SHARED_IN_ONE)
+
+    # One process all along, which stops in between, for the sake of the pictures' epochs.
+    train_in_one(tmp_path / "one/gan", dataset, epochs=2, **SHARED_IN_ONE)
+    train_in_one(tmp_path / "one/gan", dataset, epochs=4, **SHARED_IN_ONE)
+    assert same_training(two_processes.run, tmp_path / "one")
+
+
+@needs_rendezvous
+@pytest.mark.skipif(not shutil.which("ps"), reason="needs ps")
+def test_torchrun__killed_it_is_resumed_by_two_processes_or_by_one(killed, tmp_path):
+    """Killed after some of 24 epochs and resumed by torchrun, or by one process with two micro-batches, the training
+    ends with the bytes of one process that nobody disturbed."""
+    dataset = small_dataset(tmp_path / "one")
+    train_in_one(tmp_path / "one/gan", dataset, epochs=24, **SHARED_IN_ONE)
+
+    assert 1 <= killed.epoch < 24
+    train_in_one(killed.stopped / "gan", dataset, epochs=24, **SHARED_IN_ONE)
+    assert same_training(killed.stopped, tmp_path / "one")
+    assert killed.out.count(f"2 processes, cpu; epochs {killed.epoch} to 24.") == 1
+    assert same_training(killed.run, tmp_path / "one")
 
 
 def train_in_one(folder, dataset, **changes):
