@@ -77,13 +77,16 @@ except ImportError:
 
 STAGES = ("preprocessing", "train_gan", "train_classifier", "evaluate")
 STARTED = time.monotonic()
-READ_THREADS = min(4, os.cpu_count() or 1)      # that read cubes while a network computes
-INTERRUPT_SECONDS = 2       # within which a stage that got Ctrl-C, too, has ended
+# Threads that read cubes while a network computes.
+READ_THREADS = min(4, os.cpu_count() or 1)
+# A stage that gets Ctrl-C, too, ends within this time.
+INTERRUPT_SECONDS = 2
 
 
 # Options: one table. It makes the command line of every stage, the presets, and README's table.
 
-CUBES = (6, 12, 24, 48, 96, 192)    # 3·2^k, the sides that the networks halve down to 3
+# The sides that a cube may have, 3·2^k: the networks halve them down to 3.
+CUBES = (6, 12, 24, 48, 96, 192)
 NO_LIMIT = 10 ** 12
 
 
@@ -94,15 +97,21 @@ class Option(NamedTuple):
     or reused with another value, among "prepared", "gan", "generated", "classifiers" and "results"
     (see `settings_of`).
     """
-    name: str               # as it is typed: --batch-size
-    stages: tuple           # of STAGES, those that use it
-    kind: type              # int, float, str, Path, a function of the text, or bool for a flag
-    demo: object            # its default value in the demo preset; None where it has none
-    thesis: object          # its default value in the thesis preset
+    # The name as it is typed, such as --batch-size.
+    name: str
+    # Those of STAGES that use it.
+    stages: tuple
+    # int, float, str, Path, a function that reads the text, or bool for a flag.
+    kind: type
     fixes: tuple
     help: str
-    source: str = ""        # the section that gives the thesis' value, with its id
-    low: float = None       # the lowest and the highest value, of numbers
+    # The default values in the two presets. Some options have none.
+    demo: object = None
+    thesis: object = None
+    # The section that gives the thesis' value, with its id.
+    source: str = ""
+    # A number's lowest and highest value.
+    low: float = None
     high: float = NO_LIMIT
     choices: tuple = None
 
@@ -129,42 +138,43 @@ DEFAULT_WORKERS = min(os.cpu_count() or 1, 8)
 
 OPTIONS = (
     # The run
-    Option("--run", STAGES, Path, None, None, fixes=(),
+    Option("--run", STAGES, Path, fixes=(),
            help="Folder of the run (default runs/demo, or runs/<name of the --scans folder>)."),
-    Option("--preset", STAGES, str, None, None, fixes=(), choices=("demo", "thesis"),
+    Option("--preset", STAGES, str, fixes=(), choices=("demo", "thesis"),
            help="Set of default values (default: demo for synthetic scans, thesis for your own)."),
-    Option("--seed", STAGES, int, 0, 0, low=0, fixes=EVERYTHING,
+    Option("--seed", STAGES, int, demo=0, thesis=0, low=0, fixes=EVERYTHING,
            help="Seed of every random draw."),
-    Option("--device", STAGES, str, "auto", "auto", fixes=(),
+    Option("--device", STAGES, str, demo="auto", thesis="auto", fixes=(),
            help="auto, cpu, cuda, cuda:1, …; auto takes a GPU where there is one."),
-    Option("--overwrite", STAGES[:3], bool, False, False, fixes=(),
+    Option("--overwrite", STAGES[:3], bool, demo=False, thesis=False, fixes=(),
            help="Discard earlier results and start over."),
-    Option("--prepared", STAGES[:2], Path, None, None, fixes=(),
+    Option("--prepared", STAGES[:2], Path, fixes=(),
            help="Another run, whose prepared scans this one uses from now on."),
 
     # Section 2
-    Option("--scans", PREPROCESSING, Path, None, None, fixes=(),
+    Option("--scans", PREPROCESSING, Path, fixes=(),
            help="Folder with MetaImage or DICOM scans, at any depth (default: synthetic scans)."),
-    Option("--annotations", PREPROCESSING, Path, None, None, fixes=(),
+    Option("--annotations", PREPROCESSING, Path, fixes=(),
            help="LUNA16's table of nodules "
                 "(default: annotations.csv in --scans or a folder above)."),
-    Option("--workers", PREPROCESSING, int, DEFAULT_WORKERS, DEFAULT_WORKERS, low=1, fixes=(),
+    Option("--workers", PREPROCESSING, int, demo=DEFAULT_WORKERS, thesis=DEFAULT_WORKERS, low=1,
+           fixes=(),
            help="Processes, each with one scan in memory (default: one per core, at most 8)."),
-    Option("--strict", PREPROCESSING, bool, False, False, fixes=(),
+    Option("--strict", PREPROCESSING, bool, demo=False, thesis=False, fixes=(),
            help="Stop at the first scan that cannot be used, instead of skipping it."),
-    Option("--part", PREPROCESSING, parse_part, "1/1", "1/1", fixes=(),
+    Option("--part", PREPROCESSING, parse_part, demo="1/1", thesis="1/1", fixes=(),
            help="Prepare one part of the scans, such as 2/8: eight machines can share one run."),
-    Option("--cube", PREPROCESSING, int, 24, 48, choices=CUBES, fixes=("prepared",),
+    Option("--cube", PREPROCESSING, int, demo=24, thesis=48, choices=CUBES, fixes=("prepared",),
            help="Side of a cube in voxels of 1 mm. 24 is an eighth of the work.",
            source="2.1.4 [num_2_1_4_cube]"),
-    Option("--negatives", PREPROCESSING, int, 655, 655, low=1, fixes=("prepared",),
+    Option("--negatives", PREPROCESSING, int, demo=655, thesis=655, low=1, fixes=("prepared",),
            help="Negative cubes per scan. Derived from Table 1: 581,130 in 888 scans.",
            source="Table 1 [num_2_1_4_negatives]"),
-    Option("--max-slice-mm", PREPROCESSING, float, 2.5, 2.5, low=0, fixes=("prepared",),
+    Option("--max-slice-mm", PREPROCESSING, float, demo=2.5, thesis=2.5, low=0, fixes=("prepared",),
            help="Largest distance between slices, in mm, of a scan that is used, as in LUNA16. "
                 "Where it is raised, only scans skipped before are prepared.",
            source="2 [num_2_slices]"),
-    Option("--split", PREPROCESSING, str, "patient", "patient", fixes=("prepared",),
+    Option("--split", PREPROCESSING, str, demo="patient", thesis="patient", fixes=("prepared",),
            choices=("patient", "cube", "subsets"),
            help="What is split: patients; cubes with their flips, as the thesis seems to have "
                 "done, so that the test set leaks; or LUNA16's folders: subset0 to 6 train, 7 "
@@ -172,75 +182,81 @@ OPTIONS = (
            source="2.1.5"),
 
     # Section 4.1
-    Option("--width", GAN, int, 4, 16, low=1, fixes=("gan",),
+    Option("--width", GAN, int, demo=4, thesis=16, low=1, fixes=("gan",),
            help="Channels at full resolution. The thesis' value is lost with figures 4–6; "
                 "4 trains in minutes."),
-    Option("--batch-size", GAN, int, 8, 64, low=2, fixes=("gan",),
+    Option("--batch-size", GAN, int, demo=8, thesis=64, low=2, fixes=("gan",),
            help="Real cubes per batch of the GAN. A small batch gives more steps per minute.",
            source="4.1.1 [num_4_1_batch_size]"),
-    Option("--learning-rate", GAN, float, 1e-3, 1e-4, low=0, fixes=("gan",),
+    Option("--learning-rate", GAN, float, demo=1e-3, thesis=1e-4, low=0, fixes=("gan",),
            help="Adam's learning rate for the GAN. 0.001 learns in minutes.",
            source="4.1.1 [num_4_1_learning_rate]"),
-    Option("--decay-start", GAN, float, 0.5, 1.0, low=0, high=1, fixes=("gan",),
+    Option("--decay-start", GAN, float, demo=0.5, thesis=1.0, low=0, high=1, fixes=("gan",),
            help="Share of the epochs after which the GAN's learning rate falls linearly to 0. With "
                 "1, as in the thesis, it stays.", source="4.1.1"),
-    Option("--penalty-scale", GAN, float, 10.0, 10.0, low=0, fixes=("gan",),
+    Option("--penalty-scale", GAN, float, demo=10.0, thesis=10.0, low=0, fixes=("gan",),
            help="λ, the weight of the gradient penalty.", source="4.1.1 [num_4_1_lambda]"),
-    Option("--auxiliary-scale", GAN, float, 3.0, 1.0, low=0, fixes=("gan",),
+    Option("--auxiliary-scale", GAN, float, demo=3.0, thesis=1.0, low=0, fixes=("gan",),
            help="α, the weight of the class loss, at first. "
                 "With less, the few epochs of the demo learn no classes.",
            source="4.1.1"),
-    Option("--late-auxiliary-scale", GAN, float, 10.0, 10.0, low=0, fixes=("gan",),
+    Option("--late-auxiliary-scale", GAN, float, demo=10.0, thesis=10.0, low=0, fixes=("gan",),
            help="α in the last quarter of the epochs.", source="4.1.1"),
-    Option("--critic-iterations", GAN, int, 2, 5, low=1, fixes=("gan",),
+    Option("--critic-iterations", GAN, int, demo=2, thesis=5, low=1, fixes=("gan",),
            help="Critic steps per epoch; one generator step follows them. In a short training the "
                 "generator's steps are what is scarce: 2 give rounder nodules than 3 or 5.",
            source="4.1.1"),
-    Option("--epochs", GAN, int, 800, 20000, low=1, fixes=(),
+    Option("--epochs", GAN, int, demo=800, thesis=20000, low=1, fixes=(),
            help="Epochs of the GAN. 800 take a few minutes at the demo's size.",
            source="4.1.1 [num_4_1_epochs]"),
-    Option("--precision", GAN, str, "float32", "float32", fixes=("gan",),
+    Option("--precision", GAN, str, demo="float32", thesis="float32", fixes=("gan",),
            choices=("float32", "tf32", "bfloat16"),
            help="tf32 lets a recent GPU round the factors of products to 10 bits, which is faster; "
                 "bfloat16 computes with 7 bits, but keeps weights and losses in float32."),
-    Option("--micro-batch", GAN, int, None, None, low=1, fixes=(),
+    Option("--micro-batch", GAN, int, low=1, fixes=(),
            help="Split each batch into chunks of this many cubes, to save memory "
                 "(default: one chunk per process)."),
-    Option("--checkpoint-minutes", GAN, float, 1.0, 1.0, low=0, fixes=(),
+    Option("--checkpoint-minutes", GAN, float, demo=1.0, thesis=1.0, low=0, fixes=(),
            help="Minutes between two checkpoints."),
 
     # Sections 4.3 and 4.4
-    Option("--generated", CLASSIFIER, float, 1.0, 1.0, low=0.01, high=100, fixes=("generated",),
+    Option("--generated", CLASSIFIER, float, demo=1.0, thesis=1.0, low=0.01, high=100,
+           fixes=("generated",),
            help="Generated positives per real one, the real ones counted with their flips."),
-    Option("--score-quantile", CLASSIFIER, float, 0.0, 0.5, low=0, high=1, fixes=("generated",),
+    Option("--score-quantile", CLASSIFIER, float, demo=0.0, thesis=0.5, low=0, high=1,
+           fixes=("generated",),
            help="A generated cube needs a score at this quantile of the real cubes' scores, or "
                 "above. In a short training a higher one picks the brightest and most alike.",
            source="4.3"),
-    Option("--class-probability", CLASSIFIER, float, 0.9, 0.9, low=0, high=1, fixes=("generated",),
+    Option("--class-probability", CLASSIFIER, float, demo=0.9, thesis=0.9, low=0, high=1,
+           fixes=("generated",),
            help="A generated cube needs this probability of its class, or more.", source="4.3"),
-    Option("--attempts", CLASSIFIER, int, 20, 20, low=1, fixes=("generated",),
+    Option("--attempts", CLASSIFIER, int, demo=20, thesis=20, low=1, fixes=("generated",),
            help="Upper limit on attempts per requested cube, in case few pass."),
-    Option("--batch-size", CLASSIFIER, int, 64, 64, low=2, fixes=("classifiers",),
+    Option("--batch-size", CLASSIFIER, int, demo=64, thesis=64, low=2, fixes=("classifiers",),
            help="Cubes per batch of a classifier, half of them positive.",
            source="4.4.1 [num_4_4_batch_size]"),
-    Option("--learning-rate", CLASSIFIER, float, 1e-3, 1e-3, low=0, fixes=("classifiers",),
+    Option("--learning-rate", CLASSIFIER, float, demo=1e-3, thesis=1e-3, low=0,
+           fixes=("classifiers",),
            help="Adam's learning rate for the classifiers, at first.",
            source="4.4.1 [num_4_4_learning_rate]"),
-    Option("--late-learning-rate", CLASSIFIER, float, 1e-4, 1e-4, low=0, fixes=("classifiers",),
+    Option("--late-learning-rate", CLASSIFIER, float, demo=1e-4, thesis=1e-4, low=0,
+           fixes=("classifiers",),
            help="Adam's learning rate for the classifiers from --decay-epoch on.",
            source="4.4.1"),
-    Option("--decay-epoch", CLASSIFIER, int, 10, 30, low=1, fixes=("classifiers",),
+    Option("--decay-epoch", CLASSIFIER, int, demo=10, thesis=30, low=1, fixes=("classifiers",),
            help="Epoch from which the late learning rate holds: half-way.", source="4.4.1"),
-    Option("--epochs", CLASSIFIER, int, 20, 60, low=1, fixes=(),
+    Option("--epochs", CLASSIFIER, int, demo=20, thesis=60, low=1, fixes=(),
            help="Epochs of each classifier, each one pass over the positives. "
                 "20 are enough for the demo's cubes.",
            source="4.4.1 [num_4_4_epochs]"),
-    Option("--repeats", CLASSIFIER, int, 3, 3, low=1, high=99, fixes=(),
+    Option("--repeats", CLASSIFIER, int, demo=3, thesis=3, low=1, high=99, fixes=(),
            help="Times that each classifier is trained, with other first weights and batches: "
                 "the tables show the mean and the spread."),
 )
 
-COMMANDS = ("report", "audit")      # of lungaug.py, besides its options
+# What lungaug.py takes besides options.
+COMMANDS = ("report", "audit")
 KIND_NAMES = {int: "a whole number", float: "a number"}
 GROUPS = {PREPROCESSING: "Preprocessing", GAN: "GAN", CLASSIFIER: "Classifiers"}
 
@@ -279,7 +295,8 @@ def help_of(option):
         text += f" See {section}."
     elif section:
         text += f" See section {section}."
-    if "default" not in option.help and option.kind is not bool:
+    has_default = option.demo is not None or option.thesis is not None
+    if has_default and "default" not in option.help and option.kind is not bool:
         if option.demo == option.thesis:
             text += f" Default: {option.demo}."
         else:
@@ -542,7 +559,7 @@ def seed_number(seed, *names):
 
 
 def torch_stream(seed, *names):
-    """A torch Generator of the same kind.
+    """A torch Generator that depends on the seed and the names alone.
 
     It lives on the CPU, so that it draws the same numbers for any device.
     """
@@ -1069,12 +1086,18 @@ class Text(NamedTuple):
 class Figure(NamedTuple):
     """A picture. The page sets words and a scale bar beside it, which our PNG files cannot hold."""
     caption: str
-    file: str               # in the stage's folder
-    code: tuple = ()        # the functions that made it, and its equations: "evaluate.figure_7"
-    rows: tuple = ()        # what is in each row, from the top; the rows are of one height
-    columns: tuple = ()     # what is in each column, from the left; the columns are of one width
-    pixel_mm: float = None  # the side of a pixel, for the scale bar
-    first: int = None       # the row that a slider shows first; without it all rows are shown
+    # Its name in the stage's folder.
+    file: str
+    # The functions that made it, such as "evaluate.figure_7", and its equations.
+    code: tuple = ()
+    # What is in each row, from the top. All rows are of one height.
+    rows: tuple = ()
+    # What is in each column, from the left. All columns are of one width.
+    columns: tuple = ()
+    # The side of a pixel, for the scale bar.
+    pixel_mm: float = None
+    # The row that a slider shows first. Without it there is no slider, and all rows are shown.
+    first: int = None
 
 
 class Table(NamedTuple):
@@ -1170,7 +1193,8 @@ def wait_for(process):
     return process.returncode
 
 
-KILLED = 9      # SIGKILL, which Windows lacks
+# The number of SIGKILL, which Windows does not define.
+KILLED = 9
 
 
 def run_script(script, *words):
@@ -1245,7 +1269,8 @@ def submit(pool, *call):
         return pool.submit(*call)
 
 
-OTHER_RUN = "other_run.json"    # in <run>/prepared, names the run whose prepared scans it uses
+# This file in <run>/prepared names the run whose prepared scans it uses.
+OTHER_RUN = "other_run.json"
 
 
 def uses_other_run(run):

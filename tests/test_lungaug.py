@@ -107,6 +107,7 @@ def test_options__each_row_is_complete():
     """Names are long options of known stages; both presets' values can be typed; no stage has a name twice."""
     for option in OPTIONS:
         assert option.name.startswith("--") and set(option.stages) <= set(STAGES) and option.help.endswith(".")
+        assert (option.demo is None) == (option.thesis is None), option.name
         for value in (option.demo, option.thesis):
             if value is not None and option.kind is not bool:
                 assert lungaug.reader_of(option)(str(value)) == value, option.name
@@ -220,6 +221,7 @@ def test_help__ends_with_examples_that_can_be_typed(module, capsys):
         lungaug.parse(doc, *stages, words=["--help"])
     above, below = capsys.readouterr().out.split("\nexamples:\n")
     assert "The run:" in above and "Default" in above and not re.search("^    python", above, re.M)
+    assert "None" not in above
     commands = re.findall(rf"^    (?:python|torchrun .* --) {module}.py(.*?)(?:  .*|#.*|)$", below, re.M)
     assert len(commands) == len(below.strip().splitlines()) >= 2
     for command in commands:
