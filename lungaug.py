@@ -6,9 +6,9 @@
     python lungaug.py audit                               # check every equation, by its id
 
 Every option of a stage (`python train_gan.py --help`) is accepted here and passed to the stages
-that use it. In this file: options, errors, randomness, safe files, checkpoints and logs, progress,
-pictures, a stage's page. It imports no other file of ours: each stage is run as the command that
-a student would type.
+that use it. In this file: options, errors, randomness, the device, safe files, folders,
+checkpoints and logs, many cubes, progress, pictures, a stage's page, other processes, the command.
+It imports no other file of ours: each stage is run as the command that a student would type.
 """
 
 import argparse
@@ -571,6 +571,8 @@ def seed_weights(seed, *names):
     torch.manual_seed(seed_number(seed, *names))
 
 
+# The device, and how long the GAN takes on it
+
 def allow_tf32(precision):
     """Let a GPU round the factors of products to TF32's 10 bits, or not, as --precision says.
 
@@ -778,6 +780,28 @@ def lock(folder, activity):
         yield
 
 
+# Folders of a run
+
+def arm_folder(run, arm, repeat):
+    """The folder of a classifier: <run>/classifiers/<arm>, and repeat_2, repeat_3, … within it."""
+    folder = Path(run) / "classifiers" / arm
+    return folder if repeat == 1 else folder / f"repeat_{repeat}"
+
+
+# This file in <run>/prepared names the run whose prepared scans it uses.
+OTHER_RUN = "other_run.json"
+
+
+def uses_other_run(run):
+    """Whether a run uses another's prepared scans (see preprocessing.py)."""
+    return (run / "prepared" / OTHER_RUN).exists()
+
+
+def is_prepared(run):
+    """Whether a run has all its prepared scans, or uses another's."""
+    return uses_other_run(run) or (run / "prepared" / "dataset.json").exists()
+
+
 # Checkpoints and logs
 
 def load_checkpoint(path, remedy, **expected):
@@ -861,6 +885,8 @@ def fingerprint(value):
     return zlib.crc32(json.dumps(value, sort_keys=True).encode())
 
 
+# Many cubes: read them ahead, choose some of them, let a network score them
+
 def read_ahead(read, items):
     """read(item) for each item, in order; threads read the next ones while the caller computes.
 
@@ -878,6 +904,14 @@ def read_ahead(read, items):
             yield waiting.popleft().result()
     finally:
         pool.shutdown(cancel_futures=True)
+
+
+def evenly(count, most):
+    """At most `most` of the numbers 0 to count − 1, evenly spaced and distinct.
+
+    All of them where count ≤ most.
+    """
+    return np.linspace(0, count - 1, min(count, most)).astype(int)
 
 
 @torch.no_grad()
@@ -1057,20 +1091,6 @@ def tile(images, columns, gap=2, paper=40):
 def zoom(side, pixels):
     """The whole factor that enlarges an image of `side` pixels to about `pixels`, at least 1."""
     return max(1, pixels // side)
-
-
-def arm_folder(run, arm, repeat):
-    """The folder of a classifier: <run>/classifiers/<arm>, and repeat_2, repeat_3, … within it."""
-    folder = Path(run) / "classifiers" / arm
-    return folder if repeat == 1 else folder / f"repeat_{repeat}"
-
-
-def evenly(count, most):
-    """At most `most` of the numbers 0 to count − 1, evenly spaced and distinct.
-
-    All of them where count ≤ most.
-    """
-    return np.linspace(0, count - 1, min(count, most)).astype(int)
 
 
 # A stage's page: what it leaves for the report, which evaluate.py draws
@@ -1269,19 +1289,7 @@ def submit(pool, *call):
         return pool.submit(*call)
 
 
-# This file in <run>/prepared names the run whose prepared scans it uses.
-OTHER_RUN = "other_run.json"
-
-
-def uses_other_run(run):
-    """Whether a run uses another's prepared scans (see preprocessing.py)."""
-    return (run / "prepared" / OTHER_RUN).exists()
-
-
-def is_prepared(run):
-    """Whether a run has all its prepared scans, or uses another's."""
-    return uses_other_run(run) or (run / "prepared" / "dataset.json").exists()
-
+# The command: every stage in turn
 
 def warn_before_stages(options):
     """`warn_of_days` for the options of all stages, with the preset that follows the scans."""
