@@ -37,15 +37,20 @@ from typing import NamedTuple
 
 
 HERE = Path(__file__).resolve().parent
-INTERRUPTED = "lungaug: interrupted — run the same command, without --overwrite, to resume"
+
+
+def say_interrupted():
+    """Say in one line that Ctrl-C has stopped the program. Returns its exit status, 130."""
+    # A second Ctrl-C must not cut this line in two.
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    print("\nlungaug: interrupted — run the same command, without --overwrite, to resume",
+          file=sys.stderr, flush=True)
+    return 130
 
 
 def exit_interrupted(*_):
-    """Say in one line that Ctrl-C has stopped the program, and end with its exit status, 130."""
-    # A second Ctrl-C must not cut this line in two.
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
-    print(f"\n{INTERRUPTED}", file=sys.stderr, flush=True)
-    os._exit(130)
+    """Answer Ctrl-C at once: while packages are imported there is nothing to clear up."""
+    os._exit(say_interrupted())
 
 
 def handle_interrupt_from_here_on():
@@ -54,12 +59,16 @@ def handle_interrupt_from_here_on():
     This is why the scripts import this file before any package. `command` takes over from here.
     """
     is_ours = Path(sys.argv[0]).resolve().parent in (HERE, HERE / "tests")
-    # A program that imports this file keeps its own handler; where a script runs in the
-    # background, Ctrl-C is ignored.
-    if not is_ours or signal.getsignal(signal.SIGINT) != signal.default_int_handler:
+    # A program that imports this file keeps its own handler.
+    if not is_ours:
         return
-    is_worker = multiprocessing.parent_process() is not None
-    signal.signal(signal.SIGINT, signal.SIG_IGN if is_worker else exit_interrupted)
+    # Where a script runs in the background, Ctrl-C is ignored.
+    if signal.getsignal(signal.SIGINT) == signal.default_int_handler:
+        is_worker = multiprocessing.parent_process() is not None
+        signal.signal(signal.SIGINT, signal.SIG_IGN if is_worker else exit_interrupted)
+    # A Ctrl-C that `start_script` has held back is answered now. Windows cannot hold one back.
+    if os.name != "nt":
+        signal.pthread_sigmask(signal.SIG_UNBLOCK, [signal.SIGINT])
 
 
 handle_interrupt_from_here_on()
@@ -507,42 +516,40 @@ def is_out_of_memory(error):
 def command(main):
     """Run a stage's main(); what the user can act on is one line on stderr and exit status 2."""
     replace_what_a_terminal_lacks()
-    if signal.getsignal(signal.SIGINT) == exit_interrupted:
-        signal.signal(signal.SIGINT, signal.default_int_handler)
     try:
+        if signal.getsignal(signal.SIGINT) == exit_interrupted:
+            signal.signal(signal.SIGINT, signal.default_int_handler)
         status = main()
-        # Here a pipe may break, too: Python would say so after our last word.
+        # A broken pipe may show up only at the flush: catch it here.
         sys.stdout.flush()
-        sys.exit(status)
     except Refusal as refusal:
+        status = 2
         print(refusal, file=sys.stderr)
     except BrokenPipeError:
+        status = 1
         # Whoever read the output, such as head, has seen enough. What is still in a buffer would
         # fail again when Python ends.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        sys.exit(1)
     except OSError as error:
+        status = 2
         path = error.filename or "the file system"
         problem = error.strerror or error
         print(Refusal(path, problem, "fix this and run the same command again"), file=sys.stderr)
     except (MemoryError, RuntimeError) as error:
-        if "closed by peer" in str(error).lower():
-            # Another process of torchrun has ended, and has said why.
-            sys.exit(2)
-        if not is_out_of_memory(error):
+        status = 2
+        if is_out_of_memory(error):
+            first_line = str(error).partition("\n")[0] or "no more to be had"
+            remedy = "give a smaller --micro-batch, or else --batch-size or --width"
+            print(Refusal("out of memory", first_line, remedy), file=sys.stderr)
+        elif "closed by peer" not in str(error).lower():
             raise
-        first_line = str(error).partition("\n")[0] or "no more to be had"
-        remedy = "give a smaller --micro-batch, or else --batch-size or --width"
-        print(Refusal("out of memory", first_line, remedy), file=sys.stderr)
+        # Where a peer has closed the connection, that process of torchrun has said why.
     except KeyboardInterrupt:
-        # A second Ctrl-C must not cut this line in two.
-        signal.signal(signal.SIGINT, signal.SIG_IGN)
-        print(f"\n{INTERRUPTED}", file=sys.stderr)
-        sys.exit(130)
+        status = say_interrupted()
     finally:
         # Python takes a moment to end, and would answer Ctrl-C with a traceback.
         signal.signal(signal.SIGINT, signal.SIG_IGN)
-    sys.exit(2)
+    sys.exit(status)
 
 
 # Randomness: one --seed, and a generator of its own, with a name, for each use
@@ -1187,15 +1194,35 @@ def save_page(folder, options, items):
 
 # Other processes: a stage as a command, and workers that share the work of a stage
 
-def wait_for(process):
-    """Wait until a child process has ended, also under Ctrl-C, which the child gets too.
+def start_script(command):
+    """Start a script of ours, which gets Ctrl-C only once it has imported this file.
 
-    Returns its exit status. Raises KeyboardInterrupt where the child was interrupted and could not
-    say so itself: it had just ended, or its Python had only begun.
+    Before that, while Python itself starts, it would answer with a traceback.
     """
+    if os.name == "nt":
+        return subprocess.Popen(command)
+    # A process inherits the signals that are held back.
+    held_back = signal.pthread_sigmask(signal.SIG_BLOCK, [signal.SIGINT])
     try:
+        return subprocess.Popen(command)
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, held_back)
+
+
+def run_to_end(command):
+    """Run a script of ours to its end, also under Ctrl-C, which it gets too.
+
+    Returns its exit status. Raises KeyboardInterrupt where it was interrupted and could not say so
+    itself, as it had just ended.
+    """
+    process = None
+    try:
+        with delay_interrupt():
+            process = start_script(command)
         return process.wait()
     except KeyboardInterrupt:
+        if process is None:
+            raise
         # This process has nothing left to do but to wait.
         signal.signal(signal.SIGINT, signal.SIG_IGN)
 
@@ -1221,7 +1248,7 @@ def run_script(script, *words):
     """Print a script's command and run it; where it fails, exit with its status."""
     words = [str(word) for word in words]
     print(f"\n$ python {shlex.join([script, *words])}", flush=True)
-    status = wait_for(subprocess.Popen([sys.executable, HERE / script, *words]))
+    status = run_to_end([sys.executable, HERE / script, *words])
     if status == 0:
         return
     if status == -KILLED:
@@ -1248,14 +1275,18 @@ def tie_to_parent():
 @contextmanager
 def delay_interrupt():
     """Let Ctrl-C have its effect after the block: what is half done there could never end."""
+    # A command that a script runs in the background ignores Ctrl-C, and so do its processes.
+    if signal.getsignal(signal.SIGINT) == signal.SIG_IGN:
+        yield
+        return
+
     interrupts = []
     handler = signal.signal(signal.SIGINT, lambda *_: interrupts.append(True))
     try:
         yield
     finally:
         signal.signal(signal.SIGINT, handler)
-    # A command that a script runs in the background ignores Ctrl-C.
-    if interrupts and handler != signal.SIG_IGN:
+    if interrupts:
         raise KeyboardInterrupt
 
 

@@ -395,12 +395,15 @@ def test_delay_interrupt__an_ignored_one_stays_ignored(handler, interrupts):
     interrupted = False
     try:
         with lungaug.delay_interrupt():
+            # A process that is started in the block inherits that it is ignored.
+            ignored = signal.getsignal(signal.SIGINT) == signal.SIG_IGN
             os.kill(os.getpid(), signal.SIGINT)
     except KeyboardInterrupt:
         interrupted = True
     finally:
         signal.signal(signal.SIGINT, before)
     assert interrupted == interrupts
+    assert ignored == (handler == signal.SIG_IGN)
 
 
 def test_command__success_is_status_0():
