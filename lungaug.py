@@ -441,6 +441,10 @@ class Refusal(Exception):
         return f"lungaug: {path}: {problem} — {remedy}"
 
 
+# The remedy where what an earlier command left is of no use.
+START_OVER = "start over with --overwrite"
+
+
 def check(holds, path, problem, remedy):
     """Raise Refusal(path, problem, remedy) unless it holds."""
     if not holds:
@@ -727,7 +731,7 @@ def claim_folder(folder, parameters, overwrite):
     """
     path = Path(folder) / "parameters.json"
     if path.exists() and not overwrite:
-        previous = read_json(path, "start over with --overwrite")
+        previous = read_json(path, START_OVER)
         require_settings(path, previous, parameters)
     write(path, parameters)
 
@@ -811,26 +815,50 @@ def is_prepared(run):
 
 # Checkpoints and logs
 
-def load_checkpoint(path, remedy, **expected):
+def load_checkpoint(path, remedy, again="", **expected):
     """A checkpoint's state: tensors, numbers, text, lists and dicts. Raises Refusal.
 
     Loading runs no code, whatever the file holds.
-    remedy: for a missing file. expected: values that its settings must have.
+    remedy: for a missing file. again: for one that is damaged or has other settings, where this is
+    not the stage that trains it. expected: values that its settings must have.
     """
     data = read_bytes(path, remedy)
-    start_over = "start over with --overwrite"
-    with refuse_on_error(path, start_over):
+    with refuse_on_error(path, again or START_OVER):
         damaged_member = zipfile.ZipFile(io.BytesIO(data)).testzip()
-        check(damaged_member is None, path, "is damaged", start_over)
+        check(damaged_member is None, path, "is damaged", again or START_OVER)
         state = torch.load(io.BytesIO(data), map_location="cpu", weights_only=True)
-        require_settings(path, state.get("settings"), expected)
+        require_settings(path, state.get("settings"), expected, again)
     return state
+
+
+def save_checkpoint(trainer, folder):
+    """Write a trainer's checkpoint, once every row of its log is on the disk, too.
+
+    After a power cut a log that ends before its checkpoint would not let the training resume.
+    """
+    log = folder / "log.jsonl"
+    with name_in_errors(log), open(log, "ab") as file:
+        os.fsync(file.fileno())
+    write(folder / "checkpoint.pt", trainer.state())
+
+
+def resume(trainer, folder):
+    """Bring a new trainer to the checkpoint in the folder, where there is one. Raises Refusal."""
+    path = folder / "checkpoint.pt"
+    if not path.exists():
+        return
+    # One that was trained with a mistake of tests/wrong_versions.py is not resumed without it.
+    expected = {"mistake": None} | trainer.settings
+    state = load_checkpoint(path, START_OVER, **expected)
+    with refuse_on_error(path, START_OVER):
+        trainer.restore(state)
+    check_epochs(path, trainer.epoch, trainer.options.epochs)
 
 
 def check_epochs(path, epoch, epochs):
     """Raise Refusal where a checkpoint is of a later epoch than the last one asked for."""
     check(epoch <= epochs, path, f"was trained for {epoch} epochs, more than --epochs {epochs}",
-          f"give --epochs {epoch} or more, or start over with --overwrite")
+          f"give --epochs {epoch} or more, or {START_OVER}")
 
 
 def require_settings(path, actual, expected, remedy=""):
@@ -839,11 +867,17 @@ def require_settings(path, actual, expected, remedy=""):
         actual = {}
     differences = []
     for key, value in expected.items():
-        if actual.get(key) != value:
-            differences.append(f"{key} {actual.get(key)}, not {value}")
+        found = actual.get(key)
+        if found == value:
+            continue
+        if isinstance(found, dict) or isinstance(value, dict):
+            # A record is too long for a line.
+            differences.append(f"{key} data that have changed since")
+        else:
+            differences.append(f"{key} {found}, not {value}")
 
     if not remedy:
-        remedy = "give the same options or another --run, or start over with --overwrite"
+        remedy = f"give the same options or another --run, or {START_OVER}"
     check(not differences, path, f"was made with {'; '.join(differences)}", remedy)
 
 
@@ -876,14 +910,13 @@ def rewind_log(path, epoch):
 
     A resumed run's log is then that of an uninterrupted run. Raises Refusal where a row is missing.
     """
-    remedy = "start over with --overwrite"
-    with refuse_on_error(path, remedy):
+    with refuse_on_error(path, START_OVER):
         rows = [row for row in read_log(path) if row["epoch"] <= epoch]
         epochs = [row["epoch"] for row in rows]
         # The length comes first: a damaged checkpoint may say any epoch, and a list of that many
         # numbers would not fit in memory.
         is_whole = len(rows) == epoch and epochs == list(range(1, len(rows) + 1))
-        check(is_whole, path, f"does not hold the rows 1 to {epoch}", remedy)
+        check(is_whole, path, f"does not hold the rows 1 to {epoch}", START_OVER)
     write(path, "".join(json.dumps(row) + "\n" for row in rows))
 
 

@@ -295,7 +295,7 @@ def test_run_stage__a_classifier_made_with_a_mistake_is_not_resumed_without_it(t
     trainer = train_classifier.Trainer("real", options, dataset, None, torch.device("cpu"))
     lungaug.write(tmp_path / "checkpoint.pt", trainer.state() | {"settings": trainer.settings | {"mistake": "x"}})
     with pytest.raises(lungaug.Refusal, match="mistake x, not None"):
-        train_classifier.resume(trainer, tmp_path)
+        lungaug.resume(trainer, tmp_path)
     lungaug.write(tmp_path / "generated.json", {"settings": {"mistake": "x"}, "classes": {}, "files": {}})
     with pytest.raises(lungaug.Refusal, match="mistake x, not None"):
         train_classifier.read_generated(tmp_path, {}, "run it again")

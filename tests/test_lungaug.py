@@ -773,6 +773,17 @@ def test_load_checkpoint__of_other_settings_is_one_line(tmp_path, state):
         lungaug.load_checkpoint(tmp_path / "c.pt", "", seed=0)
 
 
+@pytest.mark.parametrize("state", [{"settings": {"seed": 1}}, "damaged"])
+def test_load_checkpoint__of_another_stage_names_that_stages_command(tmp_path, state):
+    """A stage that only reads a checkpoint has no option to make it again: the remedy is the command that has."""
+    lungaug.write(tmp_path / "c.pt", state)
+    if state == "damaged":
+        (tmp_path / "c.pt").write_bytes(b"PK")
+    with pytest.raises(Refusal) as caught:
+        lungaug.load_checkpoint(tmp_path / "c.pt", "run it first", "run it again", seed=0)
+    assert caught.value.remedy == "run it again"
+
+
 @pytest.mark.parametrize("method", [8, 12, 14])
 def test_load_checkpoint__a_member_said_to_be_compressed_is_one_line(tmp_path, method):
     """Said to be deflated, bz2 or lzma; bz2's error on such bytes is an OSError, and not the disk's."""
@@ -804,6 +815,14 @@ def test_require_settings__what_differs_is_named(found):
     lungaug.require_settings("c.pt", {"seed": 0, "width": 2, "more": 1}, {"seed": 0, "width": 2})
     with pytest.raises(Refusal, match="width None, not 2" if found == {"seed": 0} else "seed"):
         lungaug.require_settings("c.pt", found, {"seed": 0, "width": 2})
+
+
+@pytest.mark.parametrize("found, value", [({"a": 1}, {"a": 2}), (None, {"a": 2}), ({"a": 1}, None)])
+def test_require_settings__a_record_is_not_spread_over_the_line(found, value):
+    """Of a record that differs the name is enough."""
+    with pytest.raises(Refusal) as caught:
+        lungaug.require_settings("c.pt", {"generated": found, "seed": 1}, {"generated": value, "seed": 0})
+    assert caught.value.problem == "was made with generated data that have changed since; seed 1, not 0"
 
 
 def test_log__rows_come_back_in_order(tmp_path):
