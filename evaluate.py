@@ -1070,9 +1070,13 @@ def assess_class(label, run, dataset, generator, classifier, seed, device):
     rows = rows[of_class]
     flips = flips[of_class]
 
-    # Read real ones to compare with, without flips.
-    unflipped = evenly_chosen(np.flatnonzero(flips == 0), MOST_CUBES)
-    references = preprocessing.read_cubes(dataset, rows[unflipped])[:, 0]
+    # Read real ones to compare with, without flips. Where a split of cubes has left fewer than two
+    # of those in the training set, read them with the flips that are in it.
+    chosen = np.flatnonzero(flips == 0)
+    if len(chosen) < 2:
+        chosen = np.arange(len(flips))
+    chosen = evenly_chosen(chosen, MOST_CUBES)
+    references = preprocessing.read_cubes(dataset, rows[chosen], flips[chosen])[:, 0]
     held_out = read_held_out(dataset, label, MOST_CUBES)
 
     # Read and make the generated ones.

@@ -956,10 +956,11 @@ def evenly(count, most):
 
 @torch.no_grad()
 def predict(network, read_cubes, count, device, size=64):
-    """A network's output for `count` cubes, `size` at a time; (count, …) float32.
+    """A network's output for `count` cubes, 1 or more, `size` at a time; (count, …) float32.
 
-    read_cubes(numbers): the cubes of these numbers, (n, 1, c, c, c) float32. Nothing is kept for
-    gradients, so 64 take about the memory of 4 in training.
+    network: any function of cubes, or a module that is in eval mode already. read_cubes(numbers):
+    the cubes of these numbers, (n, 1, c, c, c) float32. Nothing is kept for gradients, so 64 take
+    about the memory of 4 in training.
     """
     parts = [np.arange(start, min(start + size, count)) for start in range(0, count, size)]
     outputs = []
@@ -1178,10 +1179,8 @@ def processor_name():
 
 def device_name(device):
     """The name of the GPU or the CPU that --device stands for: auto is a GPU where there is one."""
-    wants_gpu = str(device).startswith("cuda") or device in (None, "auto")
-    if wants_gpu and torch.cuda.is_available():
-        return torch.cuda.get_device_name()
-    return processor_name()
+    device = pick_device(device or "auto")
+    return torch.cuda.get_device_name(device) if device.type == "cuda" else processor_name()
 
 
 def commit_name():

@@ -445,6 +445,14 @@ def test_pick_device__an_unavailable_device_is_one_line(name):
     assert "cpu" in caught.value.remedy and "\n" not in str(caught.value)
 
 
+@pytest.mark.parametrize("given, named", [("cuda:1", "cuda:1"), ("cuda", "cuda"), ("cpu", None), (None, None)])
+def test_device_name__is_that_of_the_device_asked_for(monkeypatch, given, named):
+    """The second GPU's name, where the stage ran on the second one; on the CPU it is the processor's."""
+    monkeypatch.setattr(lungaug, "pick_device", lambda name: torch.device("cpu" if name == "auto" else name))
+    monkeypatch.setattr(torch.cuda, "get_device_name", str)
+    assert lungaug.device_name(given) == (named or lungaug.processor_name())
+
+
 MEMORY_ERRORS = [
     MemoryError(),
     MemoryError("Unable to allocate 373. GiB for an array with shape (100000000000,)"),
