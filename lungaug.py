@@ -582,7 +582,7 @@ def seed_weights(seed, *names):
     torch.manual_seed(seed_number(seed, *names))
 
 
-# The device, and how long the GAN takes on it
+# The device, and how long a training takes on it
 
 def allow_tf32(precision):
     """Let a GPU round the factors of products to TF32's 10 bits, or not, as --precision says.
@@ -618,20 +618,25 @@ def pick_device(name):
     return device
 
 
-# A GAN step on one cube takes about as long as this many convolutions at full size: measured with
-# tests/bench_gan_step.py at the thesis' size. One convolution is timed, and multiplied.
+# What a network does with one cube takes about as long as this many convolutions at full size. One
+# is timed, and multiplied. A step of the GAN, of --width channels, was measured with
+# tests/bench_gan_step.py at the thesis' size.
 CONVOLUTIONS = {"critic": 42, "generator": 21}
+# The same of a classifier, reading included, in convolutions of 4 channels: measured with cubes of
+# 12, 24 and 48 voxels.
+CLASSIFIER_CONVOLUTIONS = {"trained": 0.8, "validated": 0.4}
+CLASSIFIER_WIDTH = 4
 
 
-def estimate_seconds(options, cube, epochs):
-    """About how long epochs of the GAN take on this CPU. options: those of train_gan.py."""
+def time_convolution(cube, width):
+    """How many seconds a convolution of a cube of `width` channels takes on this CPU."""
     # A larger network takes longer by its voxels and kernels; no need to wait for it here.
     side = min(cube, 48)
-    width = min(options.width, 32)
-    factor = (cube / side) ** 3 * (options.width / width) ** 2
-    cubes = torch.zeros(2, width, side, side, side)
+    channels = min(width, 32)
+    factor = (cube / side) ** 3 * (width / channels) ** 2
+    cubes = torch.zeros(2, channels, side, side, side)
     cubes = cubes.contiguous(memory_format=torch.channels_last_3d)
-    kernel = torch.zeros(width, width, 3, 3, 3)
+    kernel = torch.zeros(channels, channels, 3, 3, 3)
 
     # The first call is slower than those that follow.
     seconds = []
@@ -640,10 +645,15 @@ def estimate_seconds(options, cube, epochs):
         torch.nn.functional.conv3d(cubes, kernel, padding=1)
         elapsed = time.perf_counter() - start
         seconds.append(elapsed / len(cubes) * factor)
+    return min(seconds)
 
+
+def estimate_seconds(options, cube, epochs):
+    """About how long epochs of the GAN take on this CPU. options: those of train_gan.py."""
     convolutions = (options.critic_iterations * CONVOLUTIONS["critic"]
                     + CONVOLUTIONS["generator"])
-    return min(seconds) * convolutions * options.batch_size * epochs
+    seconds = time_convolution(cube, options.width)
+    return seconds * convolutions * options.batch_size * epochs
 
 
 def warn_of_days(options, cube, epochs, device):
@@ -1361,40 +1371,85 @@ def warn_before_stages(options):
         return
 
     preset = "thesis" if options.scans else "demo"
-    filled = apply_preset(argparse.Namespace(**vars(options)), "train_gan", preset)
+    filled = with_defaults(options, "train_gan", preset)
     apply_preset(filled, "preprocessing", preset)
-    n_done = len(read_log(options.run / "gan" / "log.jsonl"))
-    warn_of_days(filled, filled.cube, filled.epochs - n_done, pick_device(filled.device))
+    n_left = epochs_left(filled, options.run / "gan")
+    warn_of_days(filled, filled.cube, n_left, pick_device(filled.device))
 
 
-def estimate_gan(options):
-    """About how many seconds train_gan.py is going to take; None where nothing can tell.
+def with_defaults(options, stage, preset):
+    """A copy of the options of all stages, with a stage's defaults for what was not typed."""
+    return apply_preset(argparse.Namespace(**vars(options)), stage, preset)
 
-    options: those of all stages. It is for CPUs, and for scans that this run has prepared.
+
+def epochs_left(options, folder):
+    """How many epochs a training in this folder has left; options: those of its stage."""
+    n_done = 0 if options.overwrite else len(read_log(folder / "log.jsonl"))
+    return max(0, options.epochs - n_done)
+
+
+def estimate_classifiers(options, info):
+    """About how long the classifiers take on this CPU, to train and to validate, in seconds.
+
+    options: those of train_classifier.py; info: dataset.json. As many generated cubes are taken to
+    pass as are requested.
     """
+    real = info["table_1"]["train"]["positive"]
+    generated = options.generated * real
+    validation = info["table_1"]["validation"]
+    n_validated = validation["positive"] + validation["negative"]
+
+    # An epoch takes so many positives, and as many negatives.
+    positives = {"real": real, "longer": real + generated, "mixed": real + generated,
+                 "fake": generated}
+    convolutions = 0
+    for arm, n_positives in positives.items():
+        per_epoch = (CLASSIFIER_CONVOLUTIONS["trained"] * 2 * n_positives
+                     + CLASSIFIER_CONVOLUTIONS["validated"] * n_validated)
+        for repeat in range(1, options.repeats + 1):
+            folder = arm_folder(options.run, arm, repeat)
+            convolutions += per_epoch * epochs_left(options, folder)
+    return convolutions * time_convolution(info["parameters"]["cube"], CLASSIFIER_WIDTH)
+
+
+def estimate_left(stage, options):
+    """About how many seconds the trainings from this stage on take; options: those of all stages.
+
+    None before the scans are prepared, on a GPU, or where another run has prepared them.
+    """
+    if stage not in ("train_gan", "train_classifier"):
+        return None
     path = options.run / "prepared" / "dataset.json"
     if uses_other_run(options.run) or not path.exists():
         return None
     if pick_device(options.device or "auto").type != "cpu":
         return None
 
-    with refuse_on_error(path, "run preprocessing.py again"):
-        info = read_json(path, "")
-        preset = info["preset"]
-        cube = int(info["parameters"]["cube"])
-        filled = apply_preset(argparse.Namespace(**vars(options)), "train_gan", preset)
+    remedy = "run preprocessing.py again"
+    with refuse_on_error(path, remedy):
+        info = read_json(path, remedy)
+        of_gan = with_defaults(options, "train_gan", info["preset"])
+        of_classifiers = with_defaults(options, "train_classifier", info["preset"])
+        seconds = estimate_classifiers(of_classifiers, info)
+        if stage == "train_gan":
+            n_left = epochs_left(of_gan, options.run / "gan")
+            seconds += estimate_seconds(of_gan, info["parameters"]["cube"], n_left)
+    return seconds
 
-    n_left = filled.epochs - len(read_log(options.run / "gan" / "log.jsonl"))
-    return estimate_seconds(filled, cube, n_left) if n_left > 0 else None
+
+def format_estimate(seconds):
+    """about 6 minutes, about 3 hours, about 12 days: an estimate is no more exact."""
+    for unit, length in (("days", 86400), ("hours", 3600), ("minutes", 60)):
+        if seconds >= 2 * length:
+            return f"about {seconds / length:,.0f} {unit}"
+    return "about a minute" if seconds >= 30 else "less than a minute"
 
 
 def stage_line(number, options):
-    """`Stage 2 of 4, about 6 min.`: the stage's own time, where there is an estimate of it."""
+    """`Stage 2 of 4, about 6 minutes left.`, without the time where nothing can tell."""
     line = f"Stage {number} of {len(STAGES)}"
-    seconds = estimate_gan(options) if STAGES[number - 1] == "train_gan" else None
-    if seconds is None:
-        return f"{line}."
-    return f"{line}, about {format_duration(seconds)}."
+    seconds = estimate_left(STAGES[number - 1], options)
+    return f"{line}, {format_estimate(seconds)} left." if seconds else f"{line}."
 
 
 def report_words(words):

@@ -532,7 +532,9 @@ def test_warn_before_stages__counts_the_epochs_that_are_left(monkeypatch, tmp_pa
     lungaug.write(tmp_path / "gan" / "log.jsonl", '{"epoch": 1}\n' * 19_990)
     words = ["--run", str(tmp_path), "--preset", "thesis", "--device", "cpu"]
     lungaug.warn_before_stages(lungaug.parse("", *STAGES, words=words))
-    assert epochs == [10]
+    # Under --overwrite it is trained again.
+    lungaug.warn_before_stages(lungaug.parse("", *STAGES, words=[*words, "--overwrite"]))
+    assert epochs == [10, 20_000]
 
 
 def test_main__the_thesis_on_a_cpu_is_told_of_before_anything_slow(monkeypatch, capsys, tmp_path):
@@ -553,22 +555,69 @@ def test_main__the_thesis_on_a_cpu_is_told_of_before_anything_slow(monkeypatch, 
         assert is_told or lines[:2] == ["Stage 1 of 4.", "preprocessing.py"]
 
 
-def test_stage_line__has_a_time_where_there_is_an_estimate(monkeypatch, tmp_path):
-    """Of the GAN alone, on a CPU, once the scans say preset and cube, for the epochs that are left."""
-    options = lungaug.parse("", *STAGES, words=["--run", str(tmp_path), "--device", "cpu", "--epochs", "100"])
+TABLE_1 = {"train": {"positive": 16, "negative": 900}, "validation": {"positive": 2, "negative": 8}}
+
+
+def test_estimate_classifiers__counts_what_is_trained_and_what_is_validated(monkeypatch, tmp_path):
+    """By hand, in convolutions of a second. An epoch trains on 16 positives (real), 24 (longer, mixed) and 8 (fake),
+    and on as many negatives: 2 · 72 cubes at 0.8. Each validates 10 at 0.4. Two repeats of three epochs."""
+    monkeypatch.setattr(lungaug, "time_convolution", lambda cube, width: {(24, 4): 1}[cube, width])
+    words = ["--run", str(tmp_path), "--generated", "0.5", "--repeats", "2", "--epochs", "3"]
+    options = lungaug.apply_preset(lungaug.parse("", "train_classifier", words=words), "train_classifier", "demo")
+    info = {"parameters": {"cube": 24}, "table_1": TABLE_1}
+    assert lungaug.estimate_classifiers(options, info) == pytest.approx(2 * 3 * (2 * 72 * 0.8 + 4 * 10 * 0.4))
+
+    # Two epochs of one arm, of the second repeat, are done; under --overwrite they are done again.
+    lungaug.write(lungaug.arm_folder(tmp_path, "real", 2) / "log.jsonl", '{"epoch": 1}\n' * 2)
+    left = 2 * 3 * (2 * 72 * 0.8 + 4 * 10 * 0.4) - 2 * (2 * 16 * 0.8 + 10 * 0.4)
+    assert lungaug.estimate_classifiers(options, info) == pytest.approx(left)
+    options.overwrite = True
+    assert lungaug.estimate_classifiers(options, info) == pytest.approx(2 * 3 * (2 * 72 * 0.8 + 4 * 10 * 0.4))
+
+
+def test_stage_line__has_the_time_left_where_there_is_an_estimate(monkeypatch, tmp_path):
+    """Of GAN and classifiers, then of these alone, on a CPU, once this run's scans are prepared."""
     monkeypatch.setattr(lungaug, "estimate_seconds", lambda options, cube, epochs: epochs * cube / options.width)
-    assert lungaug.stage_line(2, options) == "Stage 2 of 4."
+    monkeypatch.setattr(lungaug, "estimate_classifiers", lambda options, info: 60 * options.epochs)
 
-    lungaug.write(tmp_path / "prepared" / "dataset.json", {"preset": "demo", "parameters": {"cube": 24}})
-    assert lungaug.stage_line(2, options) == "Stage 2 of 4, about 10 min."
-    assert [lungaug.stage_line(number, options) for number in (1, 3)] == ["Stage 1 of 4.", "Stage 3 of 4."]
+    def lines(*words):
+        options = lungaug.parse("", *STAGES, words=["--run", str(tmp_path), "--device", "cpu", *words])
+        texts = [lungaug.stage_line(number, options) for number in range(1, 5)]
+        # What was not typed stays open, for the stages to fill in.
+        assert options.width is None
+        return texts
 
-    log = tmp_path / "gan" / "log.jsonl"
-    lungaug.write(log, '{"epoch": 1}\n' * 90)
-    assert lungaug.stage_line(2, options) == "Stage 2 of 4, about 60 s."
-    lungaug.write(log, '{"epoch": 1}\n' * 100)
-    assert lungaug.stage_line(2, options) == "Stage 2 of 4."
-    assert options.width is None
+    assert lines() == [f"Stage {number} of 4." for number in range(1, 5)]
+    info = {"preset": "demo", "parameters": {"cube": 24}, "table_1": TABLE_1}
+    lungaug.write(tmp_path / "prepared" / "dataset.json", info)
+    # 800 epochs at 6 s, and 20 at 60 s.
+    assert lines() == ["Stage 1 of 4.", "Stage 2 of 4, about 100 minutes left.",
+                       "Stage 3 of 4, about 20 minutes left.", "Stage 4 of 4."]
+    assert lines("--epochs", "10")[1:3] == ["Stage 2 of 4, about 11 minutes left.",
+                                            "Stage 3 of 4, about 10 minutes left."]
+
+    # A GAN that is trained already is trained again under --overwrite alone.
+    lungaug.write(tmp_path / "gan" / "log.jsonl", '{"epoch": 1}\n' * 800)
+    assert lines()[1] == "Stage 2 of 4, about 20 minutes left."
+    assert lines("--overwrite")[1] == "Stage 2 of 4, about 100 minutes left."
+    monkeypatch.setattr(lungaug, "estimate_classifiers", lambda options, info: 0)
+    assert lines()[1:3] == ["Stage 2 of 4.", "Stage 3 of 4."]
+
+    # Nothing can tell on a GPU, or with the scans of another run.
+    with monkeypatch.context() as patch:
+        patch.setattr(lungaug, "pick_device", lambda name: torch.device("cuda"))
+        assert lines("--overwrite")[1] == "Stage 2 of 4."
+    lungaug.write(tmp_path / "prepared" / lungaug.OTHER_RUN, {})
+    assert lines("--overwrite")[1] == "Stage 2 of 4."
+
+
+@pytest.mark.parametrize("seconds, text", [
+    (1, "less than a minute"), (29, "less than a minute"), (31, "about a minute"), (119, "about a minute"),
+    (120, "about 2 minutes"), (366, "about 6 minutes"), (7200, "about 2 hours"), (172800, "about 2 days"),
+    (8.64e8, "about 10,000 days")])
+def test_format_estimate__is_no_more_exact_than_an_estimate(seconds, text):
+    """Whole minutes, hours or days."""
+    assert lungaug.format_estimate(seconds) == text
 
 
 def test_stage_line__a_damaged_dataset_is_refused(tmp_path):
