@@ -310,7 +310,7 @@ def survives(mutant):
         copy_tree(root)
         (root / mutant.file).write_text(mutant.source, encoding="utf-8")
         paths = [f"tests/{name}" for name in TESTS[mutant.file]]
-        results = audit.run(root, paths, stop=True, seconds=SECONDS)
+        results = audit.run_pytest(root, paths, stop=True, seconds=SECONDS)
     return bool(results) and all(verdict.passed for verdict in results.values())
 
 
