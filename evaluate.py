@@ -192,35 +192,34 @@ def report_unfinished(path, state):
         print(f"{path}: made with the mistake {mistake} (tests/wrong_versions.py).")
 
 
-RETRAIN = "train it again with --overwrite"
-
-
-def load_critic(path, dataset, remedy):
-    """The critic's auxiliary head, from the GAN's checkpoint."""
-    state = lungaug.load_checkpoint(path, remedy, prepared=dataset.fingerprint)
-    with lungaug.refuse_on_error(path, RETRAIN):
+def load_critic(path, dataset, again):
+    """The critic's auxiliary head, from the GAN's checkpoint; again: the command that trains it."""
+    state = lungaug.load_checkpoint(path, again, again, prepared=dataset.fingerprint)
+    with lungaug.refuse_on_error(path, again):
         critic = Critic(dataset.cube, state["settings"]["width"])
         critic.load_state_dict(state["critic"])
         report_unfinished(path, state)
     return CriticHead(critic)
 
 
-def load_generator(path, dataset, remedy):
-    """The generator, from the GAN's checkpoint."""
-    state = lungaug.load_checkpoint(path, remedy, prepared=dataset.fingerprint)
-    with lungaug.refuse_on_error(path, RETRAIN):
+def load_generator(path, dataset, again):
+    """The generator, from the GAN's checkpoint; again: the command that trains it."""
+    state = lungaug.load_checkpoint(path, again, again, prepared=dataset.fingerprint)
+    with lungaug.refuse_on_error(path, again):
         generator = Generator(dataset.cube, state["settings"]["width"])
         generator.load_state_dict(state["generator"])
     return generator
 
 
-def load_classifier(path, dataset, classes, remedy):
+def load_classifier(path, dataset, classes, remedy, again):
     """A classifier at its best epoch.
 
     classes: the record of the generated cubes with which it must have been trained; None for real.
+    remedy, again: the command for a checkpoint that is missing, and for one that is of no use.
     """
-    state = lungaug.load_checkpoint(path, remedy, prepared=dataset.fingerprint, generated=classes)
-    with lungaug.refuse_on_error(path, RETRAIN):
+    state = lungaug.load_checkpoint(path, remedy, again, prepared=dataset.fingerprint,
+                                    generated=classes)
+    with lungaug.refuse_on_error(path, again):
         classifier = Classifier(dataset.cube)
         classifier.load_state_dict(state["best"]["classifier"])
         report_unfinished(path, state)
@@ -275,6 +274,9 @@ def load_networks(run, dataset, device):
         generated_settings = generated["settings"]
         classes = generated["classes"]
 
+    # Load the GAN first: what was made with one of other scans is of no use, either.
+    critic = load_critic(gan, dataset, f"run python train_gan.py --run {run} --overwrite")
+
     # An arm for which the GAN made nothing was not trained.
     arms = []
     for arm in TRAINED_ARMS:
@@ -283,6 +285,8 @@ def load_networks(run, dataset, device):
             arms.append(arm)
 
     # Load each arm, repeat by repeat.
+    again = (f"run python train_classifier.py --run {run} --overwrite, which generates again and "
+             "keeps the GAN")
     repeats = count_repeats(run, arms)
     networks = {}
     for arm in arms:
@@ -290,13 +294,10 @@ def load_networks(run, dataset, device):
         networks[arm] = []
         for repeat in range(1, repeats + 1):
             path = lungaug.arm_folder(run, arm, repeat) / "checkpoint.pt"
-            classifier = load_classifier(path, dataset, made_with, remedy)
+            classifier = load_classifier(path, dataset, made_with, remedy, again)
             networks[arm].append(classifier.to(memory_format=memory_layout(device)))
-    networks["critic"] = [load_critic(gan, dataset, remedy)]
-
-    remedy = (f"run python train_classifier.py --run {run} --overwrite, which generates again and "
-              "keeps the GAN")
-    lungaug.require_settings(generated_json, generated_settings, {"gan_crc32": gan_crc32}, remedy)
+    networks["critic"] = [critic]
+    lungaug.require_settings(generated_json, generated_settings, {"gan_crc32": gan_crc32}, again)
     for of_arm in networks.values():
         for network in of_arm:
             network.eval().to(device)
@@ -1069,9 +1070,13 @@ def assess_class(label, run, dataset, generator, classifier, seed, device):
     rows = rows[of_class]
     flips = flips[of_class]
 
-    # Read real ones to compare with, without flips.
-    unflipped = evenly_chosen(np.flatnonzero(flips == 0), MOST_CUBES)
-    references = preprocessing.read_cubes(dataset, rows[unflipped])[:, 0]
+    # Read real ones to compare with, without flips. Where a split of cubes has left fewer than two
+    # of those in the training set, read them with the flips that are in it.
+    chosen = np.flatnonzero(flips == 0)
+    if len(chosen) < 2:
+        chosen = np.arange(len(flips))
+    chosen = evenly_chosen(chosen, MOST_CUBES)
+    references = preprocessing.read_cubes(dataset, rows[chosen], flips[chosen])[:, 0]
     held_out = read_held_out(dataset, label, MOST_CUBES)
 
     # Read and make the generated ones.
@@ -1107,7 +1112,8 @@ def assess_generated(run, dataset, networks, seed, device):
     preprocessing.open_array.cache_clear()
 
     path = run / "gan" / "checkpoint.pt"
-    generator = load_generator(path, dataset, "").eval().to(device)
+    again = f"run python train_gan.py --run {run} --overwrite"
+    generator = load_generator(path, dataset, again).eval().to(device)
     classifier = networks["real"][0]
     critic_head = networks["critic"][0]
 

@@ -6,9 +6,9 @@
     python lungaug.py audit                               # check every equation, by its id
 
 Every option of a stage (`python train_gan.py --help`) is accepted here and passed to the stages
-that use it. In this file: options, errors, randomness, safe files, checkpoints and logs, progress,
-pictures, a stage's page. It imports no other file of ours: each stage is run as the command that
-a student would type.
+that use it. In this file: options, errors, randomness, the device, safe files, folders,
+checkpoints and logs, many cubes, progress, pictures, a stage's page, other processes, the command.
+It imports no other file of ours: each stage is run as the command that a student would type.
 """
 
 import argparse
@@ -37,15 +37,20 @@ from typing import NamedTuple
 
 
 HERE = Path(__file__).resolve().parent
-INTERRUPTED = "lungaug: interrupted — run the same command, without --overwrite, to resume"
+
+
+def say_interrupted():
+    """Say in one line that Ctrl-C has stopped the program. Returns its exit status, 130."""
+    # A second Ctrl-C must not cut this line in two.
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    print("\nlungaug: interrupted — run the same command, without --overwrite, to resume",
+          file=sys.stderr, flush=True)
+    return 130
 
 
 def exit_interrupted(*_):
-    """Say in one line that Ctrl-C has stopped the program, and end with its exit status, 130."""
-    # A second Ctrl-C must not cut this line in two.
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
-    print(f"\n{INTERRUPTED}", file=sys.stderr, flush=True)
-    os._exit(130)
+    """Answer Ctrl-C at once: while packages are imported there is nothing to clear up."""
+    os._exit(say_interrupted())
 
 
 def handle_interrupt_from_here_on():
@@ -54,12 +59,16 @@ def handle_interrupt_from_here_on():
     This is why the scripts import this file before any package. `command` takes over from here.
     """
     is_ours = Path(sys.argv[0]).resolve().parent in (HERE, HERE / "tests")
-    # A program that imports this file keeps its own handler; where a script runs in the
-    # background, Ctrl-C is ignored.
-    if not is_ours or signal.getsignal(signal.SIGINT) != signal.default_int_handler:
+    # A program that imports this file keeps its own handler.
+    if not is_ours:
         return
-    is_worker = multiprocessing.parent_process() is not None
-    signal.signal(signal.SIGINT, signal.SIG_IGN if is_worker else exit_interrupted)
+    # Where a script runs in the background, Ctrl-C is ignored.
+    if signal.getsignal(signal.SIGINT) == signal.default_int_handler:
+        is_worker = multiprocessing.parent_process() is not None
+        signal.signal(signal.SIGINT, signal.SIG_IGN if is_worker else exit_interrupted)
+    # A Ctrl-C that `start_script` has held back is answered now. Windows cannot hold one back.
+    if os.name != "nt":
+        signal.pthread_sigmask(signal.SIG_UNBLOCK, [signal.SIGINT])
 
 
 handle_interrupt_from_here_on()
@@ -77,13 +86,16 @@ except ImportError:
 
 STAGES = ("preprocessing", "train_gan", "train_classifier", "evaluate")
 STARTED = time.monotonic()
-READ_THREADS = min(4, os.cpu_count() or 1)      # that read cubes while a network computes
-INTERRUPT_SECONDS = 2       # within which a stage that got Ctrl-C, too, has ended
+# Threads that read cubes while a network computes.
+READ_THREADS = min(4, os.cpu_count() or 1)
+# A stage that gets Ctrl-C, too, ends within this time.
+INTERRUPT_SECONDS = 2
 
 
 # Options: one table. It makes the command line of every stage, the presets, and README's table.
 
-CUBES = (6, 12, 24, 48, 96, 192)    # 3·2^k, the sides that the networks halve down to 3
+# The sides that a cube may have, 3·2^k: the networks halve them down to 3.
+CUBES = (6, 12, 24, 48, 96, 192)
 NO_LIMIT = 10 ** 12
 
 
@@ -94,15 +106,21 @@ class Option(NamedTuple):
     or reused with another value, among "prepared", "gan", "generated", "classifiers" and "results"
     (see `settings_of`).
     """
-    name: str               # as it is typed: --batch-size
-    stages: tuple           # of STAGES, those that use it
-    kind: type              # int, float, str, Path, a function of the text, or bool for a flag
-    demo: object            # its default value in the demo preset; None where it has none
-    thesis: object          # its default value in the thesis preset
+    # The name as it is typed, such as --batch-size.
+    name: str
+    # Those of STAGES that use it.
+    stages: tuple
+    # int, float, str, Path, a function that reads the text, or bool for a flag.
+    kind: type
     fixes: tuple
     help: str
-    source: str = ""        # the section that gives the thesis' value, with its id
-    low: float = None       # the lowest and the highest value, of numbers
+    # The default values in the two presets. Some options have none.
+    demo: object = None
+    thesis: object = None
+    # The section that gives the thesis' value, with its id.
+    source: str = ""
+    # A number's lowest and highest value.
+    low: float = None
     high: float = NO_LIMIT
     choices: tuple = None
 
@@ -129,42 +147,43 @@ DEFAULT_WORKERS = min(os.cpu_count() or 1, 8)
 
 OPTIONS = (
     # The run
-    Option("--run", STAGES, Path, None, None, fixes=(),
+    Option("--run", STAGES, Path, fixes=(),
            help="Folder of the run (default runs/demo, or runs/<name of the --scans folder>)."),
-    Option("--preset", STAGES, str, None, None, fixes=(), choices=("demo", "thesis"),
+    Option("--preset", STAGES, str, fixes=(), choices=("demo", "thesis"),
            help="Set of default values (default: demo for synthetic scans, thesis for your own)."),
-    Option("--seed", STAGES, int, 0, 0, low=0, fixes=EVERYTHING,
+    Option("--seed", STAGES, int, demo=0, thesis=0, low=0, fixes=EVERYTHING,
            help="Seed of every random draw."),
-    Option("--device", STAGES, str, "auto", "auto", fixes=(),
+    Option("--device", STAGES, str, demo="auto", thesis="auto", fixes=(),
            help="auto, cpu, cuda, cuda:1, …; auto takes a GPU where there is one."),
-    Option("--overwrite", STAGES[:3], bool, False, False, fixes=(),
+    Option("--overwrite", STAGES[:3], bool, demo=False, thesis=False, fixes=(),
            help="Discard earlier results and start over."),
-    Option("--prepared", STAGES[:2], Path, None, None, fixes=(),
+    Option("--prepared", STAGES[:2], Path, fixes=(),
            help="Another run, whose prepared scans this one uses from now on."),
 
     # Section 2
-    Option("--scans", PREPROCESSING, Path, None, None, fixes=(),
+    Option("--scans", PREPROCESSING, Path, fixes=(),
            help="Folder with MetaImage or DICOM scans, at any depth (default: synthetic scans)."),
-    Option("--annotations", PREPROCESSING, Path, None, None, fixes=(),
+    Option("--annotations", PREPROCESSING, Path, fixes=(),
            help="LUNA16's table of nodules "
                 "(default: annotations.csv in --scans or a folder above)."),
-    Option("--workers", PREPROCESSING, int, DEFAULT_WORKERS, DEFAULT_WORKERS, low=1, fixes=(),
+    Option("--workers", PREPROCESSING, int, demo=DEFAULT_WORKERS, thesis=DEFAULT_WORKERS, low=1,
+           fixes=(),
            help="Processes, each with one scan in memory (default: one per core, at most 8)."),
-    Option("--strict", PREPROCESSING, bool, False, False, fixes=(),
+    Option("--strict", PREPROCESSING, bool, demo=False, thesis=False, fixes=(),
            help="Stop at the first scan that cannot be used, instead of skipping it."),
-    Option("--part", PREPROCESSING, parse_part, "1/1", "1/1", fixes=(),
+    Option("--part", PREPROCESSING, parse_part, demo="1/1", thesis="1/1", fixes=(),
            help="Prepare one part of the scans, such as 2/8: eight machines can share one run."),
-    Option("--cube", PREPROCESSING, int, 24, 48, choices=CUBES, fixes=("prepared",),
+    Option("--cube", PREPROCESSING, int, demo=24, thesis=48, choices=CUBES, fixes=("prepared",),
            help="Side of a cube in voxels of 1 mm. 24 is an eighth of the work.",
            source="2.1.4 [num_2_1_4_cube]"),
-    Option("--negatives", PREPROCESSING, int, 655, 655, low=1, fixes=("prepared",),
+    Option("--negatives", PREPROCESSING, int, demo=655, thesis=655, low=1, fixes=("prepared",),
            help="Negative cubes per scan. Derived from Table 1: 581,130 in 888 scans.",
            source="Table 1 [num_2_1_4_negatives]"),
-    Option("--max-slice-mm", PREPROCESSING, float, 2.5, 2.5, low=0, fixes=("prepared",),
+    Option("--max-slice-mm", PREPROCESSING, float, demo=2.5, thesis=2.5, low=0, fixes=("prepared",),
            help="Largest distance between slices, in mm, of a scan that is used, as in LUNA16. "
                 "Where it is raised, only scans skipped before are prepared.",
            source="2 [num_2_slices]"),
-    Option("--split", PREPROCESSING, str, "patient", "patient", fixes=("prepared",),
+    Option("--split", PREPROCESSING, str, demo="patient", thesis="patient", fixes=("prepared",),
            choices=("patient", "cube", "subsets"),
            help="What is split: patients; cubes with their flips, as the thesis seems to have "
                 "done, so that the test set leaks; or LUNA16's folders: subset0 to 6 train, 7 "
@@ -172,75 +191,81 @@ OPTIONS = (
            source="2.1.5"),
 
     # Section 4.1
-    Option("--width", GAN, int, 4, 16, low=1, fixes=("gan",),
+    Option("--width", GAN, int, demo=4, thesis=16, low=1, fixes=("gan",),
            help="Channels at full resolution. The thesis' value is lost with figures 4–6; "
                 "4 trains in minutes."),
-    Option("--batch-size", GAN, int, 8, 64, low=2, fixes=("gan",),
+    Option("--batch-size", GAN, int, demo=8, thesis=64, low=2, fixes=("gan",),
            help="Real cubes per batch of the GAN. A small batch gives more steps per minute.",
            source="4.1.1 [num_4_1_batch_size]"),
-    Option("--learning-rate", GAN, float, 1e-3, 1e-4, low=0, fixes=("gan",),
+    Option("--learning-rate", GAN, float, demo=1e-3, thesis=1e-4, low=0, fixes=("gan",),
            help="Adam's learning rate for the GAN. 0.001 learns in minutes.",
            source="4.1.1 [num_4_1_learning_rate]"),
-    Option("--decay-start", GAN, float, 0.5, 1.0, low=0, high=1, fixes=("gan",),
+    Option("--decay-start", GAN, float, demo=0.5, thesis=1.0, low=0, high=1, fixes=("gan",),
            help="Share of the epochs after which the GAN's learning rate falls linearly to 0. With "
                 "1, as in the thesis, it stays.", source="4.1.1"),
-    Option("--penalty-scale", GAN, float, 10.0, 10.0, low=0, fixes=("gan",),
+    Option("--penalty-scale", GAN, float, demo=10.0, thesis=10.0, low=0, fixes=("gan",),
            help="λ, the weight of the gradient penalty.", source="4.1.1 [num_4_1_lambda]"),
-    Option("--auxiliary-scale", GAN, float, 3.0, 1.0, low=0, fixes=("gan",),
+    Option("--auxiliary-scale", GAN, float, demo=3.0, thesis=1.0, low=0, fixes=("gan",),
            help="α, the weight of the class loss, at first. "
                 "With less, the few epochs of the demo learn no classes.",
            source="4.1.1"),
-    Option("--late-auxiliary-scale", GAN, float, 10.0, 10.0, low=0, fixes=("gan",),
+    Option("--late-auxiliary-scale", GAN, float, demo=10.0, thesis=10.0, low=0, fixes=("gan",),
            help="α in the last quarter of the epochs.", source="4.1.1"),
-    Option("--critic-iterations", GAN, int, 2, 5, low=1, fixes=("gan",),
+    Option("--critic-iterations", GAN, int, demo=2, thesis=5, low=1, fixes=("gan",),
            help="Critic steps per epoch; one generator step follows them. In a short training the "
                 "generator's steps are what is scarce: 2 give rounder nodules than 3 or 5.",
            source="4.1.1"),
-    Option("--epochs", GAN, int, 800, 20000, low=1, fixes=(),
+    Option("--epochs", GAN, int, demo=800, thesis=20000, low=1, fixes=(),
            help="Epochs of the GAN. 800 take a few minutes at the demo's size.",
            source="4.1.1 [num_4_1_epochs]"),
-    Option("--precision", GAN, str, "float32", "float32", fixes=("gan",),
+    Option("--precision", GAN, str, demo="float32", thesis="float32", fixes=("gan",),
            choices=("float32", "tf32", "bfloat16"),
            help="tf32 lets a recent GPU round the factors of products to 10 bits, which is faster; "
                 "bfloat16 computes with 7 bits, but keeps weights and losses in float32."),
-    Option("--micro-batch", GAN, int, None, None, low=1, fixes=(),
+    Option("--micro-batch", GAN, int, low=1, fixes=(),
            help="Split each batch into chunks of this many cubes, to save memory "
                 "(default: one chunk per process)."),
-    Option("--checkpoint-minutes", GAN, float, 1.0, 1.0, low=0, fixes=(),
+    Option("--checkpoint-minutes", GAN, float, demo=1.0, thesis=1.0, low=0, fixes=(),
            help="Minutes between two checkpoints."),
 
     # Sections 4.3 and 4.4
-    Option("--generated", CLASSIFIER, float, 1.0, 1.0, low=0.01, high=100, fixes=("generated",),
+    Option("--generated", CLASSIFIER, float, demo=1.0, thesis=1.0, low=0.01, high=100,
+           fixes=("generated",),
            help="Generated positives per real one, the real ones counted with their flips."),
-    Option("--score-quantile", CLASSIFIER, float, 0.0, 0.5, low=0, high=1, fixes=("generated",),
+    Option("--score-quantile", CLASSIFIER, float, demo=0.0, thesis=0.5, low=0, high=1,
+           fixes=("generated",),
            help="A generated cube needs a score at this quantile of the real cubes' scores, or "
                 "above. In a short training a higher one picks the brightest and most alike.",
            source="4.3"),
-    Option("--class-probability", CLASSIFIER, float, 0.9, 0.9, low=0, high=1, fixes=("generated",),
+    Option("--class-probability", CLASSIFIER, float, demo=0.9, thesis=0.9, low=0, high=1,
+           fixes=("generated",),
            help="A generated cube needs this probability of its class, or more.", source="4.3"),
-    Option("--attempts", CLASSIFIER, int, 20, 20, low=1, fixes=("generated",),
+    Option("--attempts", CLASSIFIER, int, demo=20, thesis=20, low=1, fixes=("generated",),
            help="Upper limit on attempts per requested cube, in case few pass."),
-    Option("--batch-size", CLASSIFIER, int, 64, 64, low=2, fixes=("classifiers",),
+    Option("--batch-size", CLASSIFIER, int, demo=64, thesis=64, low=2, fixes=("classifiers",),
            help="Cubes per batch of a classifier, half of them positive.",
            source="4.4.1 [num_4_4_batch_size]"),
-    Option("--learning-rate", CLASSIFIER, float, 1e-3, 1e-3, low=0, fixes=("classifiers",),
+    Option("--learning-rate", CLASSIFIER, float, demo=1e-3, thesis=1e-3, low=0,
+           fixes=("classifiers",),
            help="Adam's learning rate for the classifiers, at first.",
            source="4.4.1 [num_4_4_learning_rate]"),
-    Option("--late-learning-rate", CLASSIFIER, float, 1e-4, 1e-4, low=0, fixes=("classifiers",),
+    Option("--late-learning-rate", CLASSIFIER, float, demo=1e-4, thesis=1e-4, low=0,
+           fixes=("classifiers",),
            help="Adam's learning rate for the classifiers from --decay-epoch on.",
            source="4.4.1"),
-    Option("--decay-epoch", CLASSIFIER, int, 10, 30, low=1, fixes=("classifiers",),
+    Option("--decay-epoch", CLASSIFIER, int, demo=10, thesis=30, low=1, fixes=("classifiers",),
            help="Epoch from which the late learning rate holds: half-way.", source="4.4.1"),
-    Option("--epochs", CLASSIFIER, int, 20, 60, low=1, fixes=(),
+    Option("--epochs", CLASSIFIER, int, demo=20, thesis=60, low=1, fixes=(),
            help="Epochs of each classifier, each one pass over the positives. "
                 "20 are enough for the demo's cubes.",
            source="4.4.1 [num_4_4_epochs]"),
-    Option("--repeats", CLASSIFIER, int, 3, 3, low=1, high=99, fixes=(),
+    Option("--repeats", CLASSIFIER, int, demo=3, thesis=3, low=1, high=99, fixes=(),
            help="Times that each classifier is trained, with other first weights and batches: "
                 "the tables show the mean and the spread."),
 )
 
-COMMANDS = ("report", "audit")      # of lungaug.py, besides its options
+# What lungaug.py takes besides options.
+COMMANDS = ("report", "audit")
 KIND_NAMES = {int: "a whole number", float: "a number"}
 GROUPS = {PREPROCESSING: "Preprocessing", GAN: "GAN", CLASSIFIER: "Classifiers"}
 
@@ -279,7 +304,8 @@ def help_of(option):
         text += f" See {section}."
     elif section:
         text += f" See section {section}."
-    if "default" not in option.help and option.kind is not bool:
+    has_default = option.demo is not None or option.thesis is not None
+    if has_default and "default" not in option.help and option.kind is not bool:
         if option.demo == option.thesis:
             text += f" Default: {option.demo}."
         else:
@@ -415,6 +441,10 @@ class Refusal(Exception):
         return f"lungaug: {path}: {problem} — {remedy}"
 
 
+# The remedy where what an earlier command left is of no use.
+START_OVER = "start over with --overwrite"
+
+
 def check(holds, path, problem, remedy):
     """Raise Refusal(path, problem, remedy) unless it holds."""
     if not holds:
@@ -490,42 +520,40 @@ def is_out_of_memory(error):
 def command(main):
     """Run a stage's main(); what the user can act on is one line on stderr and exit status 2."""
     replace_what_a_terminal_lacks()
-    if signal.getsignal(signal.SIGINT) == exit_interrupted:
-        signal.signal(signal.SIGINT, signal.default_int_handler)
     try:
+        if signal.getsignal(signal.SIGINT) == exit_interrupted:
+            signal.signal(signal.SIGINT, signal.default_int_handler)
         status = main()
-        # Here a pipe may break, too: Python would say so after our last word.
+        # A broken pipe may show up only at the flush: catch it here.
         sys.stdout.flush()
-        sys.exit(status)
     except Refusal as refusal:
+        status = 2
         print(refusal, file=sys.stderr)
     except BrokenPipeError:
+        status = 1
         # Whoever read the output, such as head, has seen enough. What is still in a buffer would
         # fail again when Python ends.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        sys.exit(1)
     except OSError as error:
+        status = 2
         path = error.filename or "the file system"
         problem = error.strerror or error
         print(Refusal(path, problem, "fix this and run the same command again"), file=sys.stderr)
     except (MemoryError, RuntimeError) as error:
-        if "closed by peer" in str(error).lower():
-            # Another process of torchrun has ended, and has said why.
-            sys.exit(2)
-        if not is_out_of_memory(error):
+        status = 2
+        if is_out_of_memory(error):
+            first_line = str(error).partition("\n")[0] or "no more to be had"
+            remedy = "give a smaller --micro-batch, or else --batch-size or --width"
+            print(Refusal("out of memory", first_line, remedy), file=sys.stderr)
+        elif "closed by peer" not in str(error).lower():
             raise
-        first_line = str(error).partition("\n")[0] or "no more to be had"
-        remedy = "give a smaller --micro-batch, or else --batch-size or --width"
-        print(Refusal("out of memory", first_line, remedy), file=sys.stderr)
+        # Where a peer has closed the connection, that process of torchrun has said why.
     except KeyboardInterrupt:
-        # A second Ctrl-C must not cut this line in two.
-        signal.signal(signal.SIGINT, signal.SIG_IGN)
-        print(f"\n{INTERRUPTED}", file=sys.stderr)
-        sys.exit(130)
+        status = say_interrupted()
     finally:
         # Python takes a moment to end, and would answer Ctrl-C with a traceback.
         signal.signal(signal.SIGINT, signal.SIG_IGN)
-    sys.exit(2)
+    sys.exit(status)
 
 
 # Randomness: one --seed, and a generator of its own, with a name, for each use
@@ -542,7 +570,7 @@ def seed_number(seed, *names):
 
 
 def torch_stream(seed, *names):
-    """A torch Generator of the same kind.
+    """A torch Generator that depends on the seed and the names alone.
 
     It lives on the CPU, so that it draws the same numbers for any device.
     """
@@ -553,6 +581,8 @@ def seed_weights(seed, *names):
     """Seed torch's own generator, from which a network built next draws its initial weights."""
     torch.manual_seed(seed_number(seed, *names))
 
+
+# The device, and how long a training takes on it
 
 def allow_tf32(precision):
     """Let a GPU round the factors of products to TF32's 10 bits, or not, as --precision says.
@@ -588,20 +618,25 @@ def pick_device(name):
     return device
 
 
-# A GAN step on one cube takes about as long as this many convolutions at full size: measured with
-# tests/bench_gan_step.py at the thesis' size. One convolution is timed, and multiplied.
+# What a network does with one cube takes about as long as this many convolutions at full size. One
+# is timed, and multiplied. A step of the GAN, of --width channels, was measured with
+# tests/bench_gan_step.py at the thesis' size.
 CONVOLUTIONS = {"critic": 42, "generator": 21}
+# The same of a classifier, reading included, in convolutions of 4 channels: measured with cubes of
+# 12, 24 and 48 voxels.
+CLASSIFIER_CONVOLUTIONS = {"trained": 0.8, "validated": 0.4}
+CLASSIFIER_WIDTH = 4
 
 
-def estimate_seconds(options, cube, epochs):
-    """About how long epochs of the GAN take on this CPU. options: those of train_gan.py."""
+def time_convolution(cube, width):
+    """How many seconds a convolution of a cube of `width` channels takes on this CPU."""
     # A larger network takes longer by its voxels and kernels; no need to wait for it here.
     side = min(cube, 48)
-    width = min(options.width, 32)
-    factor = (cube / side) ** 3 * (options.width / width) ** 2
-    cubes = torch.zeros(2, width, side, side, side)
+    channels = min(width, 32)
+    factor = (cube / side) ** 3 * (width / channels) ** 2
+    cubes = torch.zeros(2, channels, side, side, side)
     cubes = cubes.contiguous(memory_format=torch.channels_last_3d)
-    kernel = torch.zeros(width, width, 3, 3, 3)
+    kernel = torch.zeros(channels, channels, 3, 3, 3)
 
     # The first call is slower than those that follow.
     seconds = []
@@ -610,10 +645,15 @@ def estimate_seconds(options, cube, epochs):
         torch.nn.functional.conv3d(cubes, kernel, padding=1)
         elapsed = time.perf_counter() - start
         seconds.append(elapsed / len(cubes) * factor)
+    return min(seconds)
 
+
+def estimate_seconds(options, cube, epochs):
+    """About how long epochs of the GAN take on this CPU. options: those of train_gan.py."""
     convolutions = (options.critic_iterations * CONVOLUTIONS["critic"]
                     + CONVOLUTIONS["generator"])
-    return min(seconds) * convolutions * options.batch_size * epochs
+    seconds = time_convolution(cube, options.width)
+    return seconds * convolutions * options.batch_size * epochs
 
 
 def warn_of_days(options, cube, epochs, device):
@@ -701,7 +741,7 @@ def claim_folder(folder, parameters, overwrite):
     """
     path = Path(folder) / "parameters.json"
     if path.exists() and not overwrite:
-        previous = read_json(path, "start over with --overwrite")
+        previous = read_json(path, START_OVER)
         require_settings(path, previous, parameters)
     write(path, parameters)
 
@@ -761,28 +801,74 @@ def lock(folder, activity):
         yield
 
 
+# Folders of a run
+
+def arm_folder(run, arm, repeat):
+    """The folder of a classifier: <run>/classifiers/<arm>, and repeat_2, repeat_3, … within it."""
+    folder = Path(run) / "classifiers" / arm
+    return folder if repeat == 1 else folder / f"repeat_{repeat}"
+
+
+# This file in <run>/prepared names the run whose prepared scans it uses.
+OTHER_RUN = "other_run.json"
+
+
+def uses_other_run(run):
+    """Whether a run uses another's prepared scans (see preprocessing.py)."""
+    return (run / "prepared" / OTHER_RUN).exists()
+
+
+def is_prepared(run):
+    """Whether a run has all its prepared scans, or uses another's."""
+    return uses_other_run(run) or (run / "prepared" / "dataset.json").exists()
+
+
 # Checkpoints and logs
 
-def load_checkpoint(path, remedy, **expected):
+def load_checkpoint(path, remedy, again="", **expected):
     """A checkpoint's state: tensors, numbers, text, lists and dicts. Raises Refusal.
 
     Loading runs no code, whatever the file holds.
-    remedy: for a missing file. expected: values that its settings must have.
+    remedy: for a missing file. again: for one that is damaged or has other settings, where this is
+    not the stage that trains it. expected: values that its settings must have.
     """
     data = read_bytes(path, remedy)
-    start_over = "start over with --overwrite"
-    with refuse_on_error(path, start_over):
+    with refuse_on_error(path, again or START_OVER):
         damaged_member = zipfile.ZipFile(io.BytesIO(data)).testzip()
-        check(damaged_member is None, path, "is damaged", start_over)
+        check(damaged_member is None, path, "is damaged", again or START_OVER)
         state = torch.load(io.BytesIO(data), map_location="cpu", weights_only=True)
-        require_settings(path, state.get("settings"), expected)
+        require_settings(path, state.get("settings"), expected, again)
     return state
+
+
+def save_checkpoint(trainer, folder):
+    """Write a trainer's checkpoint, once every row of its log is on the disk, too.
+
+    After a power cut a log that ends before its checkpoint would not let the training resume.
+    """
+    log = folder / "log.jsonl"
+    with name_in_errors(log), open(log, "ab") as file:
+        os.fsync(file.fileno())
+    write(folder / "checkpoint.pt", trainer.state())
+
+
+def resume(trainer, folder):
+    """Bring a new trainer to the checkpoint in the folder, where there is one. Raises Refusal."""
+    path = folder / "checkpoint.pt"
+    if not path.exists():
+        return
+    # One that was trained with a mistake of tests/wrong_versions.py is not resumed without it.
+    expected = {"mistake": None} | trainer.settings
+    state = load_checkpoint(path, START_OVER, **expected)
+    with refuse_on_error(path, START_OVER):
+        trainer.restore(state)
+    check_epochs(path, trainer.epoch, trainer.options.epochs)
 
 
 def check_epochs(path, epoch, epochs):
     """Raise Refusal where a checkpoint is of a later epoch than the last one asked for."""
     check(epoch <= epochs, path, f"was trained for {epoch} epochs, more than --epochs {epochs}",
-          f"give --epochs {epoch} or more, or start over with --overwrite")
+          f"give --epochs {epoch} or more, or {START_OVER}")
 
 
 def require_settings(path, actual, expected, remedy=""):
@@ -791,11 +877,17 @@ def require_settings(path, actual, expected, remedy=""):
         actual = {}
     differences = []
     for key, value in expected.items():
-        if actual.get(key) != value:
-            differences.append(f"{key} {actual.get(key)}, not {value}")
+        found = actual.get(key)
+        if found == value:
+            continue
+        if isinstance(found, dict) or isinstance(value, dict):
+            # A record is too long for a line.
+            differences.append(f"{key} data that have changed since")
+        else:
+            differences.append(f"{key} {found}, not {value}")
 
     if not remedy:
-        remedy = "give the same options or another --run, or start over with --overwrite"
+        remedy = f"give the same options or another --run, or {START_OVER}"
     check(not differences, path, f"was made with {'; '.join(differences)}", remedy)
 
 
@@ -828,14 +920,13 @@ def rewind_log(path, epoch):
 
     A resumed run's log is then that of an uninterrupted run. Raises Refusal where a row is missing.
     """
-    remedy = "start over with --overwrite"
-    with refuse_on_error(path, remedy):
+    with refuse_on_error(path, START_OVER):
         rows = [row for row in read_log(path) if row["epoch"] <= epoch]
         epochs = [row["epoch"] for row in rows]
         # The length comes first: a damaged checkpoint may say any epoch, and a list of that many
         # numbers would not fit in memory.
         is_whole = len(rows) == epoch and epochs == list(range(1, len(rows) + 1))
-        check(is_whole, path, f"does not hold the rows 1 to {epoch}", remedy)
+        check(is_whole, path, f"does not hold the rows 1 to {epoch}", START_OVER)
     write(path, "".join(json.dumps(row) + "\n" for row in rows))
 
 
@@ -843,6 +934,8 @@ def fingerprint(value):
     """CRC-32 of a value that JSON can hold."""
     return zlib.crc32(json.dumps(value, sort_keys=True).encode())
 
+
+# Many cubes: read them ahead, choose some of them, let a network score them
 
 def read_ahead(read, items):
     """read(item) for each item, in order; threads read the next ones while the caller computes.
@@ -863,12 +956,21 @@ def read_ahead(read, items):
         pool.shutdown(cancel_futures=True)
 
 
+def evenly(count, most):
+    """At most `most` of the numbers 0 to count − 1, evenly spaced and distinct.
+
+    All of them where count ≤ most.
+    """
+    return np.linspace(0, count - 1, min(count, most)).astype(int)
+
+
 @torch.no_grad()
 def predict(network, read_cubes, count, device, size=64):
-    """A network's output for `count` cubes, `size` at a time; (count, …) float32.
+    """A network's output for `count` cubes, 1 or more, `size` at a time; (count, …) float32.
 
-    read_cubes(numbers): the cubes of these numbers, (n, 1, c, c, c) float32. Nothing is kept for
-    gradients, so 64 take about the memory of 4 in training.
+    network: any function of cubes, or a module that is in eval mode already. read_cubes(numbers):
+    the cubes of these numbers, (n, 1, c, c, c) float32. Nothing is kept for gradients, so 64 take
+    about the memory of 4 in training.
     """
     parts = [np.arange(start, min(start + size, count)) for start in range(0, count, size)]
     outputs = []
@@ -1042,20 +1144,6 @@ def zoom(side, pixels):
     return max(1, pixels // side)
 
 
-def arm_folder(run, arm, repeat):
-    """The folder of a classifier: <run>/classifiers/<arm>, and repeat_2, repeat_3, … within it."""
-    folder = Path(run) / "classifiers" / arm
-    return folder if repeat == 1 else folder / f"repeat_{repeat}"
-
-
-def evenly(count, most):
-    """At most `most` of the numbers 0 to count − 1, evenly spaced and distinct.
-
-    All of them where count ≤ most.
-    """
-    return np.linspace(0, count - 1, min(count, most)).astype(int)
-
-
 # A stage's page: what it leaves for the report, which evaluate.py draws
 
 class Heading(NamedTuple):
@@ -1069,12 +1157,18 @@ class Text(NamedTuple):
 class Figure(NamedTuple):
     """A picture. The page sets words and a scale bar beside it, which our PNG files cannot hold."""
     caption: str
-    file: str               # in the stage's folder
-    code: tuple = ()        # the functions that made it, and its equations: "evaluate.figure_7"
-    rows: tuple = ()        # what is in each row, from the top; the rows are of one height
-    columns: tuple = ()     # what is in each column, from the left; the columns are of one width
-    pixel_mm: float = None  # the side of a pixel, for the scale bar
-    first: int = None       # the row that a slider shows first; without it all rows are shown
+    # Its name in the stage's folder.
+    file: str
+    # The functions that made it, such as "evaluate.figure_7", and its equations.
+    code: tuple = ()
+    # What is in each row, from the top. All rows are of one height.
+    rows: tuple = ()
+    # What is in each column, from the left. All columns are of one width.
+    columns: tuple = ()
+    # The side of a pixel, for the scale bar.
+    pixel_mm: float = None
+    # The row that a slider shows first. Without it there is no slider, and all rows are shown.
+    first: int = None
 
 
 class Table(NamedTuple):
@@ -1095,10 +1189,8 @@ def processor_name():
 
 def device_name(device):
     """The name of the GPU or the CPU that --device stands for: auto is a GPU where there is one."""
-    wants_gpu = str(device).startswith("cuda") or device in (None, "auto")
-    if wants_gpu and torch.cuda.is_available():
-        return torch.cuda.get_device_name()
-    return processor_name()
+    device = pick_device(device or "auto")
+    return torch.cuda.get_device_name(device) if device.type == "cuda" else processor_name()
 
 
 def commit_name():
@@ -1144,15 +1236,35 @@ def save_page(folder, options, items):
 
 # Other processes: a stage as a command, and workers that share the work of a stage
 
-def wait_for(process):
-    """Wait until a child process has ended, also under Ctrl-C, which the child gets too.
+def start_script(command):
+    """Start a script of ours, which gets Ctrl-C only once it has imported this file.
 
-    Returns its exit status. Raises KeyboardInterrupt where the child was interrupted and could not
-    say so itself: it had just ended, or its Python had only begun.
+    Before that, while Python itself starts, it would answer with a traceback.
     """
+    if os.name == "nt":
+        return subprocess.Popen(command)
+    # A process inherits the signals that are held back.
+    held_back = signal.pthread_sigmask(signal.SIG_BLOCK, [signal.SIGINT])
     try:
+        return subprocess.Popen(command)
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, held_back)
+
+
+def run_to_end(command):
+    """Run a script of ours to its end, also under Ctrl-C, which it gets too.
+
+    Returns its exit status. Raises KeyboardInterrupt where it was interrupted and could not say so
+    itself, as it had just ended.
+    """
+    process = None
+    try:
+        with delay_interrupt():
+            process = start_script(command)
         return process.wait()
     except KeyboardInterrupt:
+        if process is None:
+            raise
         # This process has nothing left to do but to wait.
         signal.signal(signal.SIGINT, signal.SIG_IGN)
 
@@ -1170,14 +1282,15 @@ def wait_for(process):
     return process.returncode
 
 
-KILLED = 9      # SIGKILL, which Windows lacks
+# The number of SIGKILL, which Windows does not define.
+KILLED = 9
 
 
 def run_script(script, *words):
     """Print a script's command and run it; where it fails, exit with its status."""
     words = [str(word) for word in words]
     print(f"\n$ python {shlex.join([script, *words])}", flush=True)
-    status = wait_for(subprocess.Popen([sys.executable, HERE / script, *words]))
+    status = run_to_end([sys.executable, HERE / script, *words])
     if status == 0:
         return
     if status == -KILLED:
@@ -1204,14 +1317,18 @@ def tie_to_parent():
 @contextmanager
 def delay_interrupt():
     """Let Ctrl-C have its effect after the block: what is half done there could never end."""
+    # A command that a script runs in the background ignores Ctrl-C, and so do its processes.
+    if signal.getsignal(signal.SIGINT) == signal.SIG_IGN:
+        yield
+        return
+
     interrupts = []
     handler = signal.signal(signal.SIGINT, lambda *_: interrupts.append(True))
     try:
         yield
     finally:
         signal.signal(signal.SIGINT, handler)
-    # A command that a script runs in the background ignores Ctrl-C.
-    if interrupts and handler != signal.SIG_IGN:
+    if interrupts:
         raise KeyboardInterrupt
 
 
@@ -1245,18 +1362,7 @@ def submit(pool, *call):
         return pool.submit(*call)
 
 
-OTHER_RUN = "other_run.json"    # in <run>/prepared, names the run whose prepared scans it uses
-
-
-def uses_other_run(run):
-    """Whether a run uses another's prepared scans (see preprocessing.py)."""
-    return (run / "prepared" / OTHER_RUN).exists()
-
-
-def is_prepared(run):
-    """Whether a run has all its prepared scans, or uses another's."""
-    return uses_other_run(run) or (run / "prepared" / "dataset.json").exists()
-
+# The command: every stage in turn
 
 def warn_before_stages(options):
     """`warn_of_days` for the options of all stages, with the preset that follows the scans."""
@@ -1265,40 +1371,85 @@ def warn_before_stages(options):
         return
 
     preset = "thesis" if options.scans else "demo"
-    filled = apply_preset(argparse.Namespace(**vars(options)), "train_gan", preset)
+    filled = with_defaults(options, "train_gan", preset)
     apply_preset(filled, "preprocessing", preset)
-    n_done = len(read_log(options.run / "gan" / "log.jsonl"))
-    warn_of_days(filled, filled.cube, filled.epochs - n_done, pick_device(filled.device))
+    n_left = epochs_left(filled, options.run / "gan")
+    warn_of_days(filled, filled.cube, n_left, pick_device(filled.device))
 
 
-def estimate_gan(options):
-    """About how many seconds train_gan.py is going to take; None where nothing can tell.
+def with_defaults(options, stage, preset):
+    """A copy of the options of all stages, with a stage's defaults for what was not typed."""
+    return apply_preset(argparse.Namespace(**vars(options)), stage, preset)
 
-    options: those of all stages. It is for CPUs, and for scans that this run has prepared.
+
+def epochs_left(options, folder):
+    """How many epochs a training in this folder has left; options: those of its stage."""
+    n_done = 0 if options.overwrite else len(read_log(folder / "log.jsonl"))
+    return max(0, options.epochs - n_done)
+
+
+def estimate_classifiers(options, info):
+    """About how long the classifiers take on this CPU, to train and to validate, in seconds.
+
+    options: those of train_classifier.py; info: dataset.json. As many generated cubes are taken to
+    pass as are requested.
     """
+    real = info["table_1"]["train"]["positive"]
+    generated = options.generated * real
+    validation = info["table_1"]["validation"]
+    n_validated = validation["positive"] + validation["negative"]
+
+    # An epoch takes so many positives, and as many negatives.
+    positives = {"real": real, "longer": real + generated, "mixed": real + generated,
+                 "fake": generated}
+    convolutions = 0
+    for arm, n_positives in positives.items():
+        per_epoch = (CLASSIFIER_CONVOLUTIONS["trained"] * 2 * n_positives
+                     + CLASSIFIER_CONVOLUTIONS["validated"] * n_validated)
+        for repeat in range(1, options.repeats + 1):
+            folder = arm_folder(options.run, arm, repeat)
+            convolutions += per_epoch * epochs_left(options, folder)
+    return convolutions * time_convolution(info["parameters"]["cube"], CLASSIFIER_WIDTH)
+
+
+def estimate_left(stage, options):
+    """About how many seconds the trainings from this stage on take; options: those of all stages.
+
+    None before the scans are prepared, on a GPU, or where another run has prepared them.
+    """
+    if stage not in ("train_gan", "train_classifier"):
+        return None
     path = options.run / "prepared" / "dataset.json"
     if uses_other_run(options.run) or not path.exists():
         return None
     if pick_device(options.device or "auto").type != "cpu":
         return None
 
-    with refuse_on_error(path, "run preprocessing.py again"):
-        info = read_json(path, "")
-        preset = info["preset"]
-        cube = int(info["parameters"]["cube"])
-        filled = apply_preset(argparse.Namespace(**vars(options)), "train_gan", preset)
+    remedy = "run preprocessing.py again"
+    with refuse_on_error(path, remedy):
+        info = read_json(path, remedy)
+        of_gan = with_defaults(options, "train_gan", info["preset"])
+        of_classifiers = with_defaults(options, "train_classifier", info["preset"])
+        seconds = estimate_classifiers(of_classifiers, info)
+        if stage == "train_gan":
+            n_left = epochs_left(of_gan, options.run / "gan")
+            seconds += estimate_seconds(of_gan, info["parameters"]["cube"], n_left)
+    return seconds
 
-    n_left = filled.epochs - len(read_log(options.run / "gan" / "log.jsonl"))
-    return estimate_seconds(filled, cube, n_left) if n_left > 0 else None
+
+def format_estimate(seconds):
+    """about 6 minutes, about 3 hours, about 12 days: an estimate is no more exact."""
+    for unit, length in (("days", 86400), ("hours", 3600), ("minutes", 60)):
+        if seconds >= 2 * length:
+            return f"about {seconds / length:,.0f} {unit}"
+    return "about a minute" if seconds >= 30 else "less than a minute"
 
 
 def stage_line(number, options):
-    """`Stage 2 of 4, about 6 min.`: the stage's own time, where there is an estimate of it."""
+    """`Stage 2 of 4, about 6 minutes left.`, without the time where nothing can tell."""
     line = f"Stage {number} of {len(STAGES)}"
-    seconds = estimate_gan(options) if STAGES[number - 1] == "train_gan" else None
-    if seconds is None:
-        return f"{line}."
-    return f"{line}, about {format_duration(seconds)}."
+    seconds = estimate_left(STAGES[number - 1], options)
+    return f"{line}, {format_estimate(seconds)} left." if seconds else f"{line}."
 
 
 def report_words(words):

@@ -1000,9 +1000,13 @@ def read_dataset(path, if_missing, to_train):
         check(all(Path(name).name == name for name in names), path, "invalid file name", remedy)
 
         positives, negatives, flips = split_rows(scans, info["parameters"])
+        more = "give more scans, or another --seed"
         for kind, rows in (("positives", positives), ("negatives", negatives)):
             check(not to_train or len(rows["train"]) > 0, path, f"training scans without {kind}",
-                  "give more scans, or another --seed")
+                  more)
+        for split in SPLITS:
+            count = len(positives[split]) + len(negatives[split])
+            check(not to_train or count > 0, path, f"the {split} set has no cubes", more)
 
         # The records say how they are split, unless cubes are.
         split_by = scans if flips is None else [scans, info["parameters"]["seed"]]

@@ -30,6 +30,7 @@ BETAS = (0.9, 0.999)    # 4.4.1   [num_4_4_adam]
 BATCH = 64              # cubes generated at a time
 REJECTED = 16           # rejected cubes that are kept for the pictures
 SAMPLES = 16            # cubes of each row of samples.png
+RUN_AGAIN = "run the same command again"
 
 
 # 4.2 Conventional augmentation: the eight flips of each positive, and no noise, which would blur
@@ -156,9 +157,10 @@ def load_gan(run, dataset, device):
     """Generator and critic of <run>/gan/checkpoint.pt, trained on this dataset. Raises Refusal."""
     path = run / "gan" / "checkpoint.pt"
     remedy = f"run python train_gan.py --run {run} first"
-    state = lungaug.load_checkpoint(path, remedy, prepared=dataset.fingerprint)
+    again = f"run python train_gan.py --run {run} --overwrite"
+    state = lungaug.load_checkpoint(path, remedy, again, prepared=dataset.fingerprint)
 
-    with lungaug.refuse_on_error(path, "train the GAN again with --overwrite"):
+    with lungaug.refuse_on_error(path, again):
         cube = state["settings"]["cube"]
         width = state["settings"]["width"]
         generator = Generator(cube, width)
@@ -229,7 +231,7 @@ def is_whole(folder, checksums):
     """Whether each file of {name: CRC-32} exists in the folder and is as it was written."""
     for name, crc32 in checksums.items():
         path = folder / name
-        if not path.exists() or lungaug.file_crc32(path, "") != crc32:
+        if not path.exists() or lungaug.file_crc32(path, RUN_AGAIN) != crc32:
             return False
     return True
 
@@ -275,7 +277,7 @@ def generate_classes(run, dataset, options, device):
     for label, name in CLASS_NAMES.items():
         classes[name] = generate_class(label, networks, folder, dataset, options, device)
         for file in (f"{name}.npy", f"{name}_rejected.npy"):
-            checksums[file] = lungaug.file_crc32(folder / file, "")
+            checksums[file] = lungaug.file_crc32(folder / file, RUN_AGAIN)
 
     lungaug.write(path, {"settings": settings, "classes": classes, "files": checksums})
     return classes
@@ -572,20 +574,6 @@ def keep_best(trainer, f1, loss):
         trainer.best = {"f1": f1, "loss": loss, "epoch": trainer.epoch, "classifier": weights}
 
 
-def resume(trainer, folder):
-    """Bring a new Trainer to the checkpoint in the folder, where there is one."""
-    path = folder / "checkpoint.pt"
-    if path.exists():
-        # One that was trained with a mistake of tests/wrong_versions.py is not resumed without it.
-        expected = {"mistake": None} | trainer.settings
-        state = lungaug.load_checkpoint(path, "", **expected)
-        with lungaug.refuse_on_error(path, "start over with --overwrite"):
-            trainer.restore(state)
-        lungaug.check_epochs(path, trainer.epoch, trainer.options.epochs)
-
-    lungaug.rewind_log(folder / "log.jsonl", trainer.epoch)
-
-
 def train(trainer, pools, drawn, dataset, folder):
     """Train, validate, keep the best, log, save.
 
@@ -613,7 +601,7 @@ def train(trainer, pools, drawn, dataset, folder):
         progress.update(trainer.epoch, f"loss {train_loss:.3f}, validation F1 {f1:.3f}")
 
         # Save.
-        lungaug.write(folder / "checkpoint.pt", trainer.state())
+        lungaug.save_checkpoint(trainer, folder)
 
 
 def name_of(trainer):
@@ -654,7 +642,8 @@ def train_arm(arm, run, dataset, options, classes, device, repeat=1):
         return
 
     trainer = Trainer(arm, options, dataset, classes, device, repeat)
-    resume(trainer, folder)
+    lungaug.resume(trainer, folder)
+    lungaug.rewind_log(folder / "log.jsonl", trainer.epoch)
     train(trainer, pools, drawn, dataset, folder)
 
     positives, negatives = pools

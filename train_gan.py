@@ -423,20 +423,12 @@ def page(trainer):
 def start_or_resume(folder, options, dataset, device):
     """A Trainer at its checkpoint, or a new one where there is none or under --overwrite."""
     trainer = Trainer(options, dataset, device)
-    path = folder / "checkpoint.pt"
     process, _ = process_place()
     if options.overwrite and process == 0:
         lungaug.remove(folder, "checkpoint.pt", "log.jsonl", "options.json")
     wait_for_all()
 
-    if path.exists():
-        # One that was trained with a mistake of tests/wrong_versions.py is not resumed without it.
-        expected = {"mistake": None} | trainer.settings
-        state = lungaug.load_checkpoint(path, "", **expected)
-        with lungaug.refuse_on_error(path, "start over with --overwrite"):
-            trainer.restore(state)
-        lungaug.check_epochs(path, trainer.epoch, options.epochs)
-
+    lungaug.resume(trainer, folder)
     if process == 0:
         lungaug.rewind_log(folder / "log.jsonl", trainer.epoch)
     return trainer
@@ -502,7 +494,7 @@ def train(trainer, dataset, folder):
         # Save.
         minutes = (time.monotonic() - last_save) / 60
         if minutes > trainer.options.checkpoint_minutes or trainer.epoch == epochs:
-            lungaug.write(folder / "checkpoint.pt", trainer.state())
+            lungaug.save_checkpoint(trainer, folder)
             last_save = time.monotonic()
 
 

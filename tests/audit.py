@@ -8,7 +8,9 @@
 An id stands in brackets behind its formula in the docstring of the function that implements it,
 in a comment behind or above a constant, or in the source of an option. Its tests are named
 test_<id>__<property>. A line below an id's verdict holds the numbers that a test of it compared.
-Exit status 1 where an id has no test or fails one.
+
+Exit status: 0 where every id has tests and passes them, or else 1. With --wrong NAME: 1 where the
+mistake is caught, as then a test fails; 0 where it is missed; 2 where tests could not be run.
 """
 
 import argparse
@@ -38,7 +40,8 @@ import wrong_versions
 
 FILES = tuple(f"{module}.py" for module in wrong_versions.MODULES)
 ID = r"(?:eq|rule|num)_[0-9a-z_]+"
-EVERY_ID = "eq_ or rule_ or num_"       # pytest's -k for all tests of the audit
+# With this behind -k, pytest runs all tests of the audit.
+EVERY_ID = "eq_ or rule_ or num_"
 
 # The sections of the ids that do not begin with theirs.
 SECTIONS = {
@@ -165,19 +168,21 @@ def constant_entries(stem, text):
             line += 1
 
         around = [unit for unit in units if unit.first <= line <= unit.last]
-        for id in re.findall(rf"\[({ID})\]", token.string):
+        for found_id in re.findall(rf"\[({ID})\]", token.string):
             if around:
                 innermost = around[-1]
                 where = f"{stem}.{innermost.name}"
-                every.append(Entry(id, innermost.text, where, innermost.first))
+                every.append(Entry(found_id, innermost.text, where, innermost.first))
     return every
 
 
 class Unit(NamedTuple):
     """What an id in a comment can belong to: a constant, or a row of a table of constants."""
-    name: str       # the constant's
+    # The name of the constant.
+    name: str
     text: str
-    first: int      # line
+    # Its first and its last line.
+    first: int
     last: int
 
 
@@ -213,11 +218,11 @@ def option_entries():
     rows = constant_units((ROOT / "lungaug.py").read_text(encoding="utf-8"))
     every = []
     for option in lungaug.OPTIONS:
-        for id in re.findall(rf"\[({ID})\]", option.source):
+        for found_id in re.findall(rf"\[({ID})\]", option.source):
             # The table holds its rows: the last unit with this id is the option's own.
-            line = [row.first for row in rows if f"[{id}]" in row.text][-1]
+            line = [row.first for row in rows if f"[{found_id}]" in row.text][-1]
             where = f"lungaug.OPTIONS ({', '.join(option.stages)})"
-            every.append(Entry(id, f"{option.name} = {option.thesis}", where, line))
+            every.append(Entry(found_id, f"{option.name} = {option.thesis}", where, line))
     return every
 
 
@@ -241,7 +246,7 @@ def id_of(test):
     return test.removeprefix("test_").split("[")[0].split("__")[0]
 
 
-def tests():
+def tests_by_id():
     """id → the names of its tests, by reading the test files."""
     by_id = {}
     for path in test_files():
@@ -253,11 +258,13 @@ def tests():
 class Verdict(NamedTuple):
     """How a test ended. A skipped test has not passed."""
     passed: bool
-    compared: tuple     # lines of the numbers that it compared, by the fixture `compared`
-    message: str        # of the failure
+    # The lines of the numbers that it compared, by the fixture `compared`.
+    compared: tuple
+    # What pytest says of the failure.
+    message: str
 
 
-def run(root, paths, select=EVERY_ID, stop=False, wrong="", seconds=None, seen=None):
+def run_pytest(root, paths, select=EVERY_ID, stop=False, wrong="", seconds=None, seen=None):
     """Run tests: {name: Verdict}; {} where they do not end.
 
     root: the tree to run them in; paths: the test files; select: pytest's -k; stop: at the first
@@ -294,15 +301,25 @@ def run(root, paths, select=EVERY_ID, stop=False, wrong="", seconds=None, seen=N
 
 def verdict_of(case):
     """The Verdict of a testcase in pytest's report."""
-    problems = [case.find(kind) for kind in ("failure", "error", "skipped")]
-    messages = [problem.get("message", "") for problem in problems if problem is not None]
+    messages = []
+    for problem in map(case.find, ("failure", "error", "skipped")):
+        if problem is None:
+            continue
+        message = problem.get("message", "")
+        # Of a file that cannot be imported the last line of the traceback says why.
+        if message == "collection failure":
+            message = problem.text.splitlines()[-1].removeprefix("E").strip()
+        messages.append(message)
     compared = [found.get("value") for found in case.iter("property")
                 if found.get("name") == "compared"]
     return Verdict(not messages, tuple(compared), "".join(messages))
 
 
-def verdicts(select=EVERY_ID, wrong="", seen=None):
-    """Run the audit's tests, two processes at a time: id → {test: Verdict}."""
+def verdicts_by_id(select=EVERY_ID, wrong="", seen=None):
+    """Run the audit's tests, two processes at a time: id → {test: Verdict}.
+
+    Under None it holds what kept tests from running: {a test file: Verdict}.
+    """
     words = select.split(" or ")
     paths = [path for path in test_files()
              if any(word in name for name in test_names(path) for word in words)]
@@ -311,22 +328,25 @@ def verdicts(select=EVERY_ID, wrong="", seen=None):
     paths.sort(key=lambda path: path.stat().st_size, reverse=True)
 
     def run_file(path):
-        return run(ROOT, [path], select, wrong=wrong, seen=seen)
+        return run_pytest(ROOT, [path], select, wrong=wrong, seen=seen)
 
     with ThreadPoolExecutor(2) as pool:
         results = list(pool.map(run_file, paths))
 
     by_id = {}
-    for result in results:
+    for path, result in zip(paths, results):
+        if not result:
+            result = {path.name: Verdict(False, (), "pytest could not begin, or was killed")}
         for name, verdict in result.items():
-            if id_of(name):
+            # A file that cannot be imported is a case without an id, which has not passed.
+            if id_of(name) or not verdict.passed:
                 by_id.setdefault(id_of(name), {})[name] = verdict
     return by_id
 
 
 def show_progress():
-    """A function for `seen` of `run` that shows how many of all ids have had their tests."""
-    waiting = {id: set(names) for id, names in tests().items()}
+    """A function for `seen` of `run_pytest` that shows how many of all ids have had their tests."""
+    waiting = {test_id: set(names) for test_id, names in tests_by_id().items()}
     progress = lungaug.Progress("ids", len(waiting))
     total = len(waiting)
     # Two threads read what two processes print.
@@ -354,7 +374,7 @@ AUDIT = "tests/thesis/audit.md"
 DOCUMENTS = ("README.md", CHOICES, ERRATA, AUDIT)
 
 
-def read(document):
+def read_document(document):
     return (ROOT / document).read_text(encoding="utf-8")
 
 
@@ -401,26 +421,26 @@ def range_cell(option):
     return f"{option.low:g} to {option.high:g}"
 
 
-def notes():
+def notes_by_id():
     """id → "choice" or "erratum", by the documents that name it."""
     by_id = {}
     for document, note in ((CHOICES, "choice"), (ERRATA, "erratum")):
-        by_id |= dict.fromkeys(re.findall(rf"`(?:test_)?({ID})`", read(document)), note)
+        by_id |= dict.fromkeys(re.findall(rf"`(?:test_)?({ID})`", read_document(document)), note)
     # A test's name in full has its property behind the id.
     return {name.split("__")[0]: note for name, note in by_id.items()}
 
 
-def words():
+def words_by_id():
     """id → what it says in words, which are written by hand in the audit's own document."""
     by_id = {}
-    for line in read(AUDIT).splitlines():
-        cells = re.split(r" (?<!\\)\| ", line.strip("| "))
+    for line in read_document(AUDIT).splitlines():
+        cells = re.split(r" \| ", line.strip("| "))
         if re.fullmatch(f"`{ID}`", cells[0]):
             by_id[cells[0].strip("`")] = cells[2].strip()
     return by_id
 
 
-def link(entry):
+def link_to(entry):
     """Where an entry stands, as a link from the audit's document to its line."""
     stem = entry.where.split(".")[0]
     path = f"../{stem}.py" if stem.startswith("test_") else f"../../{stem}.py"
@@ -435,13 +455,13 @@ def properties(names):
 def audit_table():
     """The audit's table."""
     head = ("id", "equation, number or rule", "in words", "where", "tests", "note")
-    tests_of = tests()
-    note_of = notes()
-    words_of = words()
+    tests_of = tests_by_id()
+    note_of = notes_by_id()
+    words_of = words_by_id()
     of_thesis = []
     beyond = []
     for entry in entries():
-        row = (f"`{entry.id}`", entry.formula, words_of.get(entry.id, ""), link(entry),
+        row = (f"`{entry.id}`", entry.formula, words_of.get(entry.id, ""), link_to(entry),
                properties(tests_of.get(entry.id, [])), note_of.get(entry.id, ""))
         (beyond if is_beyond(entry) else of_thesis).append(row)
 
@@ -474,15 +494,22 @@ def without_lines(text):
 
 # The command
 
+def error_lines(results):
+    """What kept tests from running, one line each; results: of `verdicts_by_id`."""
+    errors = results.get(None, {})
+    return [lungaug.printable(f"{name}: {found.message}") for name, found in errors.items()]
+
+
 def print_verdicts(results):
     """Print a line per id, per failed test and per comparison; returns how many ids are not ok."""
+    has_tests = tests_by_id()
     bad = 0
     for entry in entries():
         of_id = results.get(entry.id, {})
         failed = [name for name, found in of_id.items() if not found.passed]
         verdict = "ok"
         if not of_id:
-            verdict = "no test"
+            verdict = "NOT RUN" if entry.id in has_tests else "no test"
         elif failed:
             verdict = "FAILS"
 
@@ -515,10 +542,15 @@ def check_mistake(name):
     start = time.monotonic()
     guard = wrong_versions.WRONG[name].guard
     print(wrong_versions.show(name), flush=True)
-    results = verdicts(select=guard, wrong=name).get(guard, {})
-    failed = {test: found for test, found in results.items() if not found.passed}
+    results = verdicts_by_id(select=guard, wrong=name)
+    of_guard = results.get(guard, {})
+    errors = error_lines(results)
+    lungaug.check(of_guard and not errors, guard,
+                  "; ".join(["not all of its tests could be run", *errors]),
+                  "mend this and run the same command again")
+    failed = {test: found for test, found in of_guard.items() if not found.passed}
 
-    print(f"{guard}: {len(failed)} of its {len(results)} tests fail.")
+    print(f"{guard}: {len(failed)} of its {len(of_guard)} tests fail.")
     for test, found in failed.items():
         print(f"        {what_differs(test, found)}")
     verdict = "caught" if failed else "MISSED"
@@ -530,17 +562,21 @@ def check_mistake(name):
 def check_all():
     """Print every id with the verdict of its tests. Returns the exit status."""
     start = time.monotonic()
-    results = verdicts(seen=show_progress())
+    results = verdicts_by_id(seen=show_progress())
     bad = print_verdicts(results)
-    count = sum(len(of_id) for of_id in results.values())
+    errors = error_lines(results)
+    for line in errors:
+        print(f"ERROR   {line}")
+    count = sum(len(of_id) for test_id, of_id in results.items() if test_id)
     print(f"{len(entries())} ids, {count} tests: {bad} ids not ok, after "
           f"{lungaug.format_duration(time.monotonic() - start)}.")
-    return 1 if bad else 0
+    return 1 if bad or errors else 0
 
 
 def main():
-    parser = argparse.ArgumentParser(prog="python lungaug.py audit",
-                                     description=__doc__.split("\n")[0])
+    what, *_, exit_status = __doc__.split("\n\n")
+    parser = argparse.ArgumentParser(prog="python lungaug.py audit", description=what,
+                                     epilog=exit_status)
     parser.add_argument("--wrong", nargs="?", const="", metavar="NAME",
                         help="a published mistake to put in place; without a name, list them")
     parser.add_argument("--write", action="store_true",
@@ -548,7 +584,7 @@ def main():
     options = parser.parse_args()
     if options.write:
         for document, name, make in TABLES:
-            text = with_table(read(document), name, make())
+            text = with_table(read_document(document), name, make())
             (ROOT / document).write_text(text, encoding="utf-8")
         return 0
 

@@ -334,7 +334,7 @@ def survives(mutant):
         tested = [id for id in mutant.ids if any(id in name for name in names)]
         runs = [(" or ".join(tested), FIRST_SECONDS)] if tested else []
         for select, seconds in (*runs, (audit.EVERY_ID, SECONDS)):
-            results = audit.run(root, paths, select, stop=True, seconds=seconds)
+            results = audit.run_pytest(root, paths, select, stop=True, seconds=seconds)
             if not results or not all(verdict.passed for verdict in results.values()):
                 return False
     return True

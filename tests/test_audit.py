@@ -29,7 +29,7 @@ def test_ids__at_least_sixty_each_once():
 
 def test_ids__each_has_a_test_and_each_test_an_id():
     """Docstrings and test names agree, both ways."""
-    assert {entry.id for entry in audit.entries()} == set(audit.tests())
+    assert {entry.id for entry in audit.entries()} == set(audit.tests_by_id())
 
 
 CONSTANTS = '''
@@ -81,7 +81,7 @@ def test_ids__of_docstrings_wrapped_or_not():
 def test_ids__are_linked_to_the_line_where_they_stand():
     """Each link leads to an existing file, and the function, constant or option begins at its line."""
     for entry in audit.entries():
-        target, line = re.search(r"\]\((.*)#L(\d+)\)$", audit.link(entry)).groups()
+        target, line = re.search(r"\]\((.*)#L(\d+)\)$", audit.link_to(entry)).groups()
         path = (audit.ROOT / audit.AUDIT).parent / target
         first = path.read_text(encoding="utf-8").splitlines()[int(line) - 1]
         assert re.match(r"\s*(def |class |[A-Z_]+ = |Option\(|\d: |@)", first), entry
@@ -90,7 +90,7 @@ def test_ids__are_linked_to_the_line_where_they_stand():
 @pytest.mark.parametrize("document, name, make", audit.TABLES)
 def test_documents__hold_the_tables(document, name, make):
     """The tables of options and of the audit are those of the code; where a line has moved, they still are."""
-    text = audit.read(document)
+    text = audit.read_document(document)
     made = audit.with_table(text, name, make())
     up_to_date = audit.without_lines(made) == audit.without_lines(text)
     assert up_to_date, f"{document}: the table is not that of the code: run {audit.WRITE}"
@@ -98,14 +98,14 @@ def test_documents__hold_the_tables(document, name, make):
 
 def test_documents__the_audit_says_each_id_in_words():
     """What --write cannot make: the hand-written column has no gap, and a formula with bars does not shift it."""
-    says = audit.words()
+    says = audit.words_by_id()
     assert not [entry.id for entry in audit.entries() if not says.get(entry.id)]
     assert says["rule_beyond_equal_steps"].startswith("The control `longer`")
 
 
 def test_documents__a_line_that_moved_makes_no_difference():
     """An edit elsewhere leaves the tables up to date; another file does not."""
-    text = audit.read(audit.AUDIT)
+    text = audit.read_document(audit.AUDIT)
     moved = text.replace(".py#L", ".py#L9")
     assert moved != text and audit.without_lines(moved) == audit.without_lines(text)
     assert audit.without_lines(text.replace("losses.py", "models.py")) != audit.without_lines(text)
@@ -115,8 +115,8 @@ def test_documents__a_line_that_moved_makes_no_difference():
 def test_documents__name_only_ids_and_tests_that_exist(document):
     """Every id and every test that the prose or a table names exists."""
     ids = {entry.id for entry in audit.entries()}
-    names = {name for of_id in audit.tests().values() for name in of_id}
-    for word in re.findall(rf"`((?:test_)?{audit.ID})`", audit.read(document)):
+    names = {name for of_id in audit.tests_by_id().values() for name in of_id}
+    for word in re.findall(rf"`((?:test_)?{audit.ID})`", audit.read_document(document)):
         assert word in names or word.removeprefix("test_") in ids, word
 
 
@@ -124,13 +124,14 @@ def test_documents__name_only_ids_and_tests_that_exist(document):
 def test_documents__link_only_files_that_exist(document):
     """A link within the repository leads to a file of it."""
     folder = (audit.ROOT / document).parent
-    for target in re.findall(r"\]\(([^)#:]+)(?:#[^)]*)?\)", audit.read(document)):
+    for target in re.findall(r"\]\(([^)#:]+)(?:#[^)]*)?\)", audit.read_document(document)):
         assert (folder / target).exists(), target
 
 
 def test_documents__name_only_wrong_versions_that_exist():
     """The examples of --wrong run."""
-    named = [name for document in audit.DOCUMENTS for name in re.findall(r"--wrong ([a-z]\w*)", audit.read(document))]
+    named = [name for document in audit.DOCUMENTS
+             for name in re.findall(r"--wrong ([a-z]\w*)", audit.read_document(document))]
     assert named and set(named) <= set(wrong_versions.WRONG)
 
 
@@ -160,7 +161,7 @@ def test_compared__each_main_equation_has_a_test_that_does():
 def test_compared__numbers_come_back_from_a_run_of_the_tests():
     """Under a mistake, too: the line holds the wrong numbers beside those by hand; each test that ends is told."""
     seen = []
-    results = audit.run(audit.ROOT, ["tests/test_losses.py"], "eq_1_3_5_interpolate__by_hand",
+    results = audit.run_pytest(audit.ROOT, ["tests/test_losses.py"], "eq_1_3_5_interpolate__by_hand",
                         wrong="one_epsilon_per_batch", seen=seen.append)
     (name, found), = results.items()
     assert seen == [name] == ["test_eq_1_3_5_interpolate__by_hand"] and not found.passed
@@ -181,7 +182,8 @@ def test_what_differs__is_one_line(compared, message, line):
 
 def test_progress__counts_an_id_once_all_its_tests_have_ended(monkeypatch, capsys):
     """Two ids, three tests, in any order; a test twice, as a parametrized one, or of no id counts nothing."""
-    monkeypatch.setattr(audit, "tests", lambda: {"eq_1": ["test_eq_1__a", "test_eq_1__b"], "eq_2": ["test_eq_2__a"]})
+    monkeypatch.setattr(audit, "tests_by_id",
+                        lambda: {"eq_1": ["test_eq_1__a", "test_eq_1__b"], "eq_2": ["test_eq_2__a"]})
     seen = audit.show_progress()
     for name in ("test_eq_1__a", "test_eq_1__a", "test_other", "test_eq_2__a"):
         seen(name)
@@ -195,7 +197,7 @@ def test_command__of_all_ids_prints_what_was_compared_and_the_time(monkeypatch, 
     ok, bad = audit.Verdict(True, ("x̂ 7.00, by hand 7.00",), ""), audit.Verdict(False, (), "")
     results = {entry.id: {f"test_{entry.id}": ok} for entry in audit.entries()}
     results["eq_5_2_f1"] = {"test_eq_5_2_f1__a": bad}
-    monkeypatch.setattr(audit, "verdicts", lambda **_: results)
+    monkeypatch.setattr(audit, "verdicts_by_id", lambda **_: results)
     assert audit.check_all() == 1
     out = capsys.readouterr().out
     assert re.search(r"^ok      eq_1_3_5_interpolate +losses.interpolate\n        x̂ 7.00, by hand 7.00$", out, re.M)
@@ -211,6 +213,55 @@ def test_mutants__have_the_ids_whose_tests_are_run_first():
     assert "rule_3_1_1_residual_up" in ids and "rule_3_1_layer_norm" not in ids
     functions, _ = mutate.edited_functions("preprocessing.py")
     assert mutate.ids_of("preprocessing.crop_cube", functions) == []
+
+
+BROKEN = {
+    "test_import.py": "import nonsense\n\n\ndef test_eq_1_3_5_interpolate__a():\n    pass\n",
+    "test_killed.py": "import os\n\n\ndef test_eq_5_2_f1__a():\n    os._exit(1)\n",
+    "test_fine.py": "def test_eq_5_2_precision__a():\n    pass\n",
+}
+
+
+@pytest.fixture
+def broken(tmp_path, monkeypatch):
+    """Three test files in place of the audit's own: one cannot be imported, one ends pytest, one passes."""
+    for name, text in BROKEN.items():
+        (tmp_path / name).write_text(text, encoding="utf-8")
+    monkeypatch.setattr(audit, "test_files", lambda: sorted(tmp_path.glob("test_*.py")))
+
+
+def test_command__tests_that_could_not_run_are_told_from_ids_without_a_test(broken, monkeypatch, capsys):
+    """Each id whose tests could not be run, and why, by the name of the file; status 1."""
+    assert audit.check_all() == 1
+    out = capsys.readouterr().out
+    assert re.findall(r"^NOT RUN +(\w+)", out, re.M) == ["eq_1_3_5_interpolate", "eq_5_2_f1"]
+    assert re.findall(r"^ok +(\w+)", out, re.M) == ["eq_5_2_precision"]
+    assert re.search(r"^no test +eq_5_2_sensitivity ", out, re.M)
+    assert re.search(r"^ERROR   \S*test_import: ModuleNotFoundError: No module named 'nonsense'$", out, re.M)
+    assert re.search(r"^ERROR   test_killed.py: pytest could not begin, or was killed$", out, re.M)
+    assert " ids, 1 tests: " in out
+
+    # An error alone is enough for status 1.
+    monkeypatch.setattr(audit, "print_verdicts", lambda results: 0)
+    assert audit.check_all() == 1
+
+
+def test_command__its_help_says_what_the_status_means(run):
+    """Status 1 of --wrong is no error, but a mistake that is caught."""
+    out = " ".join(run(audit, "--help").out.split())
+    assert out.endswith("With --wrong NAME: 1 where the mistake is caught, as then a test fails; 0 where it is missed; "
+                        "2 where tests could not be run.")
+
+
+def test_wrong_versions__a_guard_that_could_not_run_misses_nothing(broken, monkeypatch, capsys):
+    """`audit --wrong` ends in one line with the reason, and status 2; the run over all mistakes says so, too."""
+    done = run_main(audit, "--wrong", "one_epsilon_per_batch")
+    assert in_one_line(done, "eq_1_3_5_interpolate: not all of its tests could be run; ", "named 'nonsense' — ")
+    assert "MISSED" not in done.out
+
+    assert wrong_versions.check_guards(["one_epsilon_per_batch"]) == 1
+    out = capsys.readouterr().out
+    assert "NOT RUN one_epsilon_per_batch" in out and "\n0 of 1 mistakes caught" in out
 
 
 # Wrong versions
@@ -305,7 +356,7 @@ def test_run_stage__a_classifier_made_with_a_mistake_is_not_resumed_without_it(t
     trainer = train_classifier.Trainer("real", options, dataset, None, torch.device("cpu"))
     lungaug.write(tmp_path / "checkpoint.pt", trainer.state() | {"settings": trainer.settings | {"mistake": "x"}})
     with pytest.raises(lungaug.Refusal, match="mistake x, not None"):
-        train_classifier.resume(trainer, tmp_path)
+        lungaug.resume(trainer, tmp_path)
     lungaug.write(tmp_path / "generated.json", {"settings": {"mistake": "x"}, "classes": {}, "files": {}})
     with pytest.raises(lungaug.Refusal, match="mistake x, not None"):
         train_classifier.read_generated(tmp_path, {}, "run it again")
@@ -330,7 +381,7 @@ def test_run_stage__errors_are_the_stages_own(tmp_path):
 def test_wrong_versions__thirty_seven_with_a_guard_each():
     """Each has a name of its own, says in a sentence what it is, and has a guard with tests."""
     assert len(wrong_versions.WRONG) == len(wrong_versions.ROWS) >= 37
-    tests = audit.tests()
+    tests = audit.tests_by_id()
     for name, row in wrong_versions.WRONG.items():
         assert row.says.endswith(".") and tests[row.guard], name
 

@@ -645,6 +645,33 @@ def test_load_networks__an_arm_of_other_samples_is_refused(tmp_path):
         evaluate.load_networks(tmp_path, dataset, CPU)
 
 
+@pytest.mark.parametrize("path, key, script", [
+    ("classifiers/real", "prepared", "train_classifier"), ("classifiers/mixed", "generated", "train_classifier"),
+    ("classifiers/fake", None, "train_classifier"), ("gan", "prepared", "train_gan"), ("gan", None, "train_gan")])
+def test_load_networks__what_is_stale_or_damaged_names_the_command_that_makes_it_again(tmp_path, path, key, script):
+    """evaluate.py has no --overwrite, and none of the other stages' options: the line says which command has, and is
+    short."""
+    _, dataset = trained_run(tmp_path)
+    checkpoint = tmp_path / path / "checkpoint.pt"
+    if key:
+        spoil(checkpoint, key, {"positive": {"accepted": 4, "requested": 4}} if key == "generated" else 5)
+    elif path == "gan":
+        checkpoint.write_bytes(checkpoint.read_bytes()[:-1000])
+    else:
+        spoil(checkpoint, "best", None)
+    with pytest.raises(Refusal) as caught:
+        evaluate.load_networks(tmp_path, dataset, CPU)
+    assert caught.value.remedy.startswith(f"run python {script}.py --run {tmp_path} --overwrite")
+    assert "{" not in str(caught.value) and len(str(caught.value)) < 400
+
+
+def test_load_networks__of_other_scans_the_gan_is_named_first(tmp_path):
+    """Where the scans were prepared anew, all was trained on others: the GAN must be trained again before the rest."""
+    _, dataset = trained_run(tmp_path)
+    with pytest.raises(Refusal, match="gan/checkpoint.pt.*python train_gan.py"):
+        evaluate.load_networks(tmp_path, dataset._replace(fingerprint=5), CPU)
+
+
 def test_load_networks__a_training_that_was_stopped_is_told(tmp_path, capsys):
     """An arm of fewer epochs than were asked for is evaluated, and said to be."""
     _, dataset = trained_run(tmp_path)

@@ -222,6 +222,36 @@ def test_stages__each_write_that_fails_once_is_one_line_and_nothing_is_lost(tmp_
         assert contents(faulty) == contents(quiet)
 
 
+@pytest.mark.parametrize("stage, words", [(stage, words) for stage, *words in COMMANDS[:2]],
+                         ids=["train_gan", "train_classifier"])
+def test_stages__after_a_power_cut_no_log_ends_before_its_checkpoint(tmp_path, monkeypatch, run, stage, words):
+    """What a power cut leaves of a log is what was synced: at the moment at which a checkpoint takes its name, those
+    are all rows up to its epoch."""
+    small_run(tmp_path, nodules=(6, 4, 4))
+    if stage is train_classifier:
+        assert run(train_gan, "--run", tmp_path, "--preset", "demo", *COMMANDS[0][1:]).status == 0
+    synced, checked = {}, []
+    fsync, replace = os.fsync, os.replace
+
+    def record_fsync(descriptor):
+        fsync(descriptor)
+        found = os.fstat(descriptor)
+        synced[found.st_ino] = found.st_size
+
+    def check_replace(source, target):
+        if Path(target).name == "checkpoint.pt":
+            log = Path(target).with_name("log.jsonl").stat()
+            assert synced.get(log.st_ino) == log.st_size > 0
+            checked.append(target)
+        replace(source, target)
+
+    monkeypatch.setattr(os, "fsync", record_fsync)
+    monkeypatch.setattr(os, "replace", check_replace)
+    done = run(stage, "--run", tmp_path, "--preset", "demo", *words)
+    assert done.status == 0, done.err
+    assert len(checked) >= 3
+
+
 class ThisProcess:
     """A pool whose one worker is this process, where a fault can be put; an error comes back as from another one, and
     jobs behind it do not begin."""

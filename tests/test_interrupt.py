@@ -122,6 +122,42 @@ def test_interrupt__after_the_last_line(tmp_path):
 
 
 @needs_ps
+@pytest.mark.parametrize("script, words", [("evaluate.py", ["report", "--run", "none"]), ("audit.py", ["audit"])])
+def test_interrupt__while_the_python_of_a_script_starts(script, words, tmp_path):
+    """Ctrl-C at a terminal as lungaug.py has just started a script, none of whose lines has run yet: one line, exit
+    130, no traceback of Python's own start."""
+    starting = ("import os, signal, sys\n"
+                f"if sys.orig_argv[1].endswith({script!r}):\n    os.killpg(0, signal.SIGINT)\n")
+    (tmp_path / "sitecustomize.py").write_text(starting, encoding="utf-8")
+    environment = dict(os.environ, PYTHONPATH=str(tmp_path))
+
+    command = [sys.executable, str(lungaug.HERE / "lungaug.py"), *words]
+    process = subprocess.run(command, env=environment, capture_output=True, text=True, encoding="utf-8", timeout=50,
+                             cwd=tmp_path, start_new_session=True)
+    assert script in process.stdout
+    assert process.returncode == 130, process.stderr
+    line, = process.stderr.strip().splitlines()
+    assert line.startswith("lungaug: interrupted — run the same command")
+
+
+@needs_ps
+def test_interrupt__before_a_child_can_be_awaited(monkeypatch):
+    """Ctrl-C while the system starts a child: the child is awaited nevertheless, and says what there is to say."""
+    class Child:
+        returncode = 130
+
+        def wait(self, timeout=None):
+            return 130
+
+    def start_interrupted(command):
+        os.kill(os.getpid(), signal.SIGINT)
+        return Child()
+
+    monkeypatch.setattr(subprocess, "Popen", start_interrupted)
+    assert lungaug.run_to_end(["python"]) == 130
+
+
+@needs_ps
 @pytest.mark.parametrize("status, raised", [(0, True), (-signal.SIGINT, True), (130, False), (2, False)],
                          ids=["had ended", "had just begun", "says so itself", "was refused"])
 def test_interrupt__of_a_child_that(status, raised, monkeypatch):
@@ -136,8 +172,9 @@ def test_interrupt__of_a_child_that(status, raised, monkeypatch):
                 raise KeyboardInterrupt
             return status
 
+    monkeypatch.setattr(subprocess, "Popen", lambda command: Child())
     try:
-        returned = lungaug.wait_for(Child())
+        returned = lungaug.run_to_end(["python"])
     except KeyboardInterrupt:
         returned = "interrupted"
     finally:

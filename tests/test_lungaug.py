@@ -107,6 +107,7 @@ def test_options__each_row_is_complete():
     """Names are long options of known stages; both presets' values can be typed; no stage has a name twice."""
     for option in OPTIONS:
         assert option.name.startswith("--") and set(option.stages) <= set(STAGES) and option.help.endswith(".")
+        assert (option.demo is None) == (option.thesis is None), option.name
         for value in (option.demo, option.thesis):
             if value is not None and option.kind is not bool:
                 assert lungaug.reader_of(option)(str(value)) == value, option.name
@@ -220,6 +221,7 @@ def test_help__ends_with_examples_that_can_be_typed(module, capsys):
         lungaug.parse(doc, *stages, words=["--help"])
     above, below = capsys.readouterr().out.split("\nexamples:\n")
     assert "The run:" in above and "Default" in above and not re.search("^    python", above, re.M)
+    assert "None" not in above
     commands = re.findall(rf"^    (?:python|torchrun .* --) {module}.py(.*?)(?:  .*|#.*|)$", below, re.M)
     assert len(commands) == len(below.strip().splitlines()) >= 2
     for command in commands:
@@ -393,12 +395,15 @@ def test_delay_interrupt__an_ignored_one_stays_ignored(handler, interrupts):
     interrupted = False
     try:
         with lungaug.delay_interrupt():
+            # A process that is started in the block inherits that it is ignored.
+            ignored = signal.getsignal(signal.SIGINT) == signal.SIG_IGN
             os.kill(os.getpid(), signal.SIGINT)
     except KeyboardInterrupt:
         interrupted = True
     finally:
         signal.signal(signal.SIGINT, before)
     assert interrupted == interrupts
+    assert ignored == (handler == signal.SIG_IGN)
 
 
 def test_command__success_is_status_0():
@@ -438,6 +443,14 @@ def test_pick_device__an_unavailable_device_is_one_line(name):
     with pytest.raises(Refusal, match=f"--device {name}: ") as caught:
         lungaug.pick_device(name)
     assert "cpu" in caught.value.remedy and "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize("given, named", [("cuda:1", "cuda:1"), ("cuda", "cuda"), ("cpu", None), (None, None)])
+def test_device_name__is_that_of_the_device_asked_for(monkeypatch, given, named):
+    """The second GPU's name, where the stage ran on the second one; on the CPU it is the processor's."""
+    monkeypatch.setattr(lungaug, "pick_device", lambda name: torch.device("cpu" if name == "auto" else name))
+    monkeypatch.setattr(torch.cuda, "get_device_name", str)
+    assert lungaug.device_name(given) == (named or lungaug.processor_name())
 
 
 MEMORY_ERRORS = [
@@ -519,7 +532,9 @@ def test_warn_before_stages__counts_the_epochs_that_are_left(monkeypatch, tmp_pa
     lungaug.write(tmp_path / "gan" / "log.jsonl", '{"epoch": 1}\n' * 19_990)
     words = ["--run", str(tmp_path), "--preset", "thesis", "--device", "cpu"]
     lungaug.warn_before_stages(lungaug.parse("", *STAGES, words=words))
-    assert epochs == [10]
+    # Under --overwrite it is trained again.
+    lungaug.warn_before_stages(lungaug.parse("", *STAGES, words=[*words, "--overwrite"]))
+    assert epochs == [10, 20_000]
 
 
 def test_main__the_thesis_on_a_cpu_is_told_of_before_anything_slow(monkeypatch, capsys, tmp_path):
@@ -540,22 +555,69 @@ def test_main__the_thesis_on_a_cpu_is_told_of_before_anything_slow(monkeypatch, 
         assert is_told or lines[:2] == ["Stage 1 of 4.", "preprocessing.py"]
 
 
-def test_stage_line__has_a_time_where_there_is_an_estimate(monkeypatch, tmp_path):
-    """Of the GAN alone, on a CPU, once the scans say preset and cube, for the epochs that are left."""
-    options = lungaug.parse("", *STAGES, words=["--run", str(tmp_path), "--device", "cpu", "--epochs", "100"])
+TABLE_1 = {"train": {"positive": 16, "negative": 900}, "validation": {"positive": 2, "negative": 8}}
+
+
+def test_estimate_classifiers__counts_what_is_trained_and_what_is_validated(monkeypatch, tmp_path):
+    """By hand, in convolutions of a second. An epoch trains on 16 positives (real), 24 (longer, mixed) and 8 (fake),
+    and on as many negatives: 2 · 72 cubes at 0.8. Each validates 10 at 0.4. Two repeats of three epochs."""
+    monkeypatch.setattr(lungaug, "time_convolution", lambda cube, width: {(24, 4): 1}[cube, width])
+    words = ["--run", str(tmp_path), "--generated", "0.5", "--repeats", "2", "--epochs", "3"]
+    options = lungaug.apply_preset(lungaug.parse("", "train_classifier", words=words), "train_classifier", "demo")
+    info = {"parameters": {"cube": 24}, "table_1": TABLE_1}
+    assert lungaug.estimate_classifiers(options, info) == pytest.approx(2 * 3 * (2 * 72 * 0.8 + 4 * 10 * 0.4))
+
+    # Two epochs of one arm, of the second repeat, are done; under --overwrite they are done again.
+    lungaug.write(lungaug.arm_folder(tmp_path, "real", 2) / "log.jsonl", '{"epoch": 1}\n' * 2)
+    left = 2 * 3 * (2 * 72 * 0.8 + 4 * 10 * 0.4) - 2 * (2 * 16 * 0.8 + 10 * 0.4)
+    assert lungaug.estimate_classifiers(options, info) == pytest.approx(left)
+    options.overwrite = True
+    assert lungaug.estimate_classifiers(options, info) == pytest.approx(2 * 3 * (2 * 72 * 0.8 + 4 * 10 * 0.4))
+
+
+def test_stage_line__has_the_time_left_where_there_is_an_estimate(monkeypatch, tmp_path):
+    """Of GAN and classifiers, then of these alone, on a CPU, once this run's scans are prepared."""
     monkeypatch.setattr(lungaug, "estimate_seconds", lambda options, cube, epochs: epochs * cube / options.width)
-    assert lungaug.stage_line(2, options) == "Stage 2 of 4."
+    monkeypatch.setattr(lungaug, "estimate_classifiers", lambda options, info: 60 * options.epochs)
 
-    lungaug.write(tmp_path / "prepared" / "dataset.json", {"preset": "demo", "parameters": {"cube": 24}})
-    assert lungaug.stage_line(2, options) == "Stage 2 of 4, about 10 min."
-    assert [lungaug.stage_line(number, options) for number in (1, 3)] == ["Stage 1 of 4.", "Stage 3 of 4."]
+    def lines(*words):
+        options = lungaug.parse("", *STAGES, words=["--run", str(tmp_path), "--device", "cpu", *words])
+        texts = [lungaug.stage_line(number, options) for number in range(1, 5)]
+        # What was not typed stays open, for the stages to fill in.
+        assert options.width is None
+        return texts
 
-    log = tmp_path / "gan" / "log.jsonl"
-    lungaug.write(log, '{"epoch": 1}\n' * 90)
-    assert lungaug.stage_line(2, options) == "Stage 2 of 4, about 60 s."
-    lungaug.write(log, '{"epoch": 1}\n' * 100)
-    assert lungaug.stage_line(2, options) == "Stage 2 of 4."
-    assert options.width is None
+    assert lines() == [f"Stage {number} of 4." for number in range(1, 5)]
+    info = {"preset": "demo", "parameters": {"cube": 24}, "table_1": TABLE_1}
+    lungaug.write(tmp_path / "prepared" / "dataset.json", info)
+    # 800 epochs at 6 s, and 20 at 60 s.
+    assert lines() == ["Stage 1 of 4.", "Stage 2 of 4, about 100 minutes left.",
+                       "Stage 3 of 4, about 20 minutes left.", "Stage 4 of 4."]
+    assert lines("--epochs", "10")[1:3] == ["Stage 2 of 4, about 11 minutes left.",
+                                            "Stage 3 of 4, about 10 minutes left."]
+
+    # A GAN that is trained already is trained again under --overwrite alone.
+    lungaug.write(tmp_path / "gan" / "log.jsonl", '{"epoch": 1}\n' * 800)
+    assert lines()[1] == "Stage 2 of 4, about 20 minutes left."
+    assert lines("--overwrite")[1] == "Stage 2 of 4, about 100 minutes left."
+    monkeypatch.setattr(lungaug, "estimate_classifiers", lambda options, info: 0)
+    assert lines()[1:3] == ["Stage 2 of 4.", "Stage 3 of 4."]
+
+    # Nothing can tell on a GPU, or with the scans of another run.
+    with monkeypatch.context() as patch:
+        patch.setattr(lungaug, "pick_device", lambda name: torch.device("cuda"))
+        assert lines("--overwrite")[1] == "Stage 2 of 4."
+    lungaug.write(tmp_path / "prepared" / lungaug.OTHER_RUN, {})
+    assert lines("--overwrite")[1] == "Stage 2 of 4."
+
+
+@pytest.mark.parametrize("seconds, text", [
+    (1, "less than a minute"), (29, "less than a minute"), (31, "about a minute"), (119, "about a minute"),
+    (120, "about 2 minutes"), (366, "about 6 minutes"), (7200, "about 2 hours"), (172800, "about 2 days"),
+    (8.64e8, "about 10,000 days")])
+def test_format_estimate__is_no_more_exact_than_an_estimate(seconds, text):
+    """Whole minutes, hours or days."""
+    assert lungaug.format_estimate(seconds) == text
 
 
 def test_stage_line__a_damaged_dataset_is_refused(tmp_path):
@@ -768,6 +830,17 @@ def test_load_checkpoint__of_other_settings_is_one_line(tmp_path, state):
         lungaug.load_checkpoint(tmp_path / "c.pt", "", seed=0)
 
 
+@pytest.mark.parametrize("state", [{"settings": {"seed": 1}}, "damaged"])
+def test_load_checkpoint__of_another_stage_names_that_stages_command(tmp_path, state):
+    """A stage that only reads a checkpoint has no option to make it again: the remedy is the command that has."""
+    lungaug.write(tmp_path / "c.pt", state)
+    if state == "damaged":
+        (tmp_path / "c.pt").write_bytes(b"PK")
+    with pytest.raises(Refusal) as caught:
+        lungaug.load_checkpoint(tmp_path / "c.pt", "run it first", "run it again", seed=0)
+    assert caught.value.remedy == "run it again"
+
+
 @pytest.mark.parametrize("method", [8, 12, 14])
 def test_load_checkpoint__a_member_said_to_be_compressed_is_one_line(tmp_path, method):
     """Said to be deflated, bz2 or lzma; bz2's error on such bytes is an OSError, and not the disk's."""
@@ -799,6 +872,14 @@ def test_require_settings__what_differs_is_named(found):
     lungaug.require_settings("c.pt", {"seed": 0, "width": 2, "more": 1}, {"seed": 0, "width": 2})
     with pytest.raises(Refusal, match="width None, not 2" if found == {"seed": 0} else "seed"):
         lungaug.require_settings("c.pt", found, {"seed": 0, "width": 2})
+
+
+@pytest.mark.parametrize("found, value", [({"a": 1}, {"a": 2}), (None, {"a": 2}), ({"a": 1}, None)])
+def test_require_settings__a_record_is_not_spread_over_the_line(found, value):
+    """Of a record that differs the name is enough."""
+    with pytest.raises(Refusal) as caught:
+        lungaug.require_settings("c.pt", {"generated": found, "seed": 1}, {"generated": value, "seed": 0})
+    assert caught.value.problem == "was made with generated data that have changed since; seed 1, not 0"
 
 
 def test_log__rows_come_back_in_order(tmp_path):

@@ -131,12 +131,12 @@ def test_run__each_stages_command_is_printed_first_and_can_be_typed(tiny):
 
 
 def test_run__each_stage_is_announced(tiny):
-    """Before each command its number; the GAN's has a time, too, which is known once the scans are prepared."""
+    """Before each command its number; while trainings are left their time, too, once the scans are prepared."""
     lines = re.findall(r"^(Stage .*)\n\n\$ python (\S+)", tiny.command.out, re.M)
     assert tuple(script for _, script in lines) == SCRIPTS
     texts = [text for text, _ in lines]
-    assert re.fullmatch(r"Stage 2 of 4, about \d+ s\.", texts.pop(1))
-    assert texts == ["Stage 1 of 4.", "Stage 3 of 4.", "Stage 4 of 4."]
+    assert texts == ["Stage 1 of 4.", "Stage 2 of 4, less than a minute left.",
+                     "Stage 3 of 4, less than a minute left.", "Stage 4 of 4."]
 
 
 def test_run__each_stage_is_given_its_own_options_alone(tiny):

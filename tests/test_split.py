@@ -16,7 +16,8 @@ import evaluate
 import preprocessing
 import train_classifier
 import train_gan
-from helpers import in_one_line, write_chests
+from helpers import CPU, in_one_line, write_chests
+from models import Classifier, Generator
 
 
 WORDS = ("--cube", "6", "--negatives", "20", "--workers", "1", "--max-slice-mm", "4", "--preset", "demo")
@@ -97,6 +98,35 @@ def test_split_cube__goes_through_every_stage(scans, run, tmp_path):
     assert confusion["tp"] + confusion["fn"] == info["table_1"]["test"]["positive"] == 26
     assert confusion["fp"] + confusion["tn"] == info["table_1"]["test"]["negative"] == 17
     assert (tmp_path / "report.html").read_text(encoding="utf-8").count("the test set leaks") == 1
+
+
+@pytest.mark.parametrize("n_unflipped", [0, 1])
+def test_assess_class__of_a_cube_split_that_left_no_nodule_unflipped(scans, run, tmp_path, n_unflipped):
+    """Each nodule is in the training set, but in other flips: those are what generated cubes are held against."""
+    prepare(run, scans, tmp_path, "--split", "cube")
+    dataset = preprocessing.open_dataset(tmp_path)
+    flips = dataset.flips["train"]
+    flips[n_unflipped:, 0] = False
+    flips[:, 1] = True
+    empty = np.zeros((0, 6, 6, 6), np.int16)
+    lungaug.write(tmp_path / "classifiers" / "generated" / "positive.npy", empty)
+
+    networks = Generator(6, 1).eval(), Classifier(6).eval()
+    found = evaluate.assess_class(1, tmp_path, dataset, *networks, 0, CPU)
+    copies = found.qualities["copies of training cubes"]
+    assert copies.n == flips.sum() and copies.copy_ratio == 0
+
+
+@pytest.mark.parametrize("split", preprocessing.SPLITS)
+def test_open_dataset__a_split_without_cubes_is_one_line(scans, run, tmp_path, split):
+    """Told before the GAN is trained, which takes no cubes but those to train on; its scans can be looked at."""
+    _, info = prepare(run, scans, tmp_path)
+    for scan in info["scans"]:
+        if scan["split"] == split:
+            scan.update(positives=[], negatives=[])
+    lungaug.write(tmp_path / "prepared" / "dataset.json", info)
+    assert in_one_line(run(train_gan, "--run", tmp_path), "dataset.json", split, "give more scans, or another --seed")
+    assert len(preprocessing.open_dataset(tmp_path, to_train=False).info["scans"]) == 4
 
 
 def test_draw_novelty__of_a_cube_split_takes_held_out_cubes_that_are_not_in_training(scans, run, tmp_path):

@@ -7,6 +7,7 @@ answer is known.
 """
 
 import shutil
+from pathlib import Path
 
 import lungaug
 from lungaug import Refusal
@@ -334,6 +335,21 @@ def test_generate_classes__missing_or_changed_files_are_generated_again(tmp_path
     assert {path.name: path.read_bytes() for path in folder.glob("*.npy")} == before
 
 
+def test_generate_classes__cubes_that_do_not_fit_in_memory_have_a_remedy(tmp_path, monkeypatch):
+    """Whether they are as they were is seen by reading them whole: where that fails, the line ends in what to do."""
+    dataset, _ = run_generate_classes(tmp_path, monkeypatch)
+    read_bytes = Path.read_bytes
+
+    def fail(path):
+        if path.suffix == ".npy":
+            raise MemoryError
+        return read_bytes(path)
+
+    monkeypatch.setattr(Path, "read_bytes", fail)
+    with pytest.raises(Refusal, match="positive.npy: out of memory .* — free memory, or run the same command again"):
+        train_classifier.generate_classes(tmp_path, dataset, options(), CPU)
+
+
 def test_load_gan__gives_the_saved_networks(tmp_path):
     """Generator and critic compute what the saved ones did, and take no gradient."""
     dataset = small_run(tmp_path)
@@ -367,7 +383,7 @@ def test_load_gan__of_other_data_is_refused(tmp_path):
     dataset = small_run(tmp_path)
     settings = {"cube": 6, "width": 1, "prepared": 5}
     lungaug.write(tmp_path / "gan" / "checkpoint.pt", {"settings": settings})
-    with pytest.raises(Refusal, match="made with prepared 5"):
+    with pytest.raises(Refusal, match=f"made with prepared 5, .* — run python train_gan.py --run {tmp_path} --overwr"):
         train_classifier.load_gan(tmp_path, dataset, CPU)
 
 

@@ -12,7 +12,7 @@ With a stage behind --, that stage is run with the mistake in place: what it lea
 Most were found in well-known repositories. A wrong version has the arguments and the result of the
 right one. Where it calls a right function by a name that is imported below, it gets the right one,
 whatever has been replaced. The table at the end of the file says whose place each one takes, and
-which id guards against it. Exit status 1 where a guard passes.
+which id guards against it. Exit status 1 where a guard passes, or none of its tests can be run.
 """
 
 import argparse
@@ -638,7 +638,7 @@ def run_guard(name):
     import audit
 
     guard = WRONG[name].guard
-    return audit.verdicts(select=guard, wrong=name).get(guard, {})
+    return audit.verdicts_by_id(select=guard, wrong=name).get(guard, {})
 
 
 def check_guards(names):
@@ -652,6 +652,8 @@ def check_guards(names):
         for name, results in zip(names, pool.map(run_guard, names)):
             failed = not all(found.passed for found in results.values())
             verdict = "caught" if failed else "MISSED"
+            if not results:
+                verdict = "NOT RUN"
             print(f"{verdict:<8}{name:<26}{WRONG[name].guard} ({len(results)} tests)", flush=True)
             if not failed:
                 missed += 1
