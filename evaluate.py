@@ -489,22 +489,6 @@ def flip_weights(labels, rows=None):
     return weights
 
 
-def roc_auc(labels, scores):
-    """P(s₊ > s₋) + ½·P(s₊ = s₋), over pairs of a positive and a negative   [eq_beyond_roc_auc]
-
-    The area under the ROC curve (Hanley and McNeil 1982). labels: (n,), 1 = positive; scores: (n,).
-    nan where a class is missing.
-    """
-    labels = np.asarray(labels, bool)
-    n_positives = labels.sum()
-    n_negatives = len(labels) - n_positives
-
-    # Of equal scores each gets the mean of their ranks: a tie counts half.
-    rank_sum = stats.rankdata(scores)[labels].sum()
-    smallest_sum = n_positives * (n_positives + 1) / 2
-    return float(ratio(rank_sum - smallest_sum, n_positives * n_negatives))
-
-
 class Counts(NamedTuple):
     """What is called positive at each threshold, at which a score is positive from it on."""
     thresholds: np.ndarray      # (k,), the scores that occur, falling
@@ -533,6 +517,23 @@ def count_at_thresholds(labels, scores, weights=None):
                   (weights * ~labels).sum())
 
 
+def roc_auc(labels, scores, weights=None):
+    """Σ w₊·w₋·([s₊ > s₋] + ½·[s₊ = s₋]) / (Σ w₊ · Σ w₋), over pairs   [eq_beyond_roc_auc]
+
+    A pair is a positive and a negative: how often does the positive have the higher score? The area
+    under the ROC curve (Hanley and McNeil 1982). labels: (n,), 1 = positive; scores: (n,); weights
+    w: (n,), 1 each where they are not given. nan where a class is missing.
+    """
+    counts = count_at_thresholds(labels, scores, weights)
+    tp_steps = np.diff(counts.tp, prepend=0)
+    fp_steps = np.diff(counts.fp, prepend=0)
+
+    # Of the negatives, those with a lower score than the positives of this step, and half of those
+    # with the same one.
+    outranked = counts.negatives - counts.fp + fp_steps / 2
+    return float(ratio((tp_steps * outranked).sum(), counts.positives * counts.negatives))
+
+
 def average_precision(labels, scores, weights=None):
     """Σₖ (Rₖ − Rₖ₋₁)·Pₖ over falling thresholds   [eq_beyond_average_precision]
 
@@ -548,17 +549,30 @@ def average_precision(labels, scores, weights=None):
     return float((steps * precisions).sum())
 
 
-def sensitivity_at(labels, scores, rate):
+def roc_curve(labels, scores, rates, weights=None):
+    """`sensitivity_at` each of several rates of false positives, (k,).
+
+    The scores are sorted once for all rates.
+    """
+    rates = np.asarray(rates, float)
+    counts = count_at_thresholds(labels, scores, weights)
+    if counts.positives == 0 or counts.negatives == 0:
+        return np.full(len(rates), math.nan)
+
+    # From threshold to threshold more is called positive: the last one allowed finds the most.
+    n_allowed = np.searchsorted(counts.fp, rates * counts.negatives, side="right")
+    most = np.append(0, counts.tp)[n_allowed]
+    return most / counts.positives
+
+
+def sensitivity_at(labels, scores, rate, weights=None):
     """max TP/(TP + FN) over thresholds with FP/(FP + TN) ≤ rate   [rule_beyond_sensitivity_at]
 
-    labels: (n,), 1 = positive; scores: (n,). nan where a class is missing.
+    labels: (n,), 1 = positive; scores: (n,); weights: (n,), 1 each where they are not given. nan
+    where a class is missing.
     """
-    counts = count_at_thresholds(labels, scores)
-    if counts.positives == 0 or counts.negatives == 0:
-        return math.nan
-    is_allowed = counts.fp <= rate * counts.negatives
-    most = counts.tp[is_allowed].max(initial=0)
-    return float(most / counts.positives)
+    sensitivities = roc_curve(labels, scores, [rate], weights)
+    return float(sensitivities[0])
 
 
 def best_threshold(labels, scores, weights):
@@ -651,7 +665,7 @@ def measure(test, scores):
         return f1(confusion_matrix(test.labels[cubes], predictions[cubes], test.weights[cubes]))
 
     def auc_of(cubes):
-        return roc_auc(test.labels[cubes], scores[cubes])
+        return roc_auc(test.labels[cubes], scores[cubes], test.weights[cubes])
 
     everything = np.ones(len(scores), bool)
     return Measured(
@@ -742,11 +756,11 @@ def operating_points(test, scores, validation_threshold, prevalence):
         "f1_argmax": f1_above(test, scores, 0.5),
         "f1_validation": f1_above(test, scores, validation_threshold),
         "f1_prior": f1_above(test, scores, prior_threshold(prevalence)),
-        "auc": roc_auc(test.labels, scores),
+        "auc": roc_auc(test.labels, scores, test.weights),
         "average_precision": average_precision(test.labels, scores, test.weights),
     }
     for rate in FALSE_POSITIVE_RATES:
-        row[f"sensitivity_at_{rate}"] = sensitivity_at(test.labels, scores, rate)
+        row[f"sensitivity_at_{rate}"] = sensitivity_at(test.labels, scores, rate, test.weights)
     return row
 
 
@@ -1424,11 +1438,6 @@ def kept_epoch(rows):
     return best["epoch"]
 
 
-def roc_curve(labels, scores, rates):
-    """The sensitivity at each rate of false positives, (k,)."""
-    return [sensitivity_at(labels, scores, rate) for rate in rates]
-
-
 def figure_roc(test):
     """ROC curves of the arms, each the mean over repeats, and the thesis' Tables 2–5, one SVG.
 
@@ -1447,7 +1456,7 @@ def figure_roc(test):
         rates = np.linspace(0, widest, 101)
         lines = []
         for arm, of_arm in test.scores.items():
-            of_repeats = [roc_curve(test.labels, scores, rates) for scores in of_arm]
+            of_repeats = [roc_curve(test.labels, scores, rates, test.weights) for scores in of_arm]
             lines.append(Line(arm, rates, np.mean(of_repeats, axis=0)))
         # The points of the thesis lie too close to each other in the whole curve.
         shown = points if widest < 1 else ()

@@ -87,6 +87,15 @@ def test_eq_beyond_roc_auc__a_constant_classifier_has_a_half_and_order_is_all_th
     assert evaluate.roc_auc(labels, np.exp(3 * scores)) == evaluate.roc_auc(labels, scores)
 
 
+def test_eq_beyond_roc_auc__weights_are_repetitions():
+    """A cube of weight 3 counts as three cubes with its score; eighths of all weights change nothing."""
+    labels, scores = random_scores(4, 20, 6)
+    weights = np.random.default_rng(0).integers(1, 4, 20)
+    repeated = auc_by_pairs(labels.repeat(weights), scores.repeat(weights))
+    assert evaluate.roc_auc(labels, scores, weights) == pytest.approx(repeated, abs=1e-14)
+    assert evaluate.roc_auc(labels, scores, weights / 8) == evaluate.roc_auc(labels, scores, weights)
+
+
 def average_precision_by_loop(labels, scores):
     """The sum over thresholds of precision times what recall gains."""
     total, before = 0, 0
@@ -143,6 +152,54 @@ def test_rule_beyond_sensitivity_at__nothing_is_found_where_the_best_is_a_negati
     assert evaluate.sensitivity_at([0, 1], [2, 1], 0) == 0
     assert math.isnan(evaluate.sensitivity_at([1, 1], [2, 1], 0.5))
     assert math.isnan(evaluate.sensitivity_at([0, 0], [2, 1], 0.5))
+
+
+def test_rule_beyond_sensitivity_at__weights_are_repetitions():
+    """A cube of weight 3 counts as three cubes, among the positives and among the negatives."""
+    labels, scores = random_scores(5, 30, 9)
+    weights = np.random.default_rng(1).integers(1, 4, 30)
+    repeated = labels.repeat(weights), scores.repeat(weights)
+    for rate in (0, 0.1, 0.24, 0.5, 1):
+        ours = evaluate.sensitivity_at(labels, scores, rate, weights)
+        assert ours == pytest.approx(evaluate.sensitivity_at(*repeated, rate), abs=1e-14)
+
+
+@pytest.mark.parametrize("seed", range(10))
+def test_rule_beyond_sensitivity_at__is_the_best_of_all_thresholds(seed):
+    """A loop over all thresholds, with a weight for each cube, finds no more and no less; nor does the whole curve."""
+    labels, scores = random_scores(seed, 20, 7)
+    labels[:2] = 0, 1
+    weights = np.random.default_rng(seed).integers(1, 9, 20) / 8
+    rates = [0, 0.125, 0.3, 0.75, 1]
+    expected = []
+    for rate in rates:
+        found = [0.0]
+        for called in (scores >= threshold for threshold in scores):
+            if weights[called & (labels == 0)].sum() <= rate * weights[labels == 0].sum():
+                found.append(weights[called & (labels == 1)].sum() / weights[labels == 1].sum())
+        expected.append(max(found))
+    assert evaluate.roc_curve(labels, scores, rates, weights) == pytest.approx(expected, abs=1e-14)
+    assert [evaluate.sensitivity_at(labels, scores, rate, weights) for rate in rates] == pytest.approx(expected)
+
+
+def uneven_flips():
+    """A Scored with --split cube: a nodule of eight flips that is found, one of a single flip that is not."""
+    labels = np.repeat([1, 0], [9, 100])
+    rows = np.concatenate([np.zeros((8, 4), int), np.ones((101, 4), int)])
+    scores = np.concatenate([np.full(8, 0.99), [0.01], np.linspace(0.005, 0.985, 100)])
+    return evaluate.Scored(labels, evaluate.flip_weights(labels, rows), np.zeros(109, int), {"real": scores[None]})
+
+
+def test_rule_beyond_flip_weight__in_every_measure():
+    """Of two nodules one is found, whether it has eight flips in the split or one: AUC and sensitivities are halves."""
+    test = uneven_flips()
+    scores = test.scores["real"][0]
+    row = evaluate.operating_points(test, scores, 0.5, 0.1)
+    assert row["auc"] == evaluate.measure(test, scores).auc == pytest.approx(0.505, abs=1e-9)
+    assert evaluate.roc_auc(test.labels, scores) == pytest.approx((8 + 0.01) / 9, abs=1e-9)
+    assert [row[f"sensitivity_at_{rate}"] for rate in evaluate.FALSE_POSITIVE_RATES] == pytest.approx([0.5] * 5)
+    # The chart begins at the lowest sensitivity.
+    assert re.search('data-y="([^ ]*) ', evaluate.figure_roc(test))[1] == "0.5"
 
 
 @pytest.mark.parametrize("seed", range(20))
@@ -312,6 +369,21 @@ def test_compare__flips_do_not_narrow_the_interval():
     alone = evaluate.Scored(labels, np.ones(80), scans, dict(zip("ab", scores[:, None])))
     times = np.where(labels == 1, 8, 1)
     flipped = evaluate.Scored(labels.repeat(times), evaluate.flip_weights(labels.repeat(times)), scans.repeat(times),
+                              {name: scores[:, None].repeat(times, axis=2)[i] for i, name in enumerate("ab")})
+    for name in ("f1", "auc"):
+        one, other = (evaluate.compare(evaluate.measure_arms(test), "a", "b")[name] for test in (alone, flipped))
+        assert [other[key] for key in ("difference", "low", "high")] == pytest.approx(
+            [one[key] for key in ("difference", "low", "high")], abs=1e-12)
+
+
+def test_compare__uneven_flips_do_not_move_the_interval():
+    """Where nodules have from one to eight flips, differences and intervals are those of one flip each."""
+    labels, scores, scans = of_scans(3, n=80)
+    rows = np.arange(80)[:, None] * np.ones(4, int)
+    times = np.where(labels == 1, np.random.default_rng(0).integers(1, 9, 80), 1)
+    alone = evaluate.Scored(labels, np.ones(80), scans, dict(zip("ab", scores[:, None])))
+    weights = evaluate.flip_weights(labels.repeat(times), rows.repeat(times, axis=0))
+    flipped = evaluate.Scored(labels.repeat(times), weights, scans.repeat(times),
                               {name: scores[:, None].repeat(times, axis=2)[i] for i, name in enumerate("ab")})
     for name in ("f1", "auc"):
         one, other = (evaluate.compare(evaluate.measure_arms(test), "a", "b")[name] for test in (alone, flipped))
