@@ -547,6 +547,19 @@ def test_eq_beyond_two_sample__apart_alike_and_copied():
     assert evaluate.two_sample_accuracy(one, one.copy()) == 0
 
 
+def test_eq_beyond_two_sample__rises_a_little_with_the_number_of_cubes():
+    """Of one and the same fault, normals that are shifted, 27 of each show less than 108: about .59 and .61."""
+    rng = np.random.default_rng(0)
+    accuracies = {}
+    for n in (27, 108):
+        found = []
+        for _ in range(200):
+            one, other = rng.normal(size=(2, n, 20))
+            found.append(evaluate.two_sample_accuracy(one, other + 1.5 / math.sqrt(20)))
+        accuracies[n] = np.mean(found)
+    assert 0.57 < accuracies[27] < 0.605 < accuracies[108] < 0.63
+
+
 def test_eq_beyond_frechet__is_scipys_root():
     """With scipy's matrix root in place of eigenvalues; 0 for a set and itself."""
     rng = np.random.default_rng(0)
@@ -613,6 +626,118 @@ def test_assess__which_measure_sees_pale_nodules(assessed):
     """Balls of 500 HU in place of 1200: the profile differs by about 700 HU at the centre, C_T is far above 0."""
     pale = assessed["generated, before selection"]
     assert 600 < pale.profile_difference < 800 and pale.copying > 6 and pale.two_sample > 0.9
+
+
+# Flips of the real cubes that generated ones are compared with
+
+def with_split_flips(dataset, split, is_in_split):
+    """The Dataset of --split cube, of which a split has these flips, (n, 8), and the others all of them."""
+    flips = {name: np.ones((len(rows), 8), bool) for name, rows in dataset.positives.items()}
+    return dataset._replace(flips=flips | {split: is_in_split})
+
+
+def test_rule_beyond_quality_flips__any_of_the_eight_by_the_seed(tmp_path):
+    """All eight, about equally often; the seed and the split decide, and nothing else."""
+    dataset = small_run(tmp_path, nodules=(800, 1, 800))
+    flips = evaluate.one_flip_each(dataset, "train", 0)
+    counts = np.bincount(flips, minlength=8)
+    assert len(counts) == 8 and np.abs(counts - 100).max() < 40
+    assert np.array_equal(flips, evaluate.one_flip_each(dataset, "train", 0))
+    for others in (evaluate.one_flip_each(dataset, "train", 1), evaluate.one_flip_each(dataset, "test", 0)):
+        assert not np.array_equal(flips, others)
+
+
+def test_rule_beyond_quality_flips__of_those_that_lie_in_the_split(tmp_path):
+    """With --split cube no flip of another split is drawn, and each of this one's can be."""
+    dataset = small_run(tmp_path, nodules=(1, 1, 400))
+    is_in_split = np.zeros((400, 8), bool)
+    is_in_split[:, [1, 4, 6]] = True
+    is_in_split[0, :] = [False] * 7 + [True]
+    flips = evaluate.one_flip_each(with_split_flips(dataset, "test", is_in_split), "test", 0)
+    assert flips[0] == 7 and set(flips[1:]) == {1, 4, 6}
+
+
+def write_cubes(run, cubes):
+    """Prepare a run whose nodules are cubes in [-1, 1], split → (n, c, c, c), and as many black negatives.
+
+    Returns its Dataset.
+    """
+    scans = []
+    for split, of_split in cubes.items():
+        n, side, *_ = of_split.shape
+        # Side by side along x.
+        hu = np.rint(700 * of_split - 300).astype(np.int16).transpose(1, 2, 0, 3).reshape(side, side, n * side)
+        lungaug.write(run / "prepared" / f"{split}.npy", np.concatenate([hu, np.full_like(hu, -1000)], axis=2))
+        places = [[side // 2, side // 2, side // 2 + side * i] for i in range(2 * n)]
+        scans.append({"seriesuid": f"1.2.{split}", "patient": split, "split": split, "volume": f"{split}.npy",
+                      "origin": [0.0, 0.0, 0.0], "positives": places[:n], "negatives": places[n:]})
+    lungaug.write(run / "prepared" / "dataset.json", {
+        "parameters": {"cube": side}, "preset": "demo", "synthetic": True, "skipped": [],
+        "table_1": preprocessing.table_1(scans), "scans": scans})
+    return preprocessing.open_dataset(run)
+
+
+def assess_positives(run, dataset, generated, seed=0):
+    """kind → Quality of generated positives in [-1, 1]."""
+    torch.manual_seed(0)
+    lungaug.write(run / "classifiers" / "generated" / "positive.npy", np.rint(700 * generated - 300).astype(np.int16))
+    preprocessing.open_array.cache_clear()
+    classifier = Classifier(dataset.cube).eval()
+    generator = Generator(dataset.cube, 1).eval()
+    return evaluate.assess_class(1, run, dataset, generator, classifier, seed, CPU).qualities
+
+
+def flipped_at_random(cubes, seed):
+    rng = np.random.default_rng(seed)
+    return np.array([preprocessing.all_flips(cube)[rng.integers(8)] for cube in cubes])
+
+
+def test_rule_beyond_quality_flips__a_perfect_generator_is_not_told_from_real_ones(tmp_path):
+    """New nodules, flipped at random as the GAN sees them: neither profile nor nearest neighbour finds a fault."""
+    dataset = write_cubes(tmp_path, {"train": blobs(100, 1), "validation": blobs(2, 2), "test": blobs(100, 3)})
+    qualities = assess_positives(tmp_path, dataset, flipped_at_random(blobs(100, 4), 0))
+    for kind in ("generated and accepted", "held-out real"):
+        assert qualities[kind].profile_difference < 60, kind
+        assert abs(qualities[kind].two_sample - 0.5) < 0.12, kind
+
+
+def test_rule_beyond_quality_flips__copies_in_any_flip_are_caught(tmp_path):
+    """Whichever flip of a training nodule is generated, it is a copy; and a flip of all cubes changes no distance."""
+    dataset = write_cubes(tmp_path, {"train": blobs(30, 1), "validation": blobs(2, 2), "test": blobs(30, 3)})
+    copies = assess_positives(tmp_path, dataset, flipped_at_random(blobs(30, 1), 0))["generated and accepted"]
+    assert copies.copy_ratio < 0.01 and copies.copying < -6
+    one, other = (assess_positives(tmp_path, dataset, blobs(30, 4), seed) for seed in (0, 1))
+    for kind in ("held-out real", "copies of training cubes"):
+        assert one[kind].copy_ratio == pytest.approx(other[kind].copy_ratio, abs=1e-5)
+        assert one[kind].copying == other[kind].copying
+
+
+def test_seen_by_gan__all_eight_flips_where_cubes_were_split_too(tmp_path):
+    """The GAN draws any flip of a training nodule: a copy of one that lies in the test set is a copy."""
+    dataset = write_cubes(tmp_path, {"train": blobs(30, 1), "validation": blobs(2, 2), "test": blobs(30, 3)})
+    is_in_split = np.zeros((30, 8), bool)
+    is_in_split[:, 0] = True
+    by_cube = with_split_flips(dataset, "train", is_in_split)
+    rows, flips = evaluate.seen_by_gan(by_cube, 1)
+    assert len(rows) == 8 * 30 and sorted(flips.tolist()) == sorted(30 * list(range(8)))
+    copies = assess_positives(tmp_path, by_cube, np.flip(blobs(30, 1), (1, 2)))["generated and accepted"]
+    assert copies.copy_ratio < 0.01 and copies.copying < -6
+
+
+def test_assess_class__nodules_that_the_gan_has_seen_are_no_scale_for_copies(tmp_path):
+    """With --split cube a test nodule may be in the training set, in another flip: C_T is taken from the new ones."""
+    training = blobs(30, 1)
+    dataset = write_cubes(tmp_path, {"train": training, "validation": blobs(2, 2), "test": blobs(30, 3)})
+    by_cube = with_split_flips(dataset, "train", np.ones((30, 8), bool))
+    copies = flipped_at_random(training, 0)
+    for n_seen in (25, 30):
+        test_rows = np.concatenate([dataset.positives["train"][:n_seen], dataset.positives["test"][n_seen:]])
+        leaking = by_cube._replace(positives=dataset.positives | {"test": test_rows})
+        found = assess_positives(tmp_path, leaking, copies)
+        assert found["held-out real"].copy_ratio < 0.25 and found["generated and accepted"].copy_ratio < 0.01
+        # Without a new nodule nothing tells how near one lies.
+        copying = [found[kind].copying for kind in ("generated and accepted", "copies of training cubes")]
+        assert all(map(math.isnan, copying)) if n_seen == 30 else max(copying) < -3
 
 
 def test_eq_beyond_selection__sign():

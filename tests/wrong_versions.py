@@ -49,7 +49,7 @@ from losses import (
     wasserstein_estimate,
 )
 from models import LATENT, Critic, conditional_latent, one_hot
-from preprocessing import cut, far_end, reorient, resample, split_patients
+from preprocessing import cut, far_end, first_flips, reorient, resample, split_patients
 from train_gan import accumulate
 
 
@@ -455,6 +455,11 @@ def percentile_bootstrap(estimate, influences):
     return float(low), float(high)
 
 
+def references_without_flips(dataset, split, seed):
+    """Nodules of a GAN that was trained on flipped ones compared with unflipped ones."""
+    return first_flips(dataset, split)
+
+
 def control_with_fewer_steps(arm, run, dataset):
     """The control trained for as many epochs as the mixed arm: half of its steps."""
     positives, _ = train_classifier.arm_pools(arm, run, dataset)
@@ -530,6 +535,7 @@ ROWS = (
     Wrong(threshold_on_the_test_set, "evaluate.chosen_threshold",
           "rule_beyond_best_threshold"),
     Wrong(percentile_bootstrap, "evaluate.t_interval", "eq_beyond_t_interval"),
+    Wrong(references_without_flips, "evaluate.one_flip_each", "rule_beyond_quality_flips"),
     Wrong(control_with_fewer_steps, "train_classifier.positives_per_epoch",
           "rule_beyond_equal_steps"),
 )
