@@ -686,8 +686,10 @@ def compare(measured, arm, other):
     """One arm minus another, in F1 and in AUC, with a 95% interval over scans, as JSON holds them.
 
     measured: of `measure_arms`. Each difference is the mean over repeats, which are paired by their
-    seeds; so is each scan's influence. `spread` is the standard deviation of the difference over
-    repeats.
+    seeds; so is each scan's influence. Returns {"f1", "auc": {"difference", "low", "high",
+    "spread"}}. The interval is for these trainings: it says what other test scans would give. What
+    other trainings would give is not in it: `spread`, the standard deviation of the difference over
+    repeats, shows that.
     """
     pairs = list(zip(measured[arm], measured[other]))
     result = {}
@@ -723,7 +725,9 @@ def verdict(differences, n_scans, n_nodules):
     """Whether mixing in generated nodules is shown to help, in one sentence   [rule_beyond_verdict]
 
     differences: of `compare_arms`. Shown to help only where the interval of mixed − longer lies
-    above 0 in F1 and in AUC: against real alone, the longer training would count as a gain.
+    above 0 in F1 and in AUC: against real alone, the longer training would count as a gain. Where
+    one of them lies below 0, the sentence says in what mixed is lower. The intervals are over test
+    scans, for these trainings; see `compare`.
     """
     fair = differences.get("mixed - longer")
     if fair is None:
@@ -731,8 +735,11 @@ def verdict(differences, n_scans, n_nodules):
 
     is_shown = all(row["low"] > 0 for row in fair.values())
     start = "Shown to help" if is_shown else "Not shown to help"
+    lower = [name.upper() for name, row in fair.items() if row["high"] < 0]
+    if lower:
+        start += f" (lower in {' and '.join(lower)})"
     return (f"{start}: mixed − longer is {format_difference(fair['f1'])} in F1 and "
-            f"{format_difference(fair['auc'])} in AUC (95% intervals; "
+            f"{format_difference(fair['auc'])} in AUC (95% intervals for these trainings; "
             f"{preprocessing.counted(n_scans, 'test scan')} with "
             f"{preprocessing.counted(n_nodules, 'nodule')}).")
 
@@ -2120,8 +2127,9 @@ def help_items(results):
                       f"test scans. {repeats_sentence(results)}",
                       ARMS_HEAD, arm_rows(results)),
         lungaug.Table("Differences, each nodule counted once, with 95% intervals over the test "
-                      "scans; spread: standard deviation over the repeats. Only mixed − longer is "
-                      "a fair comparison: both take as many steps.",
+                      "scans, for these trainings: what others would give is not in them. It "
+                      "shows in the spread, the standard deviation over the repeats. Only mixed − "
+                      "longer is a fair comparison: both take as many steps.",
                       DIFFERENCE_HEAD, difference_rows(results)),
     ]
 
@@ -2960,8 +2968,9 @@ def print_results(results):
 
     lungaug.print_table("Operating points, each nodule counted once", OPERATING_HEAD,
                         operating_rows(results))
-    lungaug.print_table("Differences, with 95% intervals over scans", DIFFERENCE_HEAD,
-                        difference_rows(results))
+    lungaug.print_table("Differences, with 95% intervals over test scans, for these trainings; "
+                        "spread: standard deviation over the repeats",
+                        DIFFERENCE_HEAD, difference_rows(results))
     lungaug.print_table(f"The arms. {repeats_sentence(results)}", ARMS_HEAD, arm_rows(results))
     print(f"\n{results['verdict']}")
 

@@ -417,6 +417,26 @@ def test_rule_beyond_verdict__only_where_mixed_exceeds_longer_in_both(f1, auc, s
     assert "5 test scans" in sentence and "27 nodules" in sentence and sentence.count("[") == 2
 
 
+@pytest.mark.parametrize("f1, auc, start", [
+    ((-0.2, -0.1), (-0.2, 0.1), "Not shown to help (lower in F1): mixed"),
+    ((0.1, 0.2), (-0.2, -0.1), "Not shown to help (lower in AUC): mixed"),
+    ((-0.2, -0.1), (-0.0002, -0.0001), "Not shown to help (lower in F1 and AUC): mixed"),
+    # Not below 0, and nothing known.
+    ((-0.2, 0.0), (-0.2, 0.1), "Not shown to help: mixed"),
+    ((math.nan, math.nan), (-0.2, 0.1), "Not shown to help: mixed"),
+    ((0.1, 0.2), (0.1, 0.2), "Shown to help: mixed")])
+def test_rule_beyond_verdict__a_harm_is_told(f1, auc, start):
+    """Where an interval lies below 0 the sentence says in what; it does not read as if nothing were known."""
+    sentence = evaluate.verdict({"mixed - longer": {"f1": interval(*f1), "auc": interval(*auc)}}, 5, 27)
+    assert sentence.startswith(start)
+
+
+def test_rule_beyond_verdict__is_of_these_trainings():
+    """The interval is over scans: the sentence says that other trainings are another question."""
+    fair = {"f1": interval(0.02, 0.1), "auc": interval(0.01, 0.1)}
+    assert "95% intervals for these trainings" in evaluate.verdict({"mixed - longer": fair}, 5, 27)
+
+
 def test_rule_beyond_verdict__a_narrow_gain_does_not_look_like_zero():
     """An interval that lies above 0 by 0.0002 is shown so, not as one that begins at 0.000."""
     fair = {"f1": interval(0.0002, 0.1), "auc": interval(0.01, 0.1)}
