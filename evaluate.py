@@ -227,23 +227,72 @@ def load_classifier(path, dataset, classes, remedy):
     return classifier
 
 
+def read_generated(run, gan_crc32):
+    """What 4.3 records of each class that it generated: {"positive": {"accepted", …}, "negative"}.
+
+    Raises Refusal where the record is missing or damaged, or where another GAN made the cubes:
+    gan_crc32 is the CRC-32 of this one's checkpoint.
+    """
+    path = run / "classifiers" / "generated" / "generated.json"
+    record = lungaug.read_json(path, f"run python train_classifier.py --run {run} first")
+    remedy = (f"run python train_classifier.py --run {run} --overwrite, which generates again and "
+              "keeps the GAN")
+    with lungaug.refuse_on_error(path, remedy):
+        lungaug.require_settings(path, record["settings"], {"gan_crc32": gan_crc32}, remedy)
+        classes = record["classes"]
+        for name in CLASS_NAMES.values():
+            is_counted = type(classes[name]["accepted"]) is int
+            check(is_counted, path, f"does not say how many {name}s were accepted", remedy)
+    return classes
+
+
 def has_cubes(arm, classes):
-    """Whether the GAN made cubes of each class that an arm takes from it, as 4.3's record says."""
+    """Whether the GAN made cubes of each class that an arm takes from it; of `read_generated`."""
     names = ["positive", "negative"] if arm == "fake" else ["positive"]
     return all(classes[name]["accepted"] > 0 for name in names)
 
 
+def trained_arms(run, classes):
+    """The arms that were trained, or should have been; classes: of `read_generated`.
+
+    An arm for which the GAN made nothing was not trained.
+    """
+    arms = []
+    for arm in TRAINED_ARMS:
+        path = lungaug.arm_folder(run, arm, 1) / "checkpoint.pt"
+        if arm == "real" or path.exists() or has_cubes(arm, classes):
+            arms.append(arm)
+    return arms
+
+
+def count_epochs(run, arm, repeat):
+    """For how many epochs a classifier has been trained, by its log; None where there is none."""
+    folder = lungaug.arm_folder(run, arm, repeat)
+    if not (folder / "checkpoint.pt").exists():
+        return None
+    return len(lungaug.read_log(folder / "log.jsonl"))
+
+
+def require_equal_epochs(run, arms):
+    """Raise Refusal unless the first repeat of these arms has been trained for as many epochs.
+
+    The control `longer` is one only while it takes as many steps as `mixed`.
+    """
+    counts = {arm: count_epochs(run, arm, 1) for arm in arms}
+    # One that is missing is told when it is loaded.
+    counts = {arm: count for arm, count in counts.items() if count is not None}
+    longest = max(counts, key=counts.get, default=None)
+    for arm, count in counts.items():
+        check(count == counts[longest], lungaug.arm_folder(run, arm, 1),
+              f"has been trained for {count} epochs, and the arm {longest} for {counts[longest]}",
+              f"run python train_classifier.py --run {run} --epochs {counts[longest]}, until it "
+              "ends")
+
+
 def is_repeat_whole(run, arms, repeat):
-    """Whether each of these arms has been trained for as many epochs as in the first repeat."""
-    for arm in arms:
-        folder = lungaug.arm_folder(run, arm, repeat)
-        first = lungaug.arm_folder(run, arm, 1)
-        n_epochs = len(lungaug.read_log(folder / "log.jsonl"))
-        if not (folder / "checkpoint.pt").exists():
-            return False
-        if n_epochs != len(lungaug.read_log(first / "log.jsonl")):
-            return False
-    return True
+    """Whether each of these arms has been trained for as many epochs as `real` at first."""
+    counts = [count_epochs(run, arm, repeat) for arm in arms]
+    return None not in counts and set(counts) == {count_epochs(run, "real", 1)}
 
 
 def count_repeats(run, arms):
@@ -254,7 +303,7 @@ def count_repeats(run, arms):
 
     left_out = lungaug.arm_folder(run, "real", repeats + 1)
     if (left_out / "checkpoint.pt").exists():
-        print(f"{left_out}: not counted, as some arm has not the epochs of the first repeat; run "
+        print(f"{left_out}: not counted, as an arm has fewer epochs than in the first repeat; run "
               f"python train_classifier.py --run {run} with --repeats {repeats + 1} or more.")
     return repeats
 
@@ -265,25 +314,19 @@ def load_networks(run, dataset, device):
     Arms that were not trained are missing; there is one critic. All must come from this dataset and
     from one GAN: others may have been trained on cubes that are in the test set here.
     """
-    # Read the record of the generated cubes, and which GAN made them.
+    # Load the critic, and read what its GAN has generated.
     gan = run / "gan" / "checkpoint.pt"
     gan_crc32 = lungaug.file_crc32(gan, f"run python train_gan.py --run {run} first")
-    generated_json = run / "classifiers" / "generated" / "generated.json"
-    remedy = f"run python train_classifier.py --run {run} first"
-    generated = lungaug.read_json(generated_json, remedy)
-    with lungaug.refuse_on_error(generated_json, remedy):
-        generated_settings = generated["settings"]
-        classes = generated["classes"]
+    critic = load_critic(gan, dataset, "")
+    classes = read_generated(run, gan_crc32)
 
-    # An arm for which the GAN made nothing was not trained.
-    arms = []
-    for arm in TRAINED_ARMS:
-        path = run / "classifiers" / arm / "checkpoint.pt"
-        if arm == "real" or path.exists() or has_cubes(arm, classes):
-            arms.append(arm)
-
-    # Load each arm, repeat by repeat.
+    # Choose the arms and the repeats that can be compared.
+    arms = trained_arms(run, classes)
+    require_equal_epochs(run, arms)
     repeats = count_repeats(run, arms)
+
+    # Load their classifiers.
+    remedy = f"run python train_classifier.py --run {run} first"
     networks = {}
     for arm in arms:
         made_with = None if arm == "real" else classes
@@ -292,14 +335,10 @@ def load_networks(run, dataset, device):
             path = lungaug.arm_folder(run, arm, repeat) / "checkpoint.pt"
             classifier = load_classifier(path, dataset, made_with, remedy)
             networks[arm].append(classifier.to(memory_format=memory_layout(device)))
-    networks["critic"] = [load_critic(gan, dataset, remedy)]
+    networks["critic"] = [critic]
 
-    remedy = (f"run python train_classifier.py --run {run} --overwrite, which generates again and "
-              "keeps the GAN")
-    lungaug.require_settings(generated_json, generated_settings, {"gan_crc32": gan_crc32}, remedy)
-    for of_arm in networks.values():
-        for network in of_arm:
-            network.eval().to(device)
+    for network in itertools.chain.from_iterable(networks.values()):
+        network.eval().to(device)
     return networks
 
 

@@ -248,7 +248,12 @@ def read_generated(folder, settings, remedy):
         # Those that were made with a mistake of tests/wrong_versions.py are not used without it.
         expected = {"mistake": None} | settings
         lungaug.require_settings(path, record["settings"], expected, remedy)
-        return record["classes"] if is_whole(folder, record["files"]) else None
+        classes = record["classes"]
+        for name in CLASS_NAMES.values():
+            for field in ("requested", "accepted", "rate", "score_threshold"):
+                check(isinstance(classes[name][field], (int, float)), path,
+                      f"{field} of the {name}s is no number", remedy)
+        return classes if is_whole(folder, record["files"]) else None
 
 
 def generate_classes(run, dataset, options, device):
@@ -655,6 +660,10 @@ def train_arm(arm, run, dataset, options, classes, device, repeat=1):
 
     trainer = Trainer(arm, options, dataset, classes, device, repeat)
     resume(trainer, folder)
+    if trainer.epoch < options.epochs:
+        # Until the stage has its page again it is not finished, for evaluate.py: before its end
+        # some arms have more epochs than others.
+        lungaug.remove(run / "classifiers", "options.json")
     train(trainer, pools, drawn, dataset, folder)
 
     positives, negatives = pools
