@@ -1871,7 +1871,7 @@ def thresholds_of(test):
             means = np.mean(of_repeats, axis=0)
             counts[arm].append([round(float(mean), 1) for mean in means])
     caption = ("What a threshold does. Move it: to the left nearly every cube is called positive, "
-               "to the right hardly any. The dots on the curves of the ROC below move along. "
+               "to the right hardly any. The dots near the curves of the ROC below move along. "
                "Tables 2–5 stand at ½. Positives are counted with their flips, and counts are "
                "means over the repeats; the metrics are those of the mean counts, where Tables "
                "2–5 give the mean of the repeats' metrics.")
@@ -1879,11 +1879,15 @@ def thresholds_of(test):
                       code=("evaluate.confusion_matrix", "evaluate.predict_labels"))
 
 
+def sample_names(rows):
+    """The names of the rows of figure 2 or 3; rows: of the cubes from which it shows some."""
+    return [f"sample {number}, {window}" for number in range(1, min(SLICED, len(rows)) + 1)
+            for window in lungaug.WINDOWS]
+
+
 def sample_items(dataset):
     """What the page shows of section 2.1.7: figures that need no training."""
     centre = dataset.cube // 2
-    windows = [f"sample {number}, {window}" for number in range(1, SLICED + 1)
-               for window in lungaug.WINDOWS]
     pixel_mm = 1 / lungaug.zoom(dataset.cube, 48)
     reading = (f"each of its {dataset.cube} axial slices of 1 mm, from superior (top left) to "
                f"inferior, row by row, in both windows ({lungaug.WINDOWS_SAY})")
@@ -1899,13 +1903,13 @@ def sample_items(dataset):
         lungaug.Figure(f"Figure 2. Positive samples, {reading}. The nodule's centre is in slice "
                        f"{centre}: it appears in the slices before and is gone some slices later.",
                        "figure_2.png", code=("evaluate.draw_slices", "evaluate.slices"),
-                       rows=windows, pixel_mm=pixel_mm),
+                       rows=sample_names(dataset.positives["train"]), pixel_mm=pixel_mm),
         lungaug.Figure(f"Figure 3. Negative samples, {reading}. They are drawn at random within "
                        "the lungs, away from nodules. A vessel runs through many slices, where a "
                        "nodule is round; black in the mediastinal window is lung without either.",
                        "figure_3.png", code=("evaluate.draw_slices",
                                              "preprocessing.draw_negatives"),
-                       rows=windows, pixel_mm=pixel_mm),
+                       rows=sample_names(dataset.negatives["train"]), pixel_mm=pixel_mm),
     ]
 
 

@@ -19,6 +19,7 @@ import numpy as np
 import pytest
 
 import evaluate
+from helpers import small_run
 
 
 def leave_pages(run, items):
@@ -225,6 +226,20 @@ def test_captions__name_functions_that_exist(tmp_path, monkeypatch):
     for name in named:
         module, _, function = name.partition(".")
         assert callable(getattr(importlib.import_module(module), function)), name
+
+
+@pytest.mark.parametrize("nodules, negatives", [(1, 2), (2, 1), (3, 3), (5, 9)])
+def test_sample_items__a_name_for_each_row_of_the_picture(tmp_path, nodules, negatives):
+    """Of one or two training cubes there are as many rows, and their names are not spread over other ones."""
+    dataset = small_run(tmp_path, nodules=(nodules, 1, 1), negatives=(negatives, 1, 1))
+    evaluate.draw_cubes(tmp_path, dataset)
+    figures = {item.file: item for item in evaluate.sample_items(dataset) if isinstance(item, Figure)}
+    for file, count in (("figure_2.png", nodules), ("figure_3.png", negatives)):
+        names = figures[file].rows
+        assert len(names) == 2 * min(count, 3) and names[-1] == f"sample {min(count, 3)}, mediastinal window"
+        # A cube of 6 is a row of six slices; each is drawn eightfold, and 6 pixels are around it.
+        _, height = evaluate.png_size((tmp_path / file).read_bytes())
+        assert height == 8 * (6 + len(names) * (8 + 6))
 
 
 # Charts
