@@ -58,6 +58,16 @@ def nearest_neighbours(queries, references):
     return indices, distances[np.arange(len(indices)), indices]
 
 
+def read_in_parts(dataset, rows, flips, size):
+    """The cubes at `rows` and `flips`, `size` at a time: start, cubes (≤ size, c, c, c).
+
+    start: the place of the first of them in `rows`.
+    """
+    for start in range(0, len(rows), size):
+        part = slice(start, start + size)
+        yield start, preprocessing.read_cubes(dataset, rows[part], flips[part])[:, 0]
+
+
 def nearest_training(queries, dataset, rows, flips, size=128):
     """nearest_neighbours of queries (n, c, c, c) among the dataset's cubes at `rows` and `flips`.
 
@@ -66,16 +76,14 @@ def nearest_training(queries, dataset, rows, flips, size=128):
     nearest = np.zeros(len(queries), int)
     smallest = np.full(len(queries), np.inf)
     progress = lungaug.Progress("nearest neighbours", len(rows))
-    for start in range(0, len(rows), size):
-        chunk = slice(start, start + size)
-        cubes = preprocessing.read_cubes(dataset, rows[chunk], flips[chunk])[:, 0]
+    for start, cubes in read_in_parts(dataset, rows, flips, size):
         indices, distances = nearest_neighbours(queries, cubes)
 
         # Keep what is nearer than everything before.
         nearer = distances < smallest
         nearest[nearer] = start + indices[nearer]
         smallest[nearer] = distances[nearer]
-        progress.update(min(start + size, len(rows)))
+        progress.update(start + len(cubes))
     return nearest, smallest
 
 
@@ -168,7 +176,9 @@ TABLES = {
 }
 # The control of Table 3, which the thesis lacks: real data, in as many steps as the mixed data.
 CONTROL = ("longer", "Control: real data, trained for as many steps as Table 3's")
-TRAINED_ARMS = ("real", "longer", "mixed", "fake")      # the critic's head is not trained again
+# The critic's head is an arm, too, but is not trained again.
+TRAINED_ARMS = ("real", "longer", "mixed", "fake")
+CLASS_NAMES = {1: "positive", 0: "negative"}
 
 
 class CriticHead(torch.nn.Module):
@@ -348,23 +358,27 @@ def predict_labels(probabilities):
 
 
 class Scored(NamedTuple):
-    """A split's cubes, and the probability ŷ(positive) that each classifier gives them."""
-    labels: np.ndarray      # (n,), 1 = positive
-    weights: np.ndarray     # (n,), of `flip_weights`
-    scans: np.ndarray       # (n,), the number of each cube's scan, from 0 on
-    scores: dict            # arm → (repeats, n)
+    """A split's cubes, and the probability ŷ(positive) that each classifier gives them.
+
+    labels: (n,), 1 = positive; weights: (n,), of `flip_weights`; scans: (n,), the number of each
+    cube's scan, from 0 on; scores: arm → (repeats, n).
+    """
+    labels: np.ndarray
+    weights: np.ndarray
+    scans: np.ndarray
+    scores: dict
 
 
 def score_split(networks, dataset, split, device):
     """Scored: the cubes of a split, scored by each network; networks: of `load_networks`."""
     rows, flips, labels = preprocessing.labelled(dataset, split)
-    in_turn = [network for of_arm in networks.values() for network in of_arm]
+    every_network = list(itertools.chain.from_iterable(networks.values()))
 
     def read_cubes(numbers):
         return preprocessing.read_cubes(dataset, rows[numbers], flips[numbers])
 
     def probabilities(cubes):
-        columns = [network(cubes).softmax(1)[:, 1] for network in in_turn]
+        columns = [network(cubes).softmax(1)[:, 1] for network in every_network]
         return torch.stack(columns, dim=1)      # (n, networks)
 
     # Every network scores a cube while it is in memory.
@@ -373,12 +387,18 @@ def score_split(networks, dataset, split, device):
     columns = columns.astype(float)
     scores = {}
     first = 0
-    for arm, of_arm in networks.items():
-        scores[arm] = columns[first:first + len(of_arm)]
-        first += len(of_arm)
+    for arm, networks_of_arm in networks.items():
+        scores[arm] = columns[first:first + len(networks_of_arm)]
+        first += len(networks_of_arm)
 
     _, scans = np.unique(rows[:, 0], return_inverse=True)
     return Scored(labels, flip_weights(labels, rows), scans, scores)
+
+
+def centre_mm(dataset, row):
+    """Where a row (scan, z, y, x) of the dataset is: (x, y, z) in mm, (3,)."""
+    scan, *voxel = row
+    return np.array(dataset.info["scans"][scan]["origin"]) + voxel[::-1]
 
 
 def write_scores(path, dataset, scores):
@@ -389,19 +409,19 @@ def write_scores(path, dataset, scores):
     """
     rows, flips, labels = preprocessing.labelled(dataset, "test")
     columns = {}
-    for arm, of_arm in scores.items():
-        for repeat, probabilities in enumerate(of_arm, 1):
-            columns[arm if repeat == 1 else f"{arm}_{repeat}"] = probabilities
+    for arm, repeats in scores.items():
+        columns[arm] = repeats[0]
+        for repeat, probabilities in enumerate(repeats[1:], 2):
+            columns[f"{arm}_{repeat}"] = probabilities
 
     text = io.StringIO()
     table = csv.writer(text, lineterminator="\n")
     table.writerow(["seriesuid", "x", "y", "z", "flip", "label", *columns])
-    for i, (scan, *voxel) in enumerate(rows.tolist()):
-        info = dataset.info["scans"][scan]
-        centre = np.array(info["origin"]) + voxel[::-1]
-        centre_text = [f"{coordinate:.2f}" for coordinate in centre]
+    for i, row in enumerate(rows.tolist()):
+        seriesuid = dataset.info["scans"][row[0]]["seriesuid"]
+        centre_text = [f"{coordinate:.2f}" for coordinate in centre_mm(dataset, row)]
         score_text = [f"{probabilities[i]:.9g}" for probabilities in columns.values()]
-        table.writerow([info["seriesuid"], *centre_text, flips[i], labels[i], *score_text])
+        table.writerow([seriesuid, *centre_text, flips[i], labels[i], *score_text])
     lungaug.write(path, text.getvalue())
 
 
@@ -410,8 +430,11 @@ def spread(values):
     return float(np.std(values, ddof=1)) if len(values) > 1 else math.nan
 
 
-def as_json(confusions):
-    """Confusions of the repeats, and their Metrics: means, and the spread of each metric."""
+def summarize_repeats(confusions):
+    """The mean Confusion of the repeats, their mean Metrics, and the spread of each metric.
+
+    Returns {"confusion", "metrics", "spread"}, each {name: number}.
+    """
     counts = {}
     for name in Confusion._fields:
         values = [getattr(confusion, name) for confusion in confusions]
@@ -449,14 +472,14 @@ def table_of(arm, title, test):
             predictions = predict_labels(scores)
             with_flips.append(confusion_matrix(test.labels, predictions))
             once.append(confusion_matrix(test.labels, predictions, test.weights))
-        table["flips"] = as_json(with_flips)
-        table["nodules"] = as_json(once)
+        table["flips"] = summarize_repeats(with_flips)
+        table["nodules"] = summarize_repeats(once)
     return table
 
 
 def tables(test):
     """Tables 2–5 as results.json holds them, each beside the thesis'; test: Scored."""
-    return {number: table_of(arm, title, test) | {"thesis": as_json([thesis])}
+    return {number: table_of(arm, title, test) | {"thesis": summarize_repeats([thesis])}
             for number, (arm, title, thesis) in TABLES.items()}
 
 
@@ -478,27 +501,45 @@ def table_title(number, table):
     return title
 
 
+def table_cell(summary, name):
+    """A cell of Tables 2–5: a count or a metric of `summarize_repeats`; – where there is none."""
+    if summary is None:
+        return "–"
+    if name in summary["confusion"]:
+        return format_count(summary["confusion"][name])
+    return format_spread(summary["metrics"][name], summary["spread"][name])
+
+
 TABLE_HEAD = ("", "with eight flips", "each nodule once", "thesis")
 TABLE_COLUMNS = ("flips", "nodules", "thesis")
+# The rows of Tables 2–5: the name of each field of Confusion and Metrics on the page.
+TABLE_ROWS = {
+    "tp": "TP",
+    "fp": "FP",
+    "fn": "FN",
+    "tn": "TN",
+    "sensitivity": "sensitivity",
+    "specificity": "specificity",
+    "precision": "precision",
+    "f1": "F1",
+}
 
 
 def table_cells(table):
     """One of Tables 2–5 as rows of text; – where there is no number."""
     columns = [table.get(column) for column in TABLE_COLUMNS]
-    rows = []
-    for name in Confusion._fields:
-        cells = [format_count(column["confusion"][name]) if column else "–" for column in columns]
-        rows.append((name.upper(), *cells))
-    for name in Metrics._fields:
-        cells = [format_spread(column["metrics"][name], column["spread"][name]) if column else "–"
-                 for column in columns]
-        rows.append((name.upper() if name == "f1" else name, *cells))
-    return rows
+    return [(title, *[table_cell(column, name) for column in columns])
+            for name, title in TABLE_ROWS.items()]
 
 
 def format_count(value):
     """A count, with one decimal where it is no whole number: the mean of repeats, or of flips."""
     return f"{value:,.1f}".removesuffix(".0")
+
+
+def with_minus(text):
+    """A text of numbers with minus signs in place of hyphens, as tables show them."""
+    return text.replace("-", "−")
 
 
 def format_spread(mean, deviation):
@@ -529,11 +570,15 @@ def flip_weights(labels, rows=None):
 
 
 class Counts(NamedTuple):
-    """What is called positive at each threshold, at which a score is positive from it on."""
-    thresholds: np.ndarray      # (k,), the scores that occur, falling
-    tp: np.ndarray              # (k,), weights of the positives and of the negatives called so
+    """Weights of the positives (tp) and of the negatives (fp) with a score ≥ each threshold.
+
+    thresholds: (k,), the scores that occur, falling; tp, fp: (k,); positives, negatives: the weight
+    of all of them.
+    """
+    thresholds: np.ndarray
+    tp: np.ndarray
     fp: np.ndarray
-    positives: float            # weight of all
+    positives: float
     negatives: float
 
 
@@ -717,18 +762,18 @@ def measure(test, scores):
 
 def measure_arms(test):
     """arm → the Measured of each of its repeats; test: Scored."""
-    return {arm: [measure(test, scores) for scores in of_arm]
-            for arm, of_arm in test.scores.items()}
+    return {arm: [measure(test, scores) for scores in repeats]
+            for arm, repeats in test.scores.items()}
 
 
 def compare(measured, arm, other):
-    """One arm minus another, in F1 and in AUC, with a 95% interval over scans, as JSON holds them.
+    """One arm minus another, in F1 and in AUC, each with a 95% interval over scans.
 
     measured: of `measure_arms`. Each difference is the mean over repeats, which are paired by their
-    seeds; so is each scan's influence. Returns {"f1", "auc": {"difference", "low", "high",
-    "spread"}}. The interval is for these trainings: it says what other test scans would give. What
-    other trainings would give is not in it: `spread`, the standard deviation of the difference over
-    repeats, shows that.
+    seeds; so is each scan's influence. The interval is for these trainings: it says what other test
+    scans would give. What other trainings would give is not in it: `spread`, the standard deviation
+    of the difference over repeats, shows that. Returns {"f1": …, "auc": …}, each {"difference",
+    "low", "high", "spread"}.
     """
     pairs = list(zip(measured[arm], measured[other]))
     result = {}
@@ -755,9 +800,9 @@ def compare_arms(measured):
 
 def format_difference(row):
     """A difference with its interval: −0.022 [−0.045, 0.002]."""
-    difference, low, high = [lungaug.format_number(row[name], keep_sign=True).replace("-", "−")
-                             for name in ("difference", "low", "high")]
-    return f"{difference} [{low}, {high}]"
+    numbers = [lungaug.format_number(row[name], keep_sign=True)
+               for name in ("difference", "low", "high")]
+    return with_minus(f"{numbers[0]} [{numbers[1]}, {numbers[2]}]")
 
 
 def verdict(differences, n_scans, n_nodules):
@@ -835,8 +880,8 @@ def summarize_arm(arm, test, validation, measured, prevalence):
 
     # F1 and AUC have an interval over the scans, too.
     for name, entry in (("f1", summary["f1_argmax"]), ("auc", summary["auc"])):
-        of_repeats = [getattr(row, f"{name}_influences") for row in measured[arm]]
-        influences = np.mean(of_repeats, axis=0)
+        repeats = [getattr(row, f"{name}_influences") for row in measured[arm]]
+        influences = np.mean(repeats, axis=0)
         low, high = t_interval(entry["mean"], influences)
         # Neither can be below 0 or above 1. nan stays.
         entry["low"] = float(np.maximum(low, 0))
@@ -914,12 +959,10 @@ def distances_to_training(kinds, dataset, rows, flips, size=128):
     kinds: kind → cubes (n, c, c, c). `size` training cubes are in memory at a time.
     """
     parts = {kind: [] for kind in kinds}
-    for start in range(0, len(rows), size):
-        chunk = slice(start, start + size)
-        training = preprocessing.read_cubes(dataset, rows[chunk], flips[chunk])[:, 0]
+    for _, training in read_in_parts(dataset, rows, flips, size):
         for kind, cubes in kinds.items():
             parts[kind].append(pairwise_distances(cubes, training))
-    return {kind: np.concatenate(of_kind, axis=1) for kind, of_kind in parts.items()}
+    return {kind: np.concatenate(blocks, axis=1) for kind, blocks in parts.items()}
 
 
 def copy_ratio(distances):
@@ -986,48 +1029,56 @@ def frechet_distance(features, references):
 
 
 class Quality(NamedTuple):
-    """A row of the table of quality: n cubes of a kind against training cubes of their class."""
+    """A row of the table of quality: n cubes of a kind against training cubes of their class.
+
+    centre_hu, centre_spread: mean and standard deviation over the cubes. profile_difference: in HU.
+    copying: C_T.
+    """
     n: int
-    centre_hu: float            # mean and standard deviation over the cubes
+    centre_hu: float
     centre_spread: float
-    profile_difference: float   # HU
+    profile_difference: float
     called_positive: float
     copy_ratio: float
-    copying: float              # C_T
+    copying: float
     two_sample: float
     frechet: float
 
 
-class Scale(NamedTuple):
-    """What the cubes of a class are held against: real ones, as n of each kind as there are."""
-    references: np.ndarray          # (n, c, c, c), training cubes, each nodule in one of its flips
-    held_out_nearest: np.ndarray    # (k,), from each new held-out cube to the nearest training cube
-    n_frechet: int                  # how many cubes the Fréchet distance takes
+class RealCubes(NamedTuple):
+    """The real cubes that generated ones are compared with.
+
+    references: (n, c, c, c), training cubes, each nodule in one of its flips. reference_features:
+    (k, 64), the classifier's, of as many of them as the Fréchet distance takes. held_out_nearest:
+    (j,), from each held-out cube that the GAN has not seen to the nearest training cube.
+    """
+    references: np.ndarray
+    reference_features: np.ndarray
+    held_out_nearest: np.ndarray
 
 
-def assess(cubes, distances, scale, classifier, device):
-    """The Quality of cubes (n, c, c, c) in [-1, 1], by the real-trained classifier and a Scale.
+def assess(cubes, distances, real, classifier, device):
+    """The Quality of cubes (n, c, c, c) in [-1, 1], by the real-trained classifier and RealCubes.
 
     distances: (n, m) to the training cubes of the class, of `seen_by_gan`.
     """
     mean, deviation = radial_profile(cubes)
     probabilities, features = classify(classifier, cubes, device)
-    references = evenly_chosen(scale.references, scale.n_frechet)
-    _, reference_features = classify(classifier, references, device)
 
     # Compare as many cubes of either set.
-    n_pairs = min(len(cubes), len(scale.references))
+    n_pairs = min(len(cubes), len(real.references))
+    n_features = len(real.reference_features)
     return Quality(
         n=len(cubes),
         centre_hu=float(mean[0]),
         centre_spread=float(deviation[0]),
-        profile_difference=profile_difference(cubes, scale.references),
+        profile_difference=profile_difference(cubes, real.references),
         called_positive=share_called_positive(probabilities),
         copy_ratio=copy_ratio(distances),
-        copying=copying_test(distances.min(axis=1), scale.held_out_nearest),
+        copying=copying_test(distances.min(axis=1), real.held_out_nearest),
         two_sample=two_sample_accuracy(evenly_chosen(cubes, n_pairs),
-                                       evenly_chosen(scale.references, n_pairs)),
-        frechet=frechet_distance(evenly_chosen(features, scale.n_frechet), reference_features),
+                                       evenly_chosen(real.references, n_pairs)),
+        frechet=frechet_distance(evenly_chosen(features, n_features), real.reference_features),
     )
 
 
@@ -1036,11 +1087,13 @@ def evenly_chosen(items, most):
     return items[lungaug.evenly(len(items), most)]
 
 
+def reader(cubes):
+    """The function that `lungaug.predict` reads cubes (n, c, c, c) in [-1, 1] with."""
+    return lambda numbers: np.float32(cubes[numbers])[:, None]
+
+
 def classify(classifier, cubes, device):
     """The probabilities ŷ(positive) (n,) and the features (n, 64) that a classifier gives cubes."""
-    def read(numbers):
-        return np.float32(cubes[numbers])[:, None]
-
     *layers, last = classifier
 
     def outputs(x):
@@ -1048,13 +1101,14 @@ def classify(classifier, cubes, device):
         probability = last(features).softmax(1)[:, 1:]
         return torch.cat([probability, features], dim=1)
 
-    both = lungaug.predict(outputs, read, len(cubes), device)
+    both = lungaug.predict(outputs, reader(cubes), len(cubes), device)
     return both[:, 0], both[:, 1:]
 
 
-MOST_CUBES = 256        # of one kind, that are assessed
-MOST_NEGATIVES = 2048   # training cubes to which negatives are compared; positives to all of theirs
-CLASS_NAMES = {1: "positive", 0: "negative"}
+# So many cubes of a kind are assessed.
+MOST_CUBES = 256
+# Negatives are compared with so many of the training set, positives with all of theirs.
+MOST_NEGATIVES = 2048
 
 
 def seen_by_gan(dataset, label):
@@ -1112,7 +1166,10 @@ def are_new(rows, seen):
 
 @torch.no_grad()
 def generate_unselected(generator, label, count, seed, device):
-    """Cubes of a class as the generator makes them, before any selection: (count, c, c, c)."""
+    """Cubes of a class as the generator makes them, before any selection.
+
+    Returns (count, c, c, c) in [-1, 1].
+    """
     noise = lungaug.torch_stream(seed, "quality", label)
     labels = torch.full((count,), label)
     latent = draw_latent(labels, noise)
@@ -1123,7 +1180,8 @@ def generate_unselected(generator, label, count, seed, device):
 def kinds_of_cubes(accepted, unselected, references, held_out, rng):
     """What is assessed of a class: kind → cubes (n, c, c, c). The last three are faults on purpose.
 
-    accepted, unselected: generated cubes; references, held_out: real ones; rng: for the noise.
+    accepted, unselected: generated cubes; references, held_out: real ones; each (n, c, c, c) in
+    [-1, 1], as what is returned is. rng: for the noise.
     """
     noise = rng.normal(references.mean(), references.std(), references.shape)
     return {
@@ -1142,10 +1200,7 @@ def score_selection(critic, classifier, cubes, device):
     Below 0 the critic's score prefers cubes that the real-trained classifier takes for worse.
     cubes: (n, c, c, c) in [-1, 1]. nan where either is constant.
     """
-    def read(numbers):
-        return np.float32(cubes[numbers])[:, None]
-
-    scores = lungaug.predict(lambda x: critic(x)[0], read, len(cubes), device)
+    scores = lungaug.predict(lambda x: critic(x)[0], reader(cubes), len(cubes), device)
     probabilities, _ = classify(classifier, cubes, device)
     if np.ptp(scores) == 0 or np.ptp(probabilities) == 0:
         return math.nan
@@ -1153,10 +1208,14 @@ def score_selection(critic, classifier, cubes, device):
 
 
 class Assessed(NamedTuple):
-    """What is known of the generated cubes of one class."""
-    qualities: dict             # kind → Quality
-    profiles: dict              # kind → mean and standard deviation of h(r), (c/2,) each
-    unselected: np.ndarray      # the cubes before selection, (n, c, c, c) in [-1, 1]
+    """What is known of the generated cubes of one class.
+
+    qualities: kind → Quality; profiles: kind → mean and standard deviation of h(r), (c/2,) each;
+    unselected: the cubes before selection, (n, c, c, c) in [-1, 1].
+    """
+    qualities: dict
+    profiles: dict
+    unselected: np.ndarray
 
 
 def assess_class(label, run, dataset, generator, classifier, seed, device):
@@ -1185,8 +1244,12 @@ def assess_class(label, run, dataset, generator, classifier, seed, device):
     distances = distances_to_training(kinds, dataset, seen_rows, seen_flips)
     held_out_nearest = distances["held-out real"].min(axis=1)
     held_out_nearest = held_out_nearest[are_new(held_out_rows, seen_rows)]
-    scale = Scale(references, held_out_nearest, min(len(held_out), len(references)))
-    qualities = {kind: assess(cubes, distances[kind], scale, classifier, device)
+
+    # The Fréchet distance of every kind is of as many cubes.
+    n_features = min(len(held_out), len(references))
+    _, features = classify(classifier, evenly_chosen(references, n_features), device)
+    real = RealCubes(references, features, held_out_nearest)
+    qualities = {kind: assess(cubes, distances[kind], real, classifier, device)
                  for kind, cubes in kinds.items()}
     profiles = {"real": radial_profile(references)}
     for kind in ("generated and accepted", "generated, before selection"):
@@ -1212,8 +1275,8 @@ def assess_generated(run, dataset, networks, seed, device):
     quality = {}
     profiles = {}
     for label, name in CLASS_NAMES.items():
-        of_class = dataset.positives if label == 1 else dataset.negatives
-        if len(of_class["test"]) < 2 or len(of_class["train"]) < 2:
+        rows = dataset.positives if label == 1 else dataset.negatives
+        if len(rows["test"]) < 2 or len(rows["train"]) < 2:
             continue
         assessed = assess_class(label, run, dataset, generator, classifier, seed, device)
         quality[name] = {kind: row._asdict() for kind, row in assessed.qualities.items()}
@@ -1750,10 +1813,9 @@ def draw_planes(path, cube):
 
 
 def place_of(dataset, row):
-    """Where a row (4,) of the dataset is: {"seriesuid", "centre"}, the centre (x, y, z) in mm."""
-    scan = dataset.info["scans"][row[0]]
-    centre = np.array(scan["origin"]) + row[:0:-1]
-    return {"seriesuid": scan["seriesuid"], "centre": [round(float(mm), 2) for mm in centre]}
+    """Where a row (scan, z, y, x) is: {"seriesuid", "centre"}, the centre (x, y, z) in mm."""
+    centre = [round(float(mm), 2) for mm in centre_mm(dataset, row)]
+    return {"seriesuid": dataset.info["scans"][row[0]]["seriesuid"], "centre": centre}
 
 
 def draw_best(folder, run, dataset, test, classifier, device):
@@ -2073,7 +2135,7 @@ def format_summary(summary, *names):
 def format_interval(entry):
     """A mean with its 95% interval: 0.985 [0.970, 1.000]."""
     numbers = [lungaug.format_number(entry[name]) for name in ("mean", "low", "high")]
-    return f"{numbers[0]} [{numbers[1]}, {numbers[2]}]".replace("-", "−")
+    return with_minus(f"{numbers[0]} [{numbers[1]}, {numbers[2]}]")
 
 
 def arm_rows(results):

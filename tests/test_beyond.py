@@ -604,12 +604,13 @@ def assessed():
     """kind → Quality of constructed sets, against the same training set; a classifier by brightness."""
     training, held_out = blobs(120, 1), blobs(60, 2)
     nearest = evaluate.pairwise_distances(held_out, training).min(axis=1)
-    scale = evaluate.Scale(training, nearest, 60)
     torch.manual_seed(0)
     classifier = Classifier(SIDE).eval()
+    _, features = evaluate.classify(classifier, evaluate.evenly_chosen(training, 60), CPU)
+    real = evaluate.RealCubes(training, features, nearest)
     rng = np.random.default_rng(3)
     kinds = evaluate.kinds_of_cubes(blobs(120, 4), blobs(120, 5, height=500), training, held_out, rng)
-    return {kind: evaluate.assess(cubes, evaluate.pairwise_distances(cubes, training), scale, classifier, CPU)
+    return {kind: evaluate.assess(cubes, evaluate.pairwise_distances(cubes, training), real, classifier, CPU)
             for kind, cubes in kinds.items()}
 
 

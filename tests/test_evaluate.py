@@ -264,7 +264,7 @@ def test_metrics__0_of_0_is_nan_printed_as_a_dash_and_null_in_json():
     """What has no value is nan, – in a table and null in results.json."""
     nothing = Confusion(0, 0, 0, 0)
     assert [lungaug.format_number(value) for value in evaluate.metrics(nothing)] == ["–"] * 4
-    as_json = json.loads(json.dumps(evaluate.null_for_nan(evaluate.as_json([nothing])), allow_nan=False))
+    as_json = json.loads(json.dumps(evaluate.null_for_nan(evaluate.summarize_repeats([nothing])), allow_nan=False))
     assert as_json["metrics"] == as_json["spread"] == dict.fromkeys(Metrics._fields)
 
 
@@ -301,7 +301,7 @@ def test_num_table_5__erratum_its_precision_is_cut_off():
 
 def shown(table):
     """A table's metrics of the thesis' matrix, as our tables print them."""
-    metrics = evaluate.as_json([evaluate.TABLES[table][2]])["metrics"]
+    metrics = evaluate.summarize_repeats([evaluate.TABLES[table][2]])["metrics"]
     return " ".join(lungaug.format_number(metrics[key]) for key in Metrics._fields)
 
 
