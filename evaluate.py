@@ -59,7 +59,7 @@ def nearest_neighbours(queries, references):
 
 
 def read_in_parts(dataset, rows, flips, size):
-    """The cubes at `rows` and `flips`, `size` at a time: start, cubes (≤ size, c, c, c).
+    """The cubes at `rows` and `flips`, `size` at a time: start and cubes (n, c, c, c), n ≤ size.
 
     start: the place of the first of them in `rows`.
     """
@@ -837,17 +837,17 @@ def f1_above(test, scores, threshold):
     return f1(confusion_matrix(test.labels, scores > threshold, test.weights))
 
 
-def operating_points(test, scores, validation_threshold, prevalence):
+def operating_points(test, scores, measured, validation_threshold, prevalence):
     """What one classifier reaches on the test set: {name: value}. Each nodule counts once.
 
-    scores: (n,); validation_threshold: of `best_threshold`; prevalence: π, of the training set. No
-    threshold of F1 depends on the test set.
+    scores: (n,); measured: of `measure`; validation_threshold: of `best_threshold`; prevalence: π,
+    of the training set. No threshold of F1 depends on the test set.
     """
     row = {
-        "f1_argmax": f1_above(test, scores, 0.5),
+        "f1_argmax": measured.f1,
         "f1_validation": f1_above(test, scores, validation_threshold),
         "f1_prior": f1_above(test, scores, prior_threshold(prevalence)),
-        "auc": roc_auc(test.labels, scores, test.weights),
+        "auc": measured.auc,
         "average_precision": average_precision(test.labels, scores, test.weights),
     }
     for rate in FALSE_POSITIVE_RATES:
@@ -866,12 +866,12 @@ def chosen_threshold(arm, repeat, test, validation):
 def summarize_arm(arm, test, validation, measured, prevalence):
     """`operating_points` of an arm: {name: {"mean", "spread"}} over its repeats.
 
-    measured: of `measure_arms`, for the intervals of F1 and AUC.
+    measured: of `measure_arms`.
     """
     rows = []
     for repeat, scores in enumerate(test.scores[arm]):
         threshold = chosen_threshold(arm, repeat, test, validation)
-        rows.append(operating_points(test, scores, threshold, prevalence))
+        rows.append(operating_points(test, scores, measured[arm][repeat], threshold, prevalence))
 
     summary = {}
     for name in rows[0]:
@@ -1290,20 +1290,24 @@ def assess_generated(run, dataset, networks, seed, device):
 # 4.1.1, 4.4.1 Figures 7 and 8: curves, SVG with strings
 
 COLOURS = ("#1f77b4", "#d62728", "#2ca02c", "#9467bd", "#ff7f0e", "#7f7f7f")
+# In pixels: the size of a chart, and where its plot lies, from the chart's left and top.
 CHART_WIDTH = 460
 CHART_HEIGHT = 270
-LEFT = 58               # of the plot in the chart, in pixels, from the chart's left
+LEFT = 58
 RIGHT = 446
 TOP = 38
 BOTTOM = 228
 
 
 class Line(NamedTuple):
-    """One line of a chart: its name, its points, and the band around it, if it has one."""
+    """One line of a chart: its name, its points, and the band around it, if it has one.
+
+    x, y: (n,); band: low (n,) and high (n,).
+    """
     name: str
-    x: list             # (n,)
-    y: list             # (n,)
-    band: tuple = None  # low (n,), high (n,)
+    x: list
+    y: list
+    band: tuple = None
 
 
 class Point(NamedTuple):
@@ -1524,36 +1528,42 @@ def alpha_marks(rows):
     return marks
 
 
+# The charts of figure 7: title, label of the y axis, and lines, each a name, a network and a term.
+GAN_CHARTS = (
+    ("Wasserstein distance estimate", "estimate",
+     [("f(real) − f(fake)", "critic", "wasserstein")]),
+    ("Auxiliary classification", "cross-entropy",
+     [("critic, reals and fakes", "critic", "auxiliary"),
+      ("generator, fakes", "generator", "auxiliary")]),
+    ("Gradient penalty", "penalty",
+     [("(‖∇f‖ − 1)²", "critic", "penalty")]),
+    ("Class accuracy of the critic", "accuracy",
+     [("on reals", "critic", "real_accuracy"),
+      ("on fakes", "critic", "fake_accuracy")]),
+)
+# With a line per run there is room for one term of the critic in each: title, label, term.
+GAN_CHARTS_OF_RUNS = (
+    ("Wasserstein distance estimate", "estimate", "wasserstein"),
+    ("Auxiliary classification of the critic", "cross-entropy", "auxiliary"),
+    ("Gradient penalty", "penalty", "penalty"),
+    ("Class accuracy of the critic on fakes", "accuracy", "fake_accuracy"),
+)
+
+
 def figure_7(rows):
     """The GAN log's rows as one SVG of four charts of smoothed curves with 95% bands."""
     marks = alpha_marks(rows)
-
-    def line(name, network, term):
-        return gan_line(name, rows, network, term)
-
-    def chart(title, lines, y_label):
-        return curves(title, lines, "epoch", y_label, marks=marks)
-
-    estimate = chart("Wasserstein distance estimate",
-                     [line("f(real) − f(fake)", "critic", "wasserstein")], "estimate")
-    auxiliary = chart("Auxiliary classification",
-                      [line("critic, reals and fakes", "critic", "auxiliary"),
-                       line("generator, fakes", "generator", "auxiliary")], "cross-entropy")
-    penalty = chart("Gradient penalty", [line("(‖∇f‖ − 1)²", "critic", "penalty")], "penalty")
-    accuracy = chart("Class accuracy of the critic",
-                     [line("on reals", "critic", "real_accuracy"),
-                      line("on fakes", "critic", "fake_accuracy")], "accuracy")
-    return side_by_side([estimate, auxiliary, penalty, accuracy])
+    charts = []
+    for title, y_label, terms in GAN_CHARTS:
+        lines = [gan_line(name, rows, network, term) for name, network, term in terms]
+        charts.append(curves(title, lines, "epoch", y_label, marks=marks))
+    return side_by_side(charts)
 
 
 def figure_7_of_runs(logs):
     """Figure 7 of several runs in one SVG, a line per run; logs: name → the GAN log's rows."""
     charts = []
-    for title, term, y_label in (
-            ("Wasserstein distance estimate", "wasserstein", "estimate"),
-            ("Auxiliary classification of the critic", "auxiliary", "cross-entropy"),
-            ("Gradient penalty", "penalty", "penalty"),
-            ("Class accuracy of the critic on fakes", "fake_accuracy", "accuracy")):
+    for title, y_label, term in GAN_CHARTS_OF_RUNS:
         lines = [gan_line(name, rows, "critic", term) for name, rows in logs.items()]
         charts.append(curves(title, lines, "epoch", y_label))
     return side_by_side(charts)
@@ -1564,15 +1574,17 @@ def figure_8(logs):
 
     All charts have one y axis, so that their heights compare; the epoch that is kept is marked.
     """
-    of_arms = {}
+    arm_lines = {}
     for arm, rows in logs.items():
         epochs = [row["epoch"] for row in rows]
-        of_arms[arm] = [Line(name, epochs, [row[f"{name}_loss"] for row in rows])
-                        for name in ("train", "validation")]
-    y_range = y_limits(itertools.chain.from_iterable(of_arms.values()))
+        arm_lines[arm] = []
+        for name in ("train", "validation"):
+            losses = [row[f"{name}_loss"] for row in rows]
+            arm_lines[arm].append(Line(name, epochs, losses))
+    y_range = y_limits(itertools.chain.from_iterable(arm_lines.values()))
 
     charts = []
-    for arm, lines in of_arms.items():
+    for arm, lines in arm_lines.items():
         kept = kept_epoch(logs[arm])
         charts.append(curves(f"Classifier, {arm} data", lines, "epoch", "cross-entropy",
                              marks=[Mark(f"kept: {kept}", kept)], y_range=y_range))
@@ -1602,9 +1614,10 @@ def figure_roc(test):
     for widest in (1.0, 0.1):
         rates = np.linspace(0, widest, 101)
         lines = []
-        for arm, of_arm in test.scores.items():
-            of_repeats = [roc_curve(test.labels, scores, rates, test.weights) for scores in of_arm]
-            lines.append(Line(arm, rates, np.mean(of_repeats, axis=0)))
+        for arm, repeats in test.scores.items():
+            sensitivities = [roc_curve(test.labels, scores, rates, test.weights)
+                             for scores in repeats]
+            lines.append(Line(arm, rates, np.mean(sensitivities, axis=0)))
         # The points of the thesis lie too close to each other in the whole curve.
         shown = points if widest < 1 else ()
         title = "ROC" if widest == 1 else "ROC, few false positives"
@@ -1618,9 +1631,9 @@ def figure_profiles(profiles):
     profiles: class → kind → (mean, standard deviation), of `assess_generated`.
     """
     charts = []
-    for name, of_class in profiles.items():
+    for name, kinds in profiles.items():
         lines = []
-        for kind, (mean, deviation) in of_class.items():
+        for kind, (mean, deviation) in kinds.items():
             short = kind.removeprefix("generated and ").removeprefix("generated, ")
             band = (mean - deviation, mean + deviation)
             lines.append(Line(short, np.arange(len(mean)), mean, band))
@@ -1655,8 +1668,13 @@ def draw_curves(folder, run):
 
 # 2.1.7, 5.1 Figures 2, 3 and 9–14: cubes
 
-SLICED = 3          # cubes of each of figures 2 and 3
-SHEET = 90          # the grey between the pictures of a sheet, seen on white and on black paper
+# Figures 2 and 3 show so many cubes each.
+SLICED = 3
+# The grey between the pictures of a sheet is seen on white and on black paper.
+SHEET = 90
+# A slice is drawn about so many pixels wide: in sheets of many, and in those of few.
+SMALL = 48
+LARGE = 96
 
 
 def shades(x, window=None):
@@ -1664,6 +1682,16 @@ def shades(x, window=None):
     if window is None:
         return lungaug.grey(x)
     return lungaug.windowed(preprocessing.denormalize(x), window)
+
+
+def write_sheet(path, sheet, side, width=SMALL):
+    """Write a sheet of slices of cubes of this side, each about `width` pixels wide, as a PNG."""
+    lungaug.write(path, lungaug.png(sheet, lungaug.zoom(side, width)))
+
+
+def pixel_mm(dataset, width=SMALL):
+    """The side in mm of a pixel of `write_sheet`, for the page's scale bar."""
+    return 1 / lungaug.zoom(dataset.cube, width)
 
 
 def slices(cube, columns=12, window=None):
@@ -1692,7 +1720,7 @@ def draw_slices(path, dataset, rows):
     cubes = preprocessing.read_cubes(dataset, chosen)[:, 0]
     sheets = [slices(cube, window=window) for cube in cubes for window in lungaug.WINDOWS]
     sheet = lungaug.tile(sheets, 1, gap=6, paper=SHEET)
-    lungaug.write(path, lungaug.png(sheet, lungaug.zoom(dataset.cube, 48)))
+    write_sheet(path, sheet, dataset.cube)
 
 
 def draw_cubes(folder, dataset):
@@ -1730,26 +1758,26 @@ def in_both_windows(pictures):
     return lungaug.tile(rows, 1, gap=1, paper=SHEET)
 
 
+def tile_row(images, window):
+    """Images (n, rows, columns) in [-1, 1] side by side in a window; uint8 grey."""
+    return lungaug.tile(shades(images, window), len(images), gap=1)
+
+
 def draw_in_step(path, *cubes):
     """Draw cubes side by side, slice by slice, each slice in both windows, superior first."""
     sheets = []
-    for z in reversed(range(len(cubes[0]))):
-        of_slice = np.stack([cube[z] for cube in cubes])
-
-        def row(window, of_slice=of_slice):
-            return lungaug.tile(shades(of_slice, window), len(cubes), gap=1)
-
-        sheets.append(in_both_windows(row))
-    sheet = lungaug.tile(sheets, 1, gap=0)
-    lungaug.write(path, lungaug.png(sheet, lungaug.zoom(len(cubes[0]), 48)))
+    side = len(cubes[0])
+    for z in reversed(range(side)):
+        slices_at_z = np.stack([cube[z] for cube in cubes])
+        sheets.append(in_both_windows(functools.partial(tile_row, slices_at_z)))
+    write_sheet(path, lungaug.tile(sheets, 1, gap=0), side)
 
 
 def choose_generated(run, dataset, count):
-    """Generated positives for figures 9–14, in [-1, 1] (n, c, c, c), n ≤ count, and how many
-    passed.
+    """Generated positives for figures 9–14: cubes in [-1, 1] (n, c, c, c), and how many passed.
 
-    Accepted ones, evenly chosen; where they are fewer than `count`, the best of the rejected
-    follow.
+    n ≤ count. Accepted ones, evenly chosen; where they are fewer than `count`, the best of the
+    rejected follow.
     """
     folder = run / "classifiers" / "generated"
     accepted = preprocessing.open_array(folder / "positive.npy", dataset.cube)
@@ -1787,8 +1815,7 @@ def draw_novelty(folder, run, dataset, count=6):
         row = rows[[nearest[i]]]
         training_cube = preprocessing.read_cubes(dataset, row, flips[[nearest[i]]])[0, 0]
         sheet = in_both_windows(functools.partial(pair, query, training_cube))
-        picture = lungaug.png(sheet, lungaug.zoom(dataset.cube, 48))
-        lungaug.write(folder / f"figure_{9 + i}.png", picture)
+        write_sheet(folder / f"figure_{9 + i}.png", sheet, dataset.cube)
         if i == 0 and len(held_out):
             draw_in_step(folder / "in_step.png", held_out[0], query, training_cube)
 
@@ -1809,7 +1836,7 @@ def draw_novelty(folder, run, dataset, count=6):
 def draw_planes(path, cube):
     """Draw the middle planes of a cube (c, c, c) in [-1, 1], in both windows."""
     sheet = in_both_windows(functools.partial(planes, cube))
-    lungaug.write(path, lungaug.png(sheet, lungaug.zoom(len(cube), 96)))
+    write_sheet(path, sheet, len(cube), LARGE)
 
 
 def place_of(dataset, row):
@@ -1822,7 +1849,7 @@ def draw_best(folder, run, dataset, test, classifier, device):
     """Draw the test positive and the accepted generated one that a classifier is surest of.
 
     classifier: the real-trained one, of the first repeat. Leaves best_real.png and
-    best_generated.png; returns what results.json holds of them, less what there is not.
+    best_generated.png; returns what results.json holds of them, without an entry for a missing one.
     """
     best = {}
     rows, flips, labels = preprocessing.labelled(dataset, "test")
@@ -1850,27 +1877,33 @@ def draw_best(folder, run, dataset, test, classifier, device):
     return best
 
 
-MOST_ERRORS = 6     # of each kind, that are drawn
+# So many errors of each kind are drawn.
+MOST_ERRORS = 6
 ERROR_KINDS = ("false positive", "false negative")
 
 
-def worst_errors(test, arm):
+def number_places(rows):
+    """A number for each of the rows (n, 4), the same where rows are equal: (n,)."""
+    _, numbers = np.unique(rows, axis=0, return_inverse=True)
+    return np.ravel(numbers)
+
+
+def worst_errors(test, arm, places):
     """kind → numbers of a Scored's cubes that an arm gets wrong, the worst first.
 
-    The probability is the mean over repeats. Of a nodule's flips the worst one stands for it.
+    The probability is the mean over repeats. Of a nodule's flips, which have one number in `places`
+    (n,), the worst one stands for it.
     """
     probabilities = np.mean(test.scores[arm], axis=0)
     found = predict_labels(probabilities)
     order = np.argsort(probabilities, kind="stable")
     false_positives = [i for i in order[::-1] if found[i] and test.labels[i] == 0]
 
-    # The positives come first, the flips of a nodule follow each other, and weigh 1 together.
-    weight_before = np.cumsum(test.weights) - test.weights
-    nodule = np.floor(weight_before + 1e-6).astype(int)
+    # The first of a nodule's flips in this order is the worst.
     false_negatives = {}
     for i in order:
         if not found[i] and test.labels[i] == 1:
-            false_negatives.setdefault(nodule[i], i)
+            false_negatives.setdefault(places[i], i)
     return {"false positive": false_positives[:MOST_ERRORS],
             "false negative": list(false_negatives.values())[:MOST_ERRORS]}
 
@@ -1882,25 +1915,23 @@ def draw_errors(folder, dataset, test, arm):
     """
     rows, flips, _ = preprocessing.labelled(dataset, "test")
     probabilities = np.mean(test.scores[arm], axis=0)
+    middle = dataset.cube // 2
     records = []
     sheets = []
-    for kind, numbers in worst_errors(test, arm).items():
-        side = dataset.cube
-        pictures = {window: np.full((MOST_ERRORS, side, side), SHEET, np.uint8)
-                    for window in lungaug.WINDOWS}
-        for place, number in enumerate(numbers):
-            chosen = [number]
-            cube = preprocessing.read_cubes(dataset, rows[chosen], flips[chosen])[0, 0]
-            for window, of_window in pictures.items():
-                of_window[place] = shades(cube[side // 2], window)
+    for kind, numbers in worst_errors(test, arm, number_places(rows)).items():
+        # Draw.
+        cubes = preprocessing.read_cubes(dataset, rows[numbers], flips[numbers])[:, 0]
+        for window in lungaug.WINDOWS:
+            pictures = np.full((MOST_ERRORS, dataset.cube, dataset.cube), SHEET, np.uint8)
+            pictures[:len(cubes)] = shades(cubes[:, middle], window)
+            sheets.append(lungaug.tile(pictures, MOST_ERRORS, gap=1, paper=SHEET))
+
+        # Record.
+        for number in numbers:
             records.append({"kind": kind, "probability": float(probabilities[number]),
                             **place_of(dataset, rows[number]), "flip": int(flips[number])})
-        for of_window in pictures.values():
-            sheets.append(lungaug.tile(of_window, MOST_ERRORS, gap=1, paper=SHEET))
 
-    sheet = lungaug.tile(sheets, 1, gap=0)
-    picture = lungaug.png(sheet, lungaug.zoom(dataset.cube, 96))
-    lungaug.write(folder / f"errors_{arm}.png", picture)
+    write_sheet(folder / f"errors_{arm}.png", lungaug.tile(sheets, 1, gap=0), dataset.cube, LARGE)
     return records
 
 
@@ -1911,10 +1942,13 @@ def format_distances(values):
 # The page: what evaluate.py itself shows, and the report of all stages
 
 class Thresholds(NamedTuple):
-    """Confusion matrices of the arms at many thresholds, which a slider of the page chooses."""
+    """Confusion matrices of the arms at many thresholds, which a slider of the page chooses.
+
+    thresholds: (k,), rising; counts: arm → (k, 4): TP, FP, FN, TN, each the mean over the repeats.
+    """
     caption: str
-    thresholds: list    # (k,), rising
-    counts: dict        # arm → (k, 4): TP, FP, FN, TN, each the mean over the repeats
+    thresholds: list
+    counts: dict
     code: tuple = ()
 
 
@@ -1926,11 +1960,11 @@ def thresholds_of(test):
     """The Thresholds of a Scored, positives counted with their flips as in Tables 2–5."""
     values = 1 / (1 + np.exp(-LOG_ODDS))
     counts = {}
-    for arm, of_arm in test.scores.items():
+    for arm, repeats in test.scores.items():
         counts[arm] = []
         for threshold in values:
-            of_repeats = [confusion_matrix(test.labels, scores > threshold) for scores in of_arm]
-            means = np.mean(of_repeats, axis=0)
+            confusions = [confusion_matrix(test.labels, scores > threshold) for scores in repeats]
+            means = np.mean(confusions, axis=0)
             counts[arm].append([round(float(mean), 1) for mean in means])
     caption = ("What a threshold does. Move it: to the left nearly every cube is called positive, "
                "to the right hardly any. The dots near the curves of the ROC below move along. "
@@ -1950,7 +1984,6 @@ def sample_names(rows):
 def sample_items(dataset):
     """What the page shows of section 2.1.7: figures that need no training."""
     centre = dataset.cube // 2
-    pixel_mm = 1 / lungaug.zoom(dataset.cube, 48)
     reading = (f"each of its {dataset.cube} axial slices of 1 mm, from superior (top left) to "
                f"inferior, row by row, in both windows ({lungaug.WINDOWS_SAY})")
     return [
@@ -1965,13 +1998,15 @@ def sample_items(dataset):
         lungaug.Figure(f"Figure 2. Positive samples, {reading}. The nodule's centre is in slice "
                        f"{centre}: it appears in the slices before and is gone some slices later.",
                        "figure_2.png", code=("evaluate.draw_slices", "evaluate.slices"),
-                       rows=sample_names(dataset.positives["train"]), pixel_mm=pixel_mm),
+                       rows=sample_names(dataset.positives["train"]),
+                       pixel_mm=pixel_mm(dataset)),
         lungaug.Figure(f"Figure 3. Negative samples, {reading}. They are drawn at random within "
                        "the lungs, away from nodules. A vessel runs through many slices, where a "
                        "nodule is round; black in the mediastinal window is lung without either.",
                        "figure_3.png", code=("evaluate.draw_slices",
                                              "preprocessing.draw_negatives"),
-                       rows=sample_names(dataset.negatives["train"]), pixel_mm=pixel_mm),
+                       rows=sample_names(dataset.negatives["train"]),
+                       pixel_mm=pixel_mm(dataset)),
     ]
 
 
@@ -2015,9 +2050,8 @@ def best_items(results, dataset):
     """The best real nodule and the best generated one, large."""
     items = [lungaug.Heading("A real nodule and a generated one")]
     best = results["best"]
-    pixel_mm = 1 / lungaug.zoom(dataset.cube, 96)
     common = dict(rows=list(lungaug.WINDOWS), columns=("axial", "coronal", "sagittal"),
-                  pixel_mm=pixel_mm)
+                  pixel_mm=pixel_mm(dataset, LARGE))
     sure = ("of which the classifier that was trained on real data is surest, ŷ = "
             "{probability:.4f}")
     if "real" in best:
@@ -2048,7 +2082,6 @@ def class_name(label):
 def novelty_items(novelty, dataset):
     """Section 5.1: cubes in step, figures 9–14 with their captions, and distances."""
     records = novelty["generated"]
-    pixel_mm = 1 / lungaug.zoom(dataset.cube, 48)
     items = [lungaug.Heading("5.1 Generated samples")]
     if records and novelty["held_out_distances"]:
         nearest = class_name(records[0]["nearest_label"])
@@ -2060,7 +2093,7 @@ def novelty_items(novelty, dataset):
         items.append(lungaug.Figure(
             caption, "in_step.png", code=("evaluate.draw_in_step", "evaluate.nearest_neighbours"),
             rows=names, columns=("real, test set", "generated", f"nearest: {nearest}"),
-            pixel_mm=pixel_mm, first=dataset.cube // 2 - 1))
+            pixel_mm=pixel_mm(dataset), first=dataset.cube // 2 - 1))
 
     for record in records:
         generated = "Generated" if record["accepted"] else "Generated, not accepted in 4.3"
@@ -2074,7 +2107,7 @@ def novelty_items(novelty, dataset):
             caption, f"figure_{record['figure']}.png",
             code=("evaluate.draw_novelty", "evaluate.nearest_neighbours"),
             rows=list(lungaug.WINDOWS), columns=("generated", f"nearest: {nearest}"),
-            pixel_mm=pixel_mm))
+            pixel_mm=pixel_mm(dataset)))
 
     # List the distances, those of real nodules as the scale.
     generated_distances = [record["distance"] for record in records]
@@ -2087,7 +2120,8 @@ def novelty_items(novelty, dataset):
     return items
 
 
-ERROR_ARMS = ("real", "mixed")      # the two that the thesis compares
+# The two arms that the thesis compares
+ERROR_ARMS = ("real", "mixed")
 
 
 def error_items(results, dataset):
@@ -2103,7 +2137,7 @@ def error_items(results, dataset):
                                     code=("evaluate.draw_errors", "evaluate.worst_errors"),
                                     rows=rows,
                                     columns=[str(n) for n in range(1, MOST_ERRORS + 1)],
-                                    pixel_mm=1 / lungaug.zoom(dataset.cube, 96)))
+                                    pixel_mm=pixel_mm(dataset, LARGE)))
         items.append(lungaug.Table(f"Where the errors of the arm {arm} are, in the order of the "
                                    "picture.",
                                    ("error", "ŷ", "flip", "x, y, z in mm", "series"),
@@ -2115,16 +2149,20 @@ def error_rows(records):
     """The rows of a table of errors, as text."""
     rows = []
     for record in records:
-        centre = ", ".join(f"{mm:.1f}" for mm in record["centre"])
+        centre = with_minus(", ".join(f"{mm:.1f}" for mm in record["centre"]))
         rows.append((record["kind"], f"{record['probability']:.4f}", str(record["flip"]), centre,
                      record["seriesuid"]))
     return rows
 
 
+# The headings of the tables
 ARMS_HEAD = ("arm", "F1 with flips", "thesis", "F1", "AUC", "average precision")
+DIFFERENCE_HEAD = ("arm − arm", "F1", "spread", "AUC", "spread")
 UNPAIRED_HEAD = ("difference", "arm", "F1", "AUC")
 OPERATING_HEAD = ("arm", "F1: ŷ > ½", "validation", "prior",
-                  *[f"sens. at {rate:.3%}".replace("0%", "%") for rate in FALSE_POSITIVE_RATES])
+                  *[f"sens. at {rate:.2%}" for rate in FALSE_POSITIVE_RATES])
+QUALITY_HEAD = ("", "n", "centre, HU", "profile differs by", "called positive", "d₁/d₂", "C_T",
+                "1-NN", "Fréchet")
 
 
 def format_summary(summary, *names):
@@ -2165,9 +2203,6 @@ def operating_rows(results):
     return [(arm, *format_summary(summary, *names)) for arm, summary in results["arms"].items()]
 
 
-DIFFERENCE_HEAD = ("arm − arm", "F1", "spread", "AUC", "spread")
-
-
 def difference_rows(results):
     """The rows of the table of differences, as text."""
     rows = []
@@ -2176,7 +2211,7 @@ def difference_rows(results):
         for measure_name in ("f1", "auc"):
             cells.append(format_difference(row[measure_name]))
             cells.append(lungaug.format_number(row[measure_name]["spread"]))
-        rows.append((name.replace("-", "−"), *cells))
+        rows.append((with_minus(name), *cells))
     return rows
 
 
@@ -2188,26 +2223,31 @@ QUALITY_CAPTION = (
     "distance of the classifier's features from those of training cubes. Rows of fewer cubes are "
     "less sure, and 1-NN rises a little with n: for one fault from .59 of 27 cubes to .61 of 108. "
     "Real nodules are flipped at random here, like those that the GAN was trained on.")
-QUALITY_HEAD = ("", "n", "centre, HU", "profile differs by", "called positive", "d₁/d₂", "C_T",
-                "1-NN", "Fréchet")
 
 
-def quality_rows(of_class):
-    """The rows of the table of quality of a class, as text; of_class: kind → Quality as a dict."""
+def quality_rows(qualities):
+    """The rows of the table of quality of a class, as text; qualities: kind → Quality as a dict."""
     rows = []
-    for kind, row in of_class.items():
+    for kind, row in qualities.items():
         rows.append((
             kind,
             str(row["n"]),
-            f"{row['centre_hu']:.0f} ± {row['centre_spread']:.0f}",
+            with_minus(f"{row['centre_hu']:.0f} ± {row['centre_spread']:.0f}"),
             f"{row['profile_difference']:.0f} HU",
             lungaug.format_number(row["called_positive"]),
             lungaug.format_number(row["copy_ratio"]),
-            "–" if row["copying"] is None else f"{row['copying']:.1f}",
+            format_copying(row["copying"]),
             lungaug.format_number(row["two_sample"]),
             f"{row['frechet']:.2f}",
         ))
     return rows
+
+
+def format_copying(value):
+    """C_T as a table shows it; None, where it is not known, as –."""
+    if value is None:
+        return "–"
+    return with_minus(f"{value:.1f}")
 
 
 def selection_sentence(rho):
@@ -2613,7 +2653,8 @@ def anchor(text):
     return re.sub("[^a-z0-9]+", "-", str(text).lower()).strip("-") or "part"
 
 
-LONG = 40       # characters: a longer text may break at its spaces, a number never
+# A text of more characters than this may break at its spaces, a number never.
+LONG = 40
 
 
 def cell_html(tag, cell):
@@ -2675,17 +2716,23 @@ def png_size(data):
     return max(width, 1), max(height, 1)
 
 
+def alt_text(caption):
+    """What a picture shows, for those who cannot see it: a caption's first words, to . or :"""
+    without_number = re.sub(r"^Figure \d+\. ", "", caption)
+    first, *_ = re.split(r"[.:] ", without_number)
+    return first
+
+
 def picture_html(path, item):
     """A PNG, inline, with the names of its rows and columns and a scale bar."""
     data = path.read_bytes()
     width, height = png_size(data)
     base64_data = base64.b64encode(data).decode()
-    alt = item["caption"].partition(": ")[0].partition(". ")
-    alt_text = alt[2] if re.fullmatch(r"Figure \d+", alt[0]) else alt[0]
+    alt = escaped(alt_text(item["caption"]))
     scale = scale_html(width * item["pixel_mm"]) if item.get("pixel_mm") else ""
     return (f'<div class="sheet" style="--ratio:{width / height:.4f}">'
             f'{names_html("columns", item.get("columns"))}{names_html("rows", item.get("rows"))}'
-            f'<div class="view"><img width="{width}" height="{height}" alt="{escaped(alt_text)}" '
+            f'<div class="view"><img width="{width}" height="{height}" alt="{alt}" '
             f'src="data:image/png;base64,{base64_data}"></div>{scale}</div>')
 
 
@@ -2707,7 +2754,8 @@ def charts_html(path):
     return "".join(charts)
 
 
-FEW_ROWS = 12       # on paper, so many rows of a figure with a slider are all printed
+# On paper, so many rows of a figure with a slider are all printed.
+FEW_ROWS = 12
 
 
 def figure_html(path, item):
@@ -2830,7 +2878,8 @@ def option_rows(pages):
     for (*cells, differs), stages in by_option.items():
         if differs:
             changed.append(len(rows))
-        rows.append((*cells, "all" if len(stages) == len(pages) else ", ".join(stages)))
+        names = "all" if len(stages) == len(pages) else ", ".join(stages)
+        rows.append((*cells, names))
     return rows, changed
 
 
@@ -2851,8 +2900,7 @@ def contents_html(sections):
     lines = []
     for heading, items in sections.items():
         figures = []
-        for match in re.finditer('<figure[^>]* id="([^"]*)"|<figure id="([^"]*)"', "".join(items)):
-            name = match[1] or match[2]
+        for name in re.findall('<figure[^>]* id="([^"]*)"', "".join(items)):
             title = name.partition("-")[2].replace("-", " ") or name
             # A scan's picture is named after its series.
             if re.fullmatch("[0-9 ]+", title):
@@ -2984,30 +3032,30 @@ def unpaired_cell(entry, other, counts):
     return format_difference({"difference": difference, "low": low, "high": high})
 
 
-def print_arms_of_runs(results_of):
+def print_arms_of_runs(runs_results):
     """Print the arms of several runs in one table, and each arm's difference from the first run.
 
-    results_of: run → its results.json. Raises Refusal where that is damaged.
+    runs_results: run → its results.json. Raises Refusal where that is damaged.
     """
-    runs = list(results_of)
+    first_run, *_ = runs_results
     rows = []
     differences = []
     test_sets = set()
-    for run, results in results_of.items():
+    for run, results in runs_results.items():
         with lungaug.refuse_on_error(run / "evaluation" / "results.json", "run evaluate.py again"):
             rows += [(str(run), *cells) for cells in arm_rows(results)]
             verdict_word = results["verdict"].partition(":")[0]
             rows.append((str(run), verdict_word, *[""] * (len(ARMS_HEAD) - 1)))
             test_sets.add(results["counts"]["prepared"])
-            if run != runs[0]:
-                name = f"{run} − {runs[0]}"
+            if run != first_run:
+                name = f"{run} − {first_run}"
                 differences += [(name, *cells)
-                                for cells in unpaired_rows(results, results_of[runs[0]])]
+                                for cells in unpaired_rows(results, runs_results[first_run])]
 
     lungaug.print_table("Arms of each run", ("run", *ARMS_HEAD), rows)
     if differences:
-        lungaug.print_table("Differences, with 95% intervals as if the test scans were others",
-                            UNPAIRED_HEAD, differences)
+        lungaug.print_table("Differences, with 95% intervals that treat the two test sets as "
+                            "independent, for these trainings", UNPAIRED_HEAD, differences)
     if len(test_sets) > 1:
         print("\nThe runs are tested on different scans, splits or cubes: their numbers differ for "
               "that reason, too.")
@@ -3032,7 +3080,7 @@ def compare_runs(runs):
     evaluation folder.
     """
     check(len(runs) > 0, "--compare", "no runs", "give the folders of runs")
-    results_of = {}
+    runs_results = {}
     logs = {}
     for run in runs:
         path = run / "evaluation" / "results.json"
@@ -3040,13 +3088,14 @@ def compare_runs(runs):
         if log:
             logs[str(run)] = log
         if path.exists():
-            results_of[run] = lungaug.read_json(path, f"run python evaluate.py --run {run} again")
+            remedy = f"run python evaluate.py --run {run} again"
+            runs_results[run] = lungaug.read_json(path, remedy)
         else:
             check(log, run, "has neither a GAN nor results", f"run python lungaug.py --run {run}")
             print(f"{run}: not evaluated, so its curves only.")
 
-    if results_of:
-        print_arms_of_runs(results_of)
+    if runs_results:
+        print_arms_of_runs(runs_results)
     if logs:
         path = runs[0] / "evaluation" / "comparison.svg"
         remedy = "its log.jsonl is damaged: train again with --overwrite"

@@ -194,8 +194,8 @@ def test_rule_beyond_flip_weight__in_every_measure():
     """Of two nodules one is found, whether it has eight flips in the split or one: AUC and sensitivities are halves."""
     test = uneven_flips()
     scores = test.scores["real"][0]
-    row = evaluate.operating_points(test, scores, 0.5, 0.1)
-    assert row["auc"] == evaluate.measure(test, scores).auc == pytest.approx(0.505, abs=1e-9)
+    row = evaluate.operating_points(test, scores, evaluate.measure(test, scores), 0.5, 0.1)
+    assert row["auc"] == pytest.approx(0.505, abs=1e-9)
     assert evaluate.roc_auc(test.labels, scores) == pytest.approx((8 + 0.01) / 9, abs=1e-9)
     assert [row[f"sensitivity_at_{rate}"] for rate in evaluate.FALSE_POSITIVE_RATES] == pytest.approx([0.5] * 5)
     # The chart begins at the lowest sensitivity.
@@ -745,6 +745,18 @@ def test_seen_by_gan__all_eight_flips_where_cubes_were_split_too(tmp_path):
     assert copies.copy_ratio < 0.01 and copies.copying < -6
 
 
+@pytest.mark.parametrize("most", [1, 3, 5, 2048])
+def test_seen_by_gan__negatives_as_they_are(tmp_path, monkeypatch, most):
+    """Evenly chosen where there are many; those that others are compared with are among them."""
+    monkeypatch.setattr(evaluate, "MOST_NEGATIVES", most)
+    dataset = small_run(tmp_path)
+    rows, flips = evaluate.seen_by_gan(dataset, 0)
+    assert rows.tolist() == dataset.negatives["train"][lungaug.evenly(5, most)].tolist()
+    assert flips.tolist() == [0] * len(rows)
+    references, _ = evaluate.compared_with(dataset, 0, "train", 0)
+    assert not evaluate.are_new(references, rows).any()
+
+
 def test_assess_class__nodules_that_the_gan_has_seen_are_no_scale_for_copies(tmp_path):
     """With --split cube a test nodule may be in the training set, in another flip: C_T is taken from the new ones."""
     training = blobs(30, 1)
@@ -907,6 +919,14 @@ def test_figure_profiles__a_chart_a_class_with_bands():
     figure = evaluate.figure_profiles({"positive": {"real": profile, "generated and accepted": profile},
                                        "negative": {"real": profile}})
     assert figure.count("<polyline") == figure.count("<polygon") == 3 and ">accepted<" in figure
+
+
+def test_quality_rows__a_minus_sign_is_one():
+    """Below 0 stands the sign of the other tables, no hyphen; what is not known is a dash."""
+    row = evaluate.Quality(27, -245.9, 237.3, 25.7, 0.85, 0.92, -3.14, 0.43, 1.29)._asdict()
+    (_, *cells), (_, *unknown) = evaluate.quality_rows({"a": row, "b": row | {"copying": None}})
+    assert cells == ["27", "−246 ± 237", "26 HU", "0.850", "0.920", "−3.1", "0.430", "1.29"]
+    assert unknown[5] == "–"
 
 
 def test_selection_sentence__says_which_it_prefers():

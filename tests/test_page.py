@@ -292,7 +292,8 @@ def test_worst_errors__one_flip_of_a_nodule_and_the_worst_first():
     second = np.full(8, 0.3)
     scores = np.concatenate([first, second, [0.6, 0.2, 0.99, 0.5]])
     test = evaluate.Scored(labels, evaluate.flip_weights(labels), np.zeros(20, int), {"real": scores[None]})
-    assert evaluate.worst_errors(test, "real") == {"false positive": [18, 16], "false negative": [3, 8]}
+    places = evaluate.number_places(np.repeat(np.arange(6), [8, 8, 1, 1, 1, 1])[:, None])
+    assert evaluate.worst_errors(test, "real", places) == {"false positive": [18, 16], "false negative": [3, 8]}
 
 
 def test_thresholds_of__the_middle_one_is_a_half():
