@@ -73,6 +73,7 @@ MORE = (
     "train_gan.accumulate",
     "train_gan.mean_terms",
     "train_classifier.f1_score",
+    "evaluate.read_in_parts",
     "evaluate.nearest_training",
     "evaluate.ratio",
     "evaluate.metrics",

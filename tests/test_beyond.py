@@ -733,7 +733,7 @@ def test_rule_beyond_quality_flips__copies_in_any_flip_are_caught(tmp_path):
         assert one[kind].copying == other[kind].copying
 
 
-def test_seen_by_gan__all_eight_flips_where_cubes_were_split_too(tmp_path):
+def test_eq_beyond_copy_ratio__all_eight_flips_where_cubes_were_split_too(tmp_path):
     """The GAN draws any flip of a training nodule: a copy of one that lies in the test set is a copy."""
     dataset = write_cubes(tmp_path, {"train": blobs(30, 1), "validation": blobs(2, 2), "test": blobs(30, 3)})
     is_in_split = np.zeros((30, 8), bool)
@@ -746,7 +746,7 @@ def test_seen_by_gan__all_eight_flips_where_cubes_were_split_too(tmp_path):
 
 
 @pytest.mark.parametrize("most", [1, 3, 5, 2048])
-def test_seen_by_gan__negatives_as_they_are(tmp_path, monkeypatch, most):
+def test_eq_beyond_copy_ratio__negatives_as_they_are(tmp_path, monkeypatch, most):
     """Evenly chosen where there are many; those that others are compared with are among them."""
     monkeypatch.setattr(evaluate, "MOST_NEGATIVES", most)
     dataset = small_run(tmp_path)
@@ -757,7 +757,7 @@ def test_seen_by_gan__negatives_as_they_are(tmp_path, monkeypatch, most):
     assert not evaluate.are_new(references, rows).any()
 
 
-def test_assess_class__nodules_that_the_gan_has_seen_are_no_scale_for_copies(tmp_path):
+def test_eq_beyond_copying_test__nodules_that_the_gan_has_seen_are_no_scale(tmp_path):
     """With --split cube a test nodule may be in the training set, in another flip: C_T is taken from the new ones."""
     training = blobs(30, 1)
     dataset = write_cubes(tmp_path, {"train": training, "validation": blobs(2, 2), "test": blobs(30, 3)})
