@@ -58,6 +58,16 @@ def nearest_neighbours(queries, references):
     return indices, distances[np.arange(len(indices)), indices]
 
 
+def read_in_parts(dataset, rows, flips, size):
+    """The cubes at `rows` and `flips`, `size` at a time: start and cubes (n, c, c, c), n ≤ size.
+
+    start: the place of the first of them in `rows`.
+    """
+    for start in range(0, len(rows), size):
+        part = slice(start, start + size)
+        yield start, preprocessing.read_cubes(dataset, rows[part], flips[part])[:, 0]
+
+
 def nearest_training(queries, dataset, rows, flips, size=128):
     """nearest_neighbours of queries (n, c, c, c) among the dataset's cubes at `rows` and `flips`.
 
@@ -66,16 +76,14 @@ def nearest_training(queries, dataset, rows, flips, size=128):
     nearest = np.zeros(len(queries), int)
     smallest = np.full(len(queries), np.inf)
     progress = lungaug.Progress("nearest neighbours", len(rows))
-    for start in range(0, len(rows), size):
-        chunk = slice(start, start + size)
-        cubes = preprocessing.read_cubes(dataset, rows[chunk], flips[chunk])[:, 0]
+    for start, cubes in read_in_parts(dataset, rows, flips, size):
         indices, distances = nearest_neighbours(queries, cubes)
 
         # Keep what is nearer than everything before.
         nearer = distances < smallest
         nearest[nearer] = start + indices[nearer]
         smallest[nearer] = distances[nearer]
-        progress.update(min(start + size, len(rows)))
+        progress.update(start + len(cubes))
     return nearest, smallest
 
 
@@ -168,7 +176,9 @@ TABLES = {
 }
 # The control of Table 3, which the thesis lacks: real data, in as many steps as the mixed data.
 CONTROL = ("longer", "Control: real data, trained for as many steps as Table 3's")
-TRAINED_ARMS = ("real", "longer", "mixed", "fake")      # the critic's head is not trained again
+# The critic's head is an arm, too, but is not trained again.
+TRAINED_ARMS = ("real", "longer", "mixed", "fake")
+CLASS_NAMES = {1: "positive", 0: "negative"}
 
 
 class CriticHead(torch.nn.Module):
@@ -226,23 +236,72 @@ def load_classifier(path, dataset, classes, remedy, again):
     return classifier
 
 
+def read_generated(run, gan_crc32):
+    """What 4.3 records of each class that it generated: {"positive": {"accepted", …}, "negative"}.
+
+    Raises Refusal where the record is missing or damaged, or where another GAN made the cubes:
+    gan_crc32 is the CRC-32 of this one's checkpoint.
+    """
+    path = run / "classifiers" / "generated" / "generated.json"
+    record = lungaug.read_json(path, f"run python train_classifier.py --run {run} first")
+    remedy = (f"run python train_classifier.py --run {run} --overwrite, which generates again and "
+              "keeps the GAN")
+    with lungaug.refuse_on_error(path, remedy):
+        lungaug.require_settings(path, record["settings"], {"gan_crc32": gan_crc32}, remedy)
+        classes = record["classes"]
+        for name in CLASS_NAMES.values():
+            is_counted = type(classes[name]["accepted"]) is int
+            check(is_counted, path, f"does not say how many {name}s were accepted", remedy)
+    return classes
+
+
 def has_cubes(arm, classes):
-    """Whether the GAN made cubes of each class that an arm takes from it, as 4.3's record says."""
+    """Whether the GAN made cubes of each class that an arm takes from it; of `read_generated`."""
     names = ["positive", "negative"] if arm == "fake" else ["positive"]
     return all(classes[name]["accepted"] > 0 for name in names)
 
 
+def trained_arms(run, classes):
+    """The arms that were trained, or should have been; classes: of `read_generated`.
+
+    An arm for which the GAN made nothing was not trained.
+    """
+    arms = []
+    for arm in TRAINED_ARMS:
+        path = lungaug.arm_folder(run, arm, 1) / "checkpoint.pt"
+        if arm == "real" or path.exists() or has_cubes(arm, classes):
+            arms.append(arm)
+    return arms
+
+
+def count_epochs(run, arm, repeat):
+    """For how many epochs a classifier has been trained, by its log; None where there is none."""
+    folder = lungaug.arm_folder(run, arm, repeat)
+    if not (folder / "checkpoint.pt").exists():
+        return None
+    return len(lungaug.read_log(folder / "log.jsonl"))
+
+
+def require_equal_epochs(run, arms):
+    """Raise Refusal unless the first repeat of these arms has been trained for as many epochs.
+
+    The control `longer` is one only while it takes as many steps as `mixed`.
+    """
+    counts = {arm: count_epochs(run, arm, 1) for arm in arms}
+    # One that is missing is told when it is loaded.
+    counts = {arm: count for arm, count in counts.items() if count is not None}
+    longest = max(counts, key=counts.get, default=None)
+    for arm, count in counts.items():
+        check(count == counts[longest], lungaug.arm_folder(run, arm, 1),
+              f"has been trained for {count} epochs, and the arm {longest} for {counts[longest]}",
+              f"run python train_classifier.py --run {run} --epochs {counts[longest]}, until it "
+              "ends")
+
+
 def is_repeat_whole(run, arms, repeat):
-    """Whether each of these arms has been trained for as many epochs as in the first repeat."""
-    for arm in arms:
-        folder = lungaug.arm_folder(run, arm, repeat)
-        first = lungaug.arm_folder(run, arm, 1)
-        n_epochs = len(lungaug.read_log(folder / "log.jsonl"))
-        if not (folder / "checkpoint.pt").exists():
-            return False
-        if n_epochs != len(lungaug.read_log(first / "log.jsonl")):
-            return False
-    return True
+    """Whether each of these arms has been trained for as many epochs as `real` at first."""
+    counts = [count_epochs(run, arm, repeat) for arm in arms]
+    return None not in counts and set(counts) == {count_epochs(run, "real", 1)}
 
 
 def count_repeats(run, arms):
@@ -253,7 +312,7 @@ def count_repeats(run, arms):
 
     left_out = lungaug.arm_folder(run, "real", repeats + 1)
     if (left_out / "checkpoint.pt").exists():
-        print(f"{left_out}: not counted, as some arm has not the epochs of the first repeat; run "
+        print(f"{left_out}: not counted, as an arm has fewer epochs than in the first repeat; run "
               f"python train_classifier.py --run {run} with --repeats {repeats + 1} or more.")
     return repeats
 
@@ -264,30 +323,21 @@ def load_networks(run, dataset, device):
     Arms that were not trained are missing; there is one critic. All must come from this dataset and
     from one GAN: others may have been trained on cubes that are in the test set here.
     """
-    # Read the record of the generated cubes, and which GAN made them.
+    # Load the critic, and read what its GAN has generated.
     gan = run / "gan" / "checkpoint.pt"
     gan_crc32 = lungaug.file_crc32(gan, f"run python train_gan.py --run {run} first")
-    generated_json = run / "classifiers" / "generated" / "generated.json"
-    remedy = f"run python train_classifier.py --run {run} first"
-    generated = lungaug.read_json(generated_json, remedy)
-    with lungaug.refuse_on_error(generated_json, remedy):
-        generated_settings = generated["settings"]
-        classes = generated["classes"]
-
-    # Load the GAN first: what was made with one of other scans is of no use, either.
     critic = load_critic(gan, dataset, f"run python train_gan.py --run {run} --overwrite")
+    classes = read_generated(run, gan_crc32)
 
-    # An arm for which the GAN made nothing was not trained.
-    arms = []
-    for arm in TRAINED_ARMS:
-        path = run / "classifiers" / arm / "checkpoint.pt"
-        if arm == "real" or path.exists() or has_cubes(arm, classes):
-            arms.append(arm)
+    # Choose the arms and the repeats that can be compared.
+    arms = trained_arms(run, classes)
+    require_equal_epochs(run, arms)
+    repeats = count_repeats(run, arms)
 
-    # Load each arm, repeat by repeat.
+    # Load their classifiers.
+    remedy = f"run python train_classifier.py --run {run} first"
     again = (f"run python train_classifier.py --run {run} --overwrite, which generates again and "
              "keeps the GAN")
-    repeats = count_repeats(run, arms)
     networks = {}
     for arm in arms:
         made_with = None if arm == "real" else classes
@@ -297,10 +347,9 @@ def load_networks(run, dataset, device):
             classifier = load_classifier(path, dataset, made_with, remedy, again)
             networks[arm].append(classifier.to(memory_format=memory_layout(device)))
     networks["critic"] = [critic]
-    lungaug.require_settings(generated_json, generated_settings, {"gan_crc32": gan_crc32}, again)
-    for of_arm in networks.values():
-        for network in of_arm:
-            network.eval().to(device)
+
+    for network in itertools.chain.from_iterable(networks.values()):
+        network.eval().to(device)
     return networks
 
 
@@ -310,23 +359,27 @@ def predict_labels(probabilities):
 
 
 class Scored(NamedTuple):
-    """A split's cubes, and the probability ŷ(positive) that each classifier gives them."""
-    labels: np.ndarray      # (n,), 1 = positive
-    weights: np.ndarray     # (n,), of `flip_weights`
-    scans: np.ndarray       # (n,), the number of each cube's scan, from 0 on
-    scores: dict            # arm → (repeats, n)
+    """A split's cubes, and the probability ŷ(positive) that each classifier gives them.
+
+    labels: (n,), 1 = positive; weights: (n,), of `flip_weights`; scans: (n,), the number of each
+    cube's scan, from 0 on; scores: arm → (repeats, n).
+    """
+    labels: np.ndarray
+    weights: np.ndarray
+    scans: np.ndarray
+    scores: dict
 
 
 def score_split(networks, dataset, split, device):
     """Scored: the cubes of a split, scored by each network; networks: of `load_networks`."""
     rows, flips, labels = preprocessing.labelled(dataset, split)
-    in_turn = [network for of_arm in networks.values() for network in of_arm]
+    every_network = list(itertools.chain.from_iterable(networks.values()))
 
     def read_cubes(numbers):
         return preprocessing.read_cubes(dataset, rows[numbers], flips[numbers])
 
     def probabilities(cubes):
-        columns = [network(cubes).softmax(1)[:, 1] for network in in_turn]
+        columns = [network(cubes).softmax(1)[:, 1] for network in every_network]
         return torch.stack(columns, dim=1)      # (n, networks)
 
     # Every network scores a cube while it is in memory.
@@ -335,12 +388,18 @@ def score_split(networks, dataset, split, device):
     columns = columns.astype(float)
     scores = {}
     first = 0
-    for arm, of_arm in networks.items():
-        scores[arm] = columns[first:first + len(of_arm)]
-        first += len(of_arm)
+    for arm, networks_of_arm in networks.items():
+        scores[arm] = columns[first:first + len(networks_of_arm)]
+        first += len(networks_of_arm)
 
     _, scans = np.unique(rows[:, 0], return_inverse=True)
     return Scored(labels, flip_weights(labels, rows), scans, scores)
+
+
+def centre_mm(dataset, row):
+    """Where a row (scan, z, y, x) of the dataset is: (x, y, z) in mm, (3,)."""
+    scan, *voxel = row
+    return np.array(dataset.info["scans"][scan]["origin"]) + voxel[::-1]
 
 
 def write_scores(path, dataset, scores):
@@ -351,19 +410,19 @@ def write_scores(path, dataset, scores):
     """
     rows, flips, labels = preprocessing.labelled(dataset, "test")
     columns = {}
-    for arm, of_arm in scores.items():
-        for repeat, probabilities in enumerate(of_arm, 1):
-            columns[arm if repeat == 1 else f"{arm}_{repeat}"] = probabilities
+    for arm, repeats in scores.items():
+        columns[arm] = repeats[0]
+        for repeat, probabilities in enumerate(repeats[1:], 2):
+            columns[f"{arm}_{repeat}"] = probabilities
 
     text = io.StringIO()
     table = csv.writer(text, lineterminator="\n")
     table.writerow(["seriesuid", "x", "y", "z", "flip", "label", *columns])
-    for i, (scan, *voxel) in enumerate(rows.tolist()):
-        info = dataset.info["scans"][scan]
-        centre = np.array(info["origin"]) + voxel[::-1]
-        centre_text = [f"{coordinate:.2f}" for coordinate in centre]
+    for i, row in enumerate(rows.tolist()):
+        seriesuid = dataset.info["scans"][row[0]]["seriesuid"]
+        centre_text = [f"{coordinate:.2f}" for coordinate in centre_mm(dataset, row)]
         score_text = [f"{probabilities[i]:.9g}" for probabilities in columns.values()]
-        table.writerow([info["seriesuid"], *centre_text, flips[i], labels[i], *score_text])
+        table.writerow([seriesuid, *centre_text, flips[i], labels[i], *score_text])
     lungaug.write(path, text.getvalue())
 
 
@@ -372,8 +431,11 @@ def spread(values):
     return float(np.std(values, ddof=1)) if len(values) > 1 else math.nan
 
 
-def as_json(confusions):
-    """Confusions of the repeats, and their Metrics: means, and the spread of each metric."""
+def summarize_repeats(confusions):
+    """The mean Confusion of the repeats, their mean Metrics, and the spread of each metric.
+
+    Returns {"confusion", "metrics", "spread"}, each {name: number}.
+    """
     counts = {}
     for name in Confusion._fields:
         values = [getattr(confusion, name) for confusion in confusions]
@@ -411,14 +473,14 @@ def table_of(arm, title, test):
             predictions = predict_labels(scores)
             with_flips.append(confusion_matrix(test.labels, predictions))
             once.append(confusion_matrix(test.labels, predictions, test.weights))
-        table["flips"] = as_json(with_flips)
-        table["nodules"] = as_json(once)
+        table["flips"] = summarize_repeats(with_flips)
+        table["nodules"] = summarize_repeats(once)
     return table
 
 
 def tables(test):
     """Tables 2–5 as results.json holds them, each beside the thesis'; test: Scored."""
-    return {number: table_of(arm, title, test) | {"thesis": as_json([thesis])}
+    return {number: table_of(arm, title, test) | {"thesis": summarize_repeats([thesis])}
             for number, (arm, title, thesis) in TABLES.items()}
 
 
@@ -440,27 +502,45 @@ def table_title(number, table):
     return title
 
 
+def table_cell(summary, name):
+    """A cell of Tables 2–5: a count or a metric of `summarize_repeats`; – where there is none."""
+    if summary is None:
+        return "–"
+    if name in summary["confusion"]:
+        return format_count(summary["confusion"][name])
+    return format_spread(summary["metrics"][name], summary["spread"][name])
+
+
 TABLE_HEAD = ("", "with eight flips", "each nodule once", "thesis")
 TABLE_COLUMNS = ("flips", "nodules", "thesis")
+# The rows of Tables 2–5: the name of each field of Confusion and Metrics on the page.
+TABLE_ROWS = {
+    "tp": "TP",
+    "fp": "FP",
+    "fn": "FN",
+    "tn": "TN",
+    "sensitivity": "sensitivity",
+    "specificity": "specificity",
+    "precision": "precision",
+    "f1": "F1",
+}
 
 
 def table_cells(table):
     """One of Tables 2–5 as rows of text; – where there is no number."""
     columns = [table.get(column) for column in TABLE_COLUMNS]
-    rows = []
-    for name in Confusion._fields:
-        cells = [format_count(column["confusion"][name]) if column else "–" for column in columns]
-        rows.append((name.upper(), *cells))
-    for name in Metrics._fields:
-        cells = [format_spread(column["metrics"][name], column["spread"][name]) if column else "–"
-                 for column in columns]
-        rows.append((name.upper() if name == "f1" else name, *cells))
-    return rows
+    return [(title, *[table_cell(column, name) for column in columns])
+            for name, title in TABLE_ROWS.items()]
 
 
 def format_count(value):
     """A count, with one decimal where it is no whole number: the mean of repeats, or of flips."""
     return f"{value:,.1f}".removesuffix(".0")
+
+
+def with_minus(text):
+    """A text of numbers with minus signs in place of hyphens, as tables show them."""
+    return text.replace("-", "−")
 
 
 def format_spread(mean, deviation):
@@ -490,28 +570,16 @@ def flip_weights(labels, rows=None):
     return weights
 
 
-def roc_auc(labels, scores):
-    """P(s₊ > s₋) + ½·P(s₊ = s₋), over pairs of a positive and a negative   [eq_beyond_roc_auc]
-
-    The area under the ROC curve (Hanley and McNeil 1982). labels: (n,), 1 = positive; scores: (n,).
-    nan where a class is missing.
-    """
-    labels = np.asarray(labels, bool)
-    n_positives = labels.sum()
-    n_negatives = len(labels) - n_positives
-
-    # Of equal scores each gets the mean of their ranks: a tie counts half.
-    rank_sum = stats.rankdata(scores)[labels].sum()
-    smallest_sum = n_positives * (n_positives + 1) / 2
-    return float(ratio(rank_sum - smallest_sum, n_positives * n_negatives))
-
-
 class Counts(NamedTuple):
-    """What is called positive at each threshold, at which a score is positive from it on."""
-    thresholds: np.ndarray      # (k,), the scores that occur, falling
-    tp: np.ndarray              # (k,), weights of the positives and of the negatives called so
+    """Weights of the positives (tp) and of the negatives (fp) with a score ≥ each threshold.
+
+    thresholds: (k,), the scores that occur, falling; tp, fp: (k,); positives, negatives: the weight
+    of all of them.
+    """
+    thresholds: np.ndarray
+    tp: np.ndarray
     fp: np.ndarray
-    positives: float            # weight of all
+    positives: float
     negatives: float
 
 
@@ -534,6 +602,23 @@ def count_at_thresholds(labels, scores, weights=None):
                   (weights * ~labels).sum())
 
 
+def roc_auc(labels, scores, weights=None):
+    """Σ w₊·w₋·([s₊ > s₋] + ½·[s₊ = s₋]) / (Σ w₊ · Σ w₋), over pairs   [eq_beyond_roc_auc]
+
+    A pair is a positive and a negative: how often does the positive have the higher score? The area
+    under the ROC curve (Hanley and McNeil 1982). labels: (n,), 1 = positive; scores: (n,); weights
+    w: (n,), 1 each where they are not given. nan where a class is missing.
+    """
+    counts = count_at_thresholds(labels, scores, weights)
+    tp_steps = np.diff(counts.tp, prepend=0)
+    fp_steps = np.diff(counts.fp, prepend=0)
+
+    # Of the negatives, those with a lower score than the positives of this step, and half of those
+    # with the same one.
+    outranked = counts.negatives - counts.fp + fp_steps / 2
+    return float(ratio((tp_steps * outranked).sum(), counts.positives * counts.negatives))
+
+
 def average_precision(labels, scores, weights=None):
     """Σₖ (Rₖ − Rₖ₋₁)·Pₖ over falling thresholds   [eq_beyond_average_precision]
 
@@ -549,17 +634,30 @@ def average_precision(labels, scores, weights=None):
     return float((steps * precisions).sum())
 
 
-def sensitivity_at(labels, scores, rate):
+def roc_curve(labels, scores, rates, weights=None):
+    """`sensitivity_at` each of several rates of false positives, (k,).
+
+    The scores are sorted once for all rates.
+    """
+    rates = np.asarray(rates, float)
+    counts = count_at_thresholds(labels, scores, weights)
+    if counts.positives == 0 or counts.negatives == 0:
+        return np.full(len(rates), math.nan)
+
+    # From threshold to threshold more is called positive: the last one allowed finds the most.
+    n_allowed = np.searchsorted(counts.fp, rates * counts.negatives, side="right")
+    most = np.append(0, counts.tp)[n_allowed]
+    return most / counts.positives
+
+
+def sensitivity_at(labels, scores, rate, weights=None):
     """max TP/(TP + FN) over thresholds with FP/(FP + TN) ≤ rate   [rule_beyond_sensitivity_at]
 
-    labels: (n,), 1 = positive; scores: (n,). nan where a class is missing.
+    labels: (n,), 1 = positive; scores: (n,); weights: (n,), 1 each where they are not given. nan
+    where a class is missing.
     """
-    counts = count_at_thresholds(labels, scores)
-    if counts.positives == 0 or counts.negatives == 0:
-        return math.nan
-    is_allowed = counts.fp <= rate * counts.negatives
-    most = counts.tp[is_allowed].max(initial=0)
-    return float(most / counts.positives)
+    sensitivities = roc_curve(labels, scores, [rate], weights)
+    return float(sensitivities[0])
 
 
 def best_threshold(labels, scores, weights):
@@ -652,7 +750,7 @@ def measure(test, scores):
         return f1(confusion_matrix(test.labels[cubes], predictions[cubes], test.weights[cubes]))
 
     def auc_of(cubes):
-        return roc_auc(test.labels[cubes], scores[cubes])
+        return roc_auc(test.labels[cubes], scores[cubes], test.weights[cubes])
 
     everything = np.ones(len(scores), bool)
     return Measured(
@@ -665,16 +763,18 @@ def measure(test, scores):
 
 def measure_arms(test):
     """arm → the Measured of each of its repeats; test: Scored."""
-    return {arm: [measure(test, scores) for scores in of_arm]
-            for arm, of_arm in test.scores.items()}
+    return {arm: [measure(test, scores) for scores in repeats]
+            for arm, repeats in test.scores.items()}
 
 
 def compare(measured, arm, other):
-    """One arm minus another, in F1 and in AUC, with a 95% interval over scans, as JSON holds them.
+    """One arm minus another, in F1 and in AUC, each with a 95% interval over scans.
 
     measured: of `measure_arms`. Each difference is the mean over repeats, which are paired by their
-    seeds; so is each scan's influence. `spread` is the standard deviation of the difference over
-    repeats.
+    seeds; so is each scan's influence. The interval is for these trainings: it says what other test
+    scans would give. What other trainings would give is not in it: `spread`, the standard deviation
+    of the difference over repeats, shows that. Returns {"f1": …, "auc": …}, each {"difference",
+    "low", "high", "spread"}.
     """
     pairs = list(zip(measured[arm], measured[other]))
     result = {}
@@ -701,16 +801,18 @@ def compare_arms(measured):
 
 def format_difference(row):
     """A difference with its interval: −0.022 [−0.045, 0.002]."""
-    difference, low, high = [lungaug.format_number(row[name], keep_sign=True).replace("-", "−")
-                             for name in ("difference", "low", "high")]
-    return f"{difference} [{low}, {high}]"
+    numbers = [lungaug.format_number(row[name], keep_sign=True)
+               for name in ("difference", "low", "high")]
+    return with_minus(f"{numbers[0]} [{numbers[1]}, {numbers[2]}]")
 
 
 def verdict(differences, n_scans, n_nodules):
     """Whether mixing in generated nodules is shown to help, in one sentence   [rule_beyond_verdict]
 
     differences: of `compare_arms`. Shown to help only where the interval of mixed − longer lies
-    above 0 in F1 and in AUC: against real alone, the longer training would count as a gain.
+    above 0 in F1 and in AUC: against real alone, the longer training would count as a gain. Where
+    one of them lies below 0, the sentence says in what mixed is lower. The intervals are over test
+    scans, for these trainings; see `compare`.
     """
     fair = differences.get("mixed - longer")
     if fair is None:
@@ -718,8 +820,11 @@ def verdict(differences, n_scans, n_nodules):
 
     is_shown = all(row["low"] > 0 for row in fair.values())
     start = "Shown to help" if is_shown else "Not shown to help"
+    lower = [name.upper() for name, row in fair.items() if row["high"] < 0]
+    if lower:
+        start += f" (lower in {' and '.join(lower)})"
     return (f"{start}: mixed − longer is {format_difference(fair['f1'])} in F1 and "
-            f"{format_difference(fair['auc'])} in AUC (95% intervals; "
+            f"{format_difference(fair['auc'])} in AUC (95% intervals for these trainings; "
             f"{preprocessing.counted(n_scans, 'test scan')} with "
             f"{preprocessing.counted(n_nodules, 'nodule')}).")
 
@@ -733,21 +838,21 @@ def f1_above(test, scores, threshold):
     return f1(confusion_matrix(test.labels, scores > threshold, test.weights))
 
 
-def operating_points(test, scores, validation_threshold, prevalence):
+def operating_points(test, scores, measured, validation_threshold, prevalence):
     """What one classifier reaches on the test set: {name: value}. Each nodule counts once.
 
-    scores: (n,); validation_threshold: of `best_threshold`; prevalence: π, of the training set. No
-    threshold of F1 depends on the test set.
+    scores: (n,); measured: of `measure`; validation_threshold: of `best_threshold`; prevalence: π,
+    of the training set. No threshold of F1 depends on the test set.
     """
     row = {
-        "f1_argmax": f1_above(test, scores, 0.5),
+        "f1_argmax": measured.f1,
         "f1_validation": f1_above(test, scores, validation_threshold),
         "f1_prior": f1_above(test, scores, prior_threshold(prevalence)),
-        "auc": roc_auc(test.labels, scores),
+        "auc": measured.auc,
         "average_precision": average_precision(test.labels, scores, test.weights),
     }
     for rate in FALSE_POSITIVE_RATES:
-        row[f"sensitivity_at_{rate}"] = sensitivity_at(test.labels, scores, rate)
+        row[f"sensitivity_at_{rate}"] = sensitivity_at(test.labels, scores, rate, test.weights)
     return row
 
 
@@ -762,12 +867,12 @@ def chosen_threshold(arm, repeat, test, validation):
 def summarize_arm(arm, test, validation, measured, prevalence):
     """`operating_points` of an arm: {name: {"mean", "spread"}} over its repeats.
 
-    measured: of `measure_arms`, for the intervals of F1 and AUC.
+    measured: of `measure_arms`.
     """
     rows = []
     for repeat, scores in enumerate(test.scores[arm]):
         threshold = chosen_threshold(arm, repeat, test, validation)
-        rows.append(operating_points(test, scores, threshold, prevalence))
+        rows.append(operating_points(test, scores, measured[arm][repeat], threshold, prevalence))
 
     summary = {}
     for name in rows[0]:
@@ -776,8 +881,8 @@ def summarize_arm(arm, test, validation, measured, prevalence):
 
     # F1 and AUC have an interval over the scans, too.
     for name, entry in (("f1", summary["f1_argmax"]), ("auc", summary["auc"])):
-        of_repeats = [getattr(row, f"{name}_influences") for row in measured[arm]]
-        influences = np.mean(of_repeats, axis=0)
+        repeats = [getattr(row, f"{name}_influences") for row in measured[arm]]
+        influences = np.mean(repeats, axis=0)
         low, high = t_interval(entry["mean"], influences)
         # Neither can be below 0 or above 1. nan stays.
         entry["low"] = float(np.maximum(low, 0))
@@ -855,12 +960,10 @@ def distances_to_training(kinds, dataset, rows, flips, size=128):
     kinds: kind → cubes (n, c, c, c). `size` training cubes are in memory at a time.
     """
     parts = {kind: [] for kind in kinds}
-    for start in range(0, len(rows), size):
-        chunk = slice(start, start + size)
-        training = preprocessing.read_cubes(dataset, rows[chunk], flips[chunk])[:, 0]
+    for _, training in read_in_parts(dataset, rows, flips, size):
         for kind, cubes in kinds.items():
             parts[kind].append(pairwise_distances(cubes, training))
-    return {kind: np.concatenate(of_kind, axis=1) for kind, of_kind in parts.items()}
+    return {kind: np.concatenate(blocks, axis=1) for kind, blocks in parts.items()}
 
 
 def copy_ratio(distances):
@@ -881,7 +984,7 @@ def copying_test(generated, held_out):
     C_T of Meehan, Chaudhuri and Dasgupta (2020), with the class as its only cell. generated L(q),
     held_out L(p): distances to the nearest training cube, (n,), (m,). Far below 0, about -3, where
     generated cubes lie nearer to the training set than held-out ones do: copies. Far above 0 where
-    they lie farther away.
+    they lie farther away. nan without held-out ones, as where each of them was trained on, too.
     """
     n = len(generated)
     m = len(held_out)
@@ -897,6 +1000,7 @@ def two_sample_accuracy(cubes, references):
 
     Leave-one-out 1-nearest-neighbour accuracy (Lopez-Paz and Oquab 2017). cubes, references:
     (n, c, c, c), as many of each. ½ where both are alike, 1 where they are apart, 0 for copies.
+    Of one and the same fault it rises a little with n: compare sets of one size.
     """
     union = np.concatenate([cubes, references], dtype=float)
     is_reference = np.arange(len(union)) >= len(cubes)
@@ -926,48 +1030,56 @@ def frechet_distance(features, references):
 
 
 class Quality(NamedTuple):
-    """A row of the table of quality: n cubes of a kind against training cubes of their class."""
+    """A row of the table of quality: n cubes of a kind against training cubes of their class.
+
+    centre_hu, centre_spread: mean and standard deviation over the cubes. profile_difference: in HU.
+    copying: C_T.
+    """
     n: int
-    centre_hu: float            # mean and standard deviation over the cubes
+    centre_hu: float
     centre_spread: float
-    profile_difference: float   # HU
+    profile_difference: float
     called_positive: float
     copy_ratio: float
-    copying: float              # C_T
+    copying: float
     two_sample: float
     frechet: float
 
 
-class Scale(NamedTuple):
-    """What the cubes of a class are held against: real ones, as n of each kind as there are."""
-    references: np.ndarray          # (n, c, c, c), training cubes without flips
-    held_out_nearest: np.ndarray    # (k,), from each held-out cube to the nearest training cube
-    n_frechet: int                  # how many cubes the Fréchet distance takes
+class RealCubes(NamedTuple):
+    """The real cubes that generated ones are compared with.
+
+    references: (n, c, c, c), training cubes, each nodule in one of its flips. reference_features:
+    (k, 64), the classifier's, of as many of them as the Fréchet distance takes. held_out_nearest:
+    (j,), from each held-out cube that the GAN has not seen to the nearest training cube.
+    """
+    references: np.ndarray
+    reference_features: np.ndarray
+    held_out_nearest: np.ndarray
 
 
-def assess(cubes, distances, scale, classifier, device):
-    """The Quality of cubes (n, c, c, c) in [-1, 1], by the real-trained classifier and a Scale.
+def assess(cubes, distances, real, classifier, device):
+    """The Quality of cubes (n, c, c, c) in [-1, 1], by the real-trained classifier and RealCubes.
 
-    distances: (n, m) to all training cubes of the class, positives with their flips.
+    distances: (n, m) to the training cubes of the class, of `seen_by_gan`.
     """
     mean, deviation = radial_profile(cubes)
     probabilities, features = classify(classifier, cubes, device)
-    references = evenly_chosen(scale.references, scale.n_frechet)
-    _, reference_features = classify(classifier, references, device)
 
     # Compare as many cubes of either set.
-    n_pairs = min(len(cubes), len(scale.references))
+    n_pairs = min(len(cubes), len(real.references))
+    n_features = len(real.reference_features)
     return Quality(
         n=len(cubes),
         centre_hu=float(mean[0]),
         centre_spread=float(deviation[0]),
-        profile_difference=profile_difference(cubes, scale.references),
+        profile_difference=profile_difference(cubes, real.references),
         called_positive=share_called_positive(probabilities),
         copy_ratio=copy_ratio(distances),
-        copying=copying_test(distances.min(axis=1), scale.held_out_nearest),
+        copying=copying_test(distances.min(axis=1), real.held_out_nearest),
         two_sample=two_sample_accuracy(evenly_chosen(cubes, n_pairs),
-                                       evenly_chosen(scale.references, n_pairs)),
-        frechet=frechet_distance(evenly_chosen(features, scale.n_frechet), reference_features),
+                                       evenly_chosen(real.references, n_pairs)),
+        frechet=frechet_distance(evenly_chosen(features, n_features), real.reference_features),
     )
 
 
@@ -976,11 +1088,13 @@ def evenly_chosen(items, most):
     return items[lungaug.evenly(len(items), most)]
 
 
+def reader(cubes):
+    """The function that `lungaug.predict` reads cubes (n, c, c, c) in [-1, 1] with."""
+    return lambda numbers: np.float32(cubes[numbers])[:, None]
+
+
 def classify(classifier, cubes, device):
     """The probabilities ŷ(positive) (n,) and the features (n, 64) that a classifier gives cubes."""
-    def read(numbers):
-        return np.float32(cubes[numbers])[:, None]
-
     *layers, last = classifier
 
     def outputs(x):
@@ -988,30 +1102,75 @@ def classify(classifier, cubes, device):
         probability = last(features).softmax(1)[:, 1:]
         return torch.cat([probability, features], dim=1)
 
-    both = lungaug.predict(outputs, read, len(cubes), device)
+    both = lungaug.predict(outputs, reader(cubes), len(cubes), device)
     return both[:, 0], both[:, 1:]
 
 
-MOST_CUBES = 256        # of one kind, that are assessed
-MOST_NEGATIVES = 2048   # training cubes to which negatives are compared; positives to all of theirs
-CLASS_NAMES = {1: "positive", 0: "negative"}
+# So many cubes of a kind are assessed.
+MOST_CUBES = 256
+# Negatives are compared with so many of the training set, positives with all of theirs.
+MOST_NEGATIVES = 2048
 
 
-def read_held_out(dataset, label, most):
-    """At most `most` test cubes of a class, a nodule once: (n, c, c, c) in [-1, 1]."""
+def seen_by_gan(dataset, label):
+    """The training cubes that a generated one may be a copy of: rows (m, 4) and flips (m,).
+
+    Nodules have all eight flips, with --split cube, too: `train_gan.draw_batch` draws any of them.
+    So a cube and its flips are equally far from the nearest. Of the negatives, which the GAN sees
+    as they are, at most MOST_NEGATIVES are taken, evenly chosen.
+    """
     if label == 1:
-        rows = dataset.positives["test"]
-        flips = preprocessing.first_flips(dataset, "test")
+        return preprocessing.with_flips(dataset.positives["train"])
+    rows = evenly_chosen(dataset.negatives["train"], MOST_NEGATIVES)
+    return rows, np.zeros(len(rows), int)
+
+
+def one_flip_each(dataset, split, seed):
+    """For each of a split's nodules one of its flips, drawn evenly   [rule_beyond_quality_flips]
+
+    The GAN is trained on flipped nodules, and generates such. With an even side c a flip moves the
+    centre from voxel c/2 to c/2 − 1: beside unflipped ones a perfect generator would fail. With
+    --split cube the flips are those that lie in the split. Returns (n,).
+    """
+    rng = lungaug.stream(seed, "quality flips", split)
+    is_in_split = np.ones((len(dataset.positives[split]), 8), bool)
+    if dataset.flips is not None:
+        is_in_split = dataset.flips[split]
+
+    # Draw a lot for each flip; the highest wins.
+    lots = np.where(is_in_split, rng.random(is_in_split.shape), -np.inf)
+    return lots.argmax(axis=1)
+
+
+def compared_with(dataset, label, split, seed):
+    """The real cubes that generated ones are compared with: rows (n, 4) and flips (n,).
+
+    At most MOST_CUBES of a class of a split, evenly chosen; each nodule once, in one of its flips.
+    """
+    if label == 1:
+        rows = dataset.positives[split]
+        flips = one_flip_each(dataset, split, seed)
+    elif split == "train":
+        # Of those to which distances are taken, so that a copy of one lies at 0.
+        rows, flips = seen_by_gan(dataset, label)
     else:
-        rows = dataset.negatives["test"]
+        rows = dataset.negatives[split]
         flips = np.zeros(len(rows), int)
-    chosen = lungaug.evenly(len(rows), most)
-    return preprocessing.read_cubes(dataset, rows[chosen], flips[chosen])[:, 0]
+    return evenly_chosen(rows, MOST_CUBES), evenly_chosen(flips, MOST_CUBES)
+
+
+def are_new(rows, seen):
+    """Which of the rows (n, 4) are not among the rows `seen` (m, 4): bool (n,)"""
+    seen = set(map(tuple, seen.tolist()))
+    return np.array([tuple(row) not in seen for row in rows.tolist()], bool)
 
 
 @torch.no_grad()
 def generate_unselected(generator, label, count, seed, device):
-    """Cubes of a class as the generator makes them, before any selection: (count, c, c, c)."""
+    """Cubes of a class as the generator makes them, before any selection.
+
+    Returns (count, c, c, c) in [-1, 1].
+    """
     noise = lungaug.torch_stream(seed, "quality", label)
     labels = torch.full((count,), label)
     latent = draw_latent(labels, noise)
@@ -1022,7 +1181,8 @@ def generate_unselected(generator, label, count, seed, device):
 def kinds_of_cubes(accepted, unselected, references, held_out, rng):
     """What is assessed of a class: kind → cubes (n, c, c, c). The last three are faults on purpose.
 
-    accepted, unselected: generated cubes; references, held_out: real ones; rng: for the noise.
+    accepted, unselected: generated cubes; references, held_out: real ones; each (n, c, c, c) in
+    [-1, 1], as what is returned is. rng: for the noise.
     """
     noise = rng.normal(references.mean(), references.std(), references.shape)
     return {
@@ -1041,10 +1201,7 @@ def score_selection(critic, classifier, cubes, device):
     Below 0 the critic's score prefers cubes that the real-trained classifier takes for worse.
     cubes: (n, c, c, c) in [-1, 1]. nan where either is constant.
     """
-    def read(numbers):
-        return np.float32(cubes[numbers])[:, None]
-
-    scores = lungaug.predict(lambda x: critic(x)[0], read, len(cubes), device)
+    scores = lungaug.predict(lambda x: critic(x)[0], reader(cubes), len(cubes), device)
     probabilities, _ = classify(classifier, cubes, device)
     if np.ptp(scores) == 0 or np.ptp(probabilities) == 0:
         return math.nan
@@ -1052,32 +1209,25 @@ def score_selection(critic, classifier, cubes, device):
 
 
 class Assessed(NamedTuple):
-    """What is known of the generated cubes of one class."""
-    qualities: dict             # kind → Quality
-    profiles: dict              # kind → mean and standard deviation of h(r), (c/2,) each
-    unselected: np.ndarray      # the cubes before selection, (n, c, c, c) in [-1, 1]
+    """What is known of the generated cubes of one class.
+
+    qualities: kind → Quality; profiles: kind → mean and standard deviation of h(r), (c/2,) each;
+    unselected: the cubes before selection, (n, c, c, c) in [-1, 1].
+    """
+    qualities: dict
+    profiles: dict
+    unselected: np.ndarray
 
 
 def assess_class(label, run, dataset, generator, classifier, seed, device):
     """Assessed: the cubes of one class; classifier: the real-trained one."""
     name = CLASS_NAMES[label]
 
-    # Choose the training cubes. They have the flips of the positives: a copy may be one.
-    rows, flips, labels = preprocessing.labelled(dataset, "train")
-    of_class = np.flatnonzero(labels == label)
-    if label == 0:
-        of_class = evenly_chosen(of_class, MOST_NEGATIVES)
-    rows = rows[of_class]
-    flips = flips[of_class]
-
-    # Read real ones to compare with, without flips. Where a split of cubes has left fewer than two
-    # of those in the training set, read them with the flips that are in it.
-    chosen = np.flatnonzero(flips == 0)
-    if len(chosen) < 2:
-        chosen = np.arange(len(flips))
-    chosen = evenly_chosen(chosen, MOST_CUBES)
-    references = preprocessing.read_cubes(dataset, rows[chosen], flips[chosen])[:, 0]
-    held_out = read_held_out(dataset, label, MOST_CUBES)
+    # Read real cubes to compare with, of the training set and of the test set.
+    reference_rows, reference_flips = compared_with(dataset, label, "train", seed)
+    references = preprocessing.read_cubes(dataset, reference_rows, reference_flips)[:, 0]
+    held_out_rows, held_out_flips = compared_with(dataset, label, "test", seed)
+    held_out = preprocessing.read_cubes(dataset, held_out_rows, held_out_flips)[:, 0]
 
     # Read and make the generated ones.
     path = run / "classifiers" / "generated" / f"{name}.npy"
@@ -1090,10 +1240,17 @@ def assess_class(label, run, dataset, generator, classifier, seed, device):
     # A mean or a covariance takes two cubes or more.
     kinds = {kind: cubes for kind, cubes in kinds.items() if len(cubes) > 1}
 
-    distances = distances_to_training(kinds, dataset, rows, flips)
+    # A test nodule that the GAN has seen, with --split cube, does not tell how near a new one lies.
+    seen_rows, seen_flips = seen_by_gan(dataset, label)
+    distances = distances_to_training(kinds, dataset, seen_rows, seen_flips)
     held_out_nearest = distances["held-out real"].min(axis=1)
-    scale = Scale(references, held_out_nearest, min(len(held_out), len(references)))
-    qualities = {kind: assess(cubes, distances[kind], scale, classifier, device)
+    held_out_nearest = held_out_nearest[are_new(held_out_rows, seen_rows)]
+
+    # The Fréchet distance of every kind is of as many cubes.
+    n_features = min(len(held_out), len(references))
+    _, features = classify(classifier, evenly_chosen(references, n_features), device)
+    real = RealCubes(references, features, held_out_nearest)
+    qualities = {kind: assess(cubes, distances[kind], real, classifier, device)
                  for kind, cubes in kinds.items()}
     profiles = {"real": radial_profile(references)}
     for kind in ("generated and accepted", "generated, before selection"):
@@ -1120,8 +1277,8 @@ def assess_generated(run, dataset, networks, seed, device):
     quality = {}
     profiles = {}
     for label, name in CLASS_NAMES.items():
-        of_class = dataset.positives if label == 1 else dataset.negatives
-        if len(of_class["test"]) < 2 or len(of_class["train"]) < 2:
+        rows = dataset.positives if label == 1 else dataset.negatives
+        if len(rows["test"]) < 2 or len(rows["train"]) < 2:
             continue
         assessed = assess_class(label, run, dataset, generator, classifier, seed, device)
         quality[name] = {kind: row._asdict() for kind, row in assessed.qualities.items()}
@@ -1135,20 +1292,24 @@ def assess_generated(run, dataset, networks, seed, device):
 # 4.1.1, 4.4.1 Figures 7 and 8: curves, SVG with strings
 
 COLOURS = ("#1f77b4", "#d62728", "#2ca02c", "#9467bd", "#ff7f0e", "#7f7f7f")
+# In pixels: the size of a chart, and where its plot lies, from the chart's left and top.
 CHART_WIDTH = 460
 CHART_HEIGHT = 270
-LEFT = 58               # of the plot in the chart, in pixels, from the chart's left
+LEFT = 58
 RIGHT = 446
 TOP = 38
 BOTTOM = 228
 
 
 class Line(NamedTuple):
-    """One line of a chart: its name, its points, and the band around it, if it has one."""
+    """One line of a chart: its name, its points, and the band around it, if it has one.
+
+    x, y: (n,); band: low (n,) and high (n,).
+    """
     name: str
-    x: list             # (n,)
-    y: list             # (n,)
-    band: tuple = None  # low (n,), high (n,)
+    x: list
+    y: list
+    band: tuple = None
 
 
 class Point(NamedTuple):
@@ -1369,36 +1530,42 @@ def alpha_marks(rows):
     return marks
 
 
+# The charts of figure 7: title, label of the y axis, and lines, each a name, a network and a term.
+GAN_CHARTS = (
+    ("Wasserstein distance estimate", "estimate",
+     [("f(real) − f(fake)", "critic", "wasserstein")]),
+    ("Auxiliary classification", "cross-entropy",
+     [("critic, reals and fakes", "critic", "auxiliary"),
+      ("generator, fakes", "generator", "auxiliary")]),
+    ("Gradient penalty", "penalty",
+     [("(‖∇f‖ − 1)²", "critic", "penalty")]),
+    ("Class accuracy of the critic", "accuracy",
+     [("on reals", "critic", "real_accuracy"),
+      ("on fakes", "critic", "fake_accuracy")]),
+)
+# With a line per run there is room for one term of the critic in each: title, label, term.
+GAN_CHARTS_OF_RUNS = (
+    ("Wasserstein distance estimate", "estimate", "wasserstein"),
+    ("Auxiliary classification of the critic", "cross-entropy", "auxiliary"),
+    ("Gradient penalty", "penalty", "penalty"),
+    ("Class accuracy of the critic on fakes", "accuracy", "fake_accuracy"),
+)
+
+
 def figure_7(rows):
     """The GAN log's rows as one SVG of four charts of smoothed curves with 95% bands."""
     marks = alpha_marks(rows)
-
-    def line(name, network, term):
-        return gan_line(name, rows, network, term)
-
-    def chart(title, lines, y_label):
-        return curves(title, lines, "epoch", y_label, marks=marks)
-
-    estimate = chart("Wasserstein distance estimate",
-                     [line("f(real) − f(fake)", "critic", "wasserstein")], "estimate")
-    auxiliary = chart("Auxiliary classification",
-                      [line("critic, reals and fakes", "critic", "auxiliary"),
-                       line("generator, fakes", "generator", "auxiliary")], "cross-entropy")
-    penalty = chart("Gradient penalty", [line("(‖∇f‖ − 1)²", "critic", "penalty")], "penalty")
-    accuracy = chart("Class accuracy of the critic",
-                     [line("on reals", "critic", "real_accuracy"),
-                      line("on fakes", "critic", "fake_accuracy")], "accuracy")
-    return side_by_side([estimate, auxiliary, penalty, accuracy])
+    charts = []
+    for title, y_label, terms in GAN_CHARTS:
+        lines = [gan_line(name, rows, network, term) for name, network, term in terms]
+        charts.append(curves(title, lines, "epoch", y_label, marks=marks))
+    return side_by_side(charts)
 
 
 def figure_7_of_runs(logs):
     """Figure 7 of several runs in one SVG, a line per run; logs: name → the GAN log's rows."""
     charts = []
-    for title, term, y_label in (
-            ("Wasserstein distance estimate", "wasserstein", "estimate"),
-            ("Auxiliary classification of the critic", "auxiliary", "cross-entropy"),
-            ("Gradient penalty", "penalty", "penalty"),
-            ("Class accuracy of the critic on fakes", "fake_accuracy", "accuracy")):
+    for title, y_label, term in GAN_CHARTS_OF_RUNS:
         lines = [gan_line(name, rows, "critic", term) for name, rows in logs.items()]
         charts.append(curves(title, lines, "epoch", y_label))
     return side_by_side(charts)
@@ -1409,15 +1576,17 @@ def figure_8(logs):
 
     All charts have one y axis, so that their heights compare; the epoch that is kept is marked.
     """
-    of_arms = {}
+    arm_lines = {}
     for arm, rows in logs.items():
         epochs = [row["epoch"] for row in rows]
-        of_arms[arm] = [Line(name, epochs, [row[f"{name}_loss"] for row in rows])
-                        for name in ("train", "validation")]
-    y_range = y_limits(itertools.chain.from_iterable(of_arms.values()))
+        arm_lines[arm] = []
+        for name in ("train", "validation"):
+            losses = [row[f"{name}_loss"] for row in rows]
+            arm_lines[arm].append(Line(name, epochs, losses))
+    y_range = y_limits(itertools.chain.from_iterable(arm_lines.values()))
 
     charts = []
-    for arm, lines in of_arms.items():
+    for arm, lines in arm_lines.items():
         kept = kept_epoch(logs[arm])
         charts.append(curves(f"Classifier, {arm} data", lines, "epoch", "cross-entropy",
                              marks=[Mark(f"kept: {kept}", kept)], y_range=y_range))
@@ -1428,11 +1597,6 @@ def kept_epoch(rows):
     """The epoch of a classifier's log whose weights are kept, as `train_classifier.keep_best`."""
     best = max(rows, key=lambda row: (row["validation_f1"], -row["validation_loss"]))
     return best["epoch"]
-
-
-def roc_curve(labels, scores, rates):
-    """The sensitivity at each rate of false positives, (k,)."""
-    return [sensitivity_at(labels, scores, rate) for rate in rates]
 
 
 def figure_roc(test):
@@ -1452,9 +1616,10 @@ def figure_roc(test):
     for widest in (1.0, 0.1):
         rates = np.linspace(0, widest, 101)
         lines = []
-        for arm, of_arm in test.scores.items():
-            of_repeats = [roc_curve(test.labels, scores, rates) for scores in of_arm]
-            lines.append(Line(arm, rates, np.mean(of_repeats, axis=0)))
+        for arm, repeats in test.scores.items():
+            sensitivities = [roc_curve(test.labels, scores, rates, test.weights)
+                             for scores in repeats]
+            lines.append(Line(arm, rates, np.mean(sensitivities, axis=0)))
         # The points of the thesis lie too close to each other in the whole curve.
         shown = points if widest < 1 else ()
         title = "ROC" if widest == 1 else "ROC, few false positives"
@@ -1468,9 +1633,9 @@ def figure_profiles(profiles):
     profiles: class → kind → (mean, standard deviation), of `assess_generated`.
     """
     charts = []
-    for name, of_class in profiles.items():
+    for name, kinds in profiles.items():
         lines = []
-        for kind, (mean, deviation) in of_class.items():
+        for kind, (mean, deviation) in kinds.items():
             short = kind.removeprefix("generated and ").removeprefix("generated, ")
             band = (mean - deviation, mean + deviation)
             lines.append(Line(short, np.arange(len(mean)), mean, band))
@@ -1505,8 +1670,13 @@ def draw_curves(folder, run):
 
 # 2.1.7, 5.1 Figures 2, 3 and 9–14: cubes
 
-SLICED = 3          # cubes of each of figures 2 and 3
-SHEET = 90          # the grey between the pictures of a sheet, seen on white and on black paper
+# Figures 2 and 3 show so many cubes each.
+SLICED = 3
+# The grey between the pictures of a sheet is seen on white and on black paper.
+SHEET = 90
+# A slice is drawn about so many pixels wide: in sheets of many, and in those of few.
+SMALL = 48
+LARGE = 96
 
 
 def shades(x, window=None):
@@ -1514,6 +1684,16 @@ def shades(x, window=None):
     if window is None:
         return lungaug.grey(x)
     return lungaug.windowed(preprocessing.denormalize(x), window)
+
+
+def write_sheet(path, sheet, side, width=SMALL):
+    """Write a sheet of slices of cubes of this side, each about `width` pixels wide, as a PNG."""
+    lungaug.write(path, lungaug.png(sheet, lungaug.zoom(side, width)))
+
+
+def pixel_mm(dataset, width=SMALL):
+    """The side in mm of a pixel of `write_sheet`, for the page's scale bar."""
+    return 1 / lungaug.zoom(dataset.cube, width)
 
 
 def slices(cube, columns=12, window=None):
@@ -1542,7 +1722,7 @@ def draw_slices(path, dataset, rows):
     cubes = preprocessing.read_cubes(dataset, chosen)[:, 0]
     sheets = [slices(cube, window=window) for cube in cubes for window in lungaug.WINDOWS]
     sheet = lungaug.tile(sheets, 1, gap=6, paper=SHEET)
-    lungaug.write(path, lungaug.png(sheet, lungaug.zoom(dataset.cube, 48)))
+    write_sheet(path, sheet, dataset.cube)
 
 
 def draw_cubes(folder, dataset):
@@ -1580,26 +1760,26 @@ def in_both_windows(pictures):
     return lungaug.tile(rows, 1, gap=1, paper=SHEET)
 
 
+def tile_row(images, window):
+    """Images (n, rows, columns) in [-1, 1] side by side in a window; uint8 grey."""
+    return lungaug.tile(shades(images, window), len(images), gap=1)
+
+
 def draw_in_step(path, *cubes):
     """Draw cubes side by side, slice by slice, each slice in both windows, superior first."""
     sheets = []
-    for z in reversed(range(len(cubes[0]))):
-        of_slice = np.stack([cube[z] for cube in cubes])
-
-        def row(window, of_slice=of_slice):
-            return lungaug.tile(shades(of_slice, window), len(cubes), gap=1)
-
-        sheets.append(in_both_windows(row))
-    sheet = lungaug.tile(sheets, 1, gap=0)
-    lungaug.write(path, lungaug.png(sheet, lungaug.zoom(len(cubes[0]), 48)))
+    side = len(cubes[0])
+    for z in reversed(range(side)):
+        slices_at_z = np.stack([cube[z] for cube in cubes])
+        sheets.append(in_both_windows(functools.partial(tile_row, slices_at_z)))
+    write_sheet(path, lungaug.tile(sheets, 1, gap=0), side)
 
 
 def choose_generated(run, dataset, count):
-    """Generated positives for figures 9–14, in [-1, 1] (n, c, c, c), n ≤ count, and how many
-    passed.
+    """Generated positives for figures 9–14: cubes in [-1, 1] (n, c, c, c), and how many passed.
 
-    Accepted ones, evenly chosen; where they are fewer than `count`, the best of the rejected
-    follow.
+    n ≤ count. Accepted ones, evenly chosen; where they are fewer than `count`, the best of the
+    rejected follow.
     """
     folder = run / "classifiers" / "generated"
     accepted = preprocessing.open_array(folder / "positive.npy", dataset.cube)
@@ -1637,8 +1817,7 @@ def draw_novelty(folder, run, dataset, count=6):
         row = rows[[nearest[i]]]
         training_cube = preprocessing.read_cubes(dataset, row, flips[[nearest[i]]])[0, 0]
         sheet = in_both_windows(functools.partial(pair, query, training_cube))
-        picture = lungaug.png(sheet, lungaug.zoom(dataset.cube, 48))
-        lungaug.write(folder / f"figure_{9 + i}.png", picture)
+        write_sheet(folder / f"figure_{9 + i}.png", sheet, dataset.cube)
         if i == 0 and len(held_out):
             draw_in_step(folder / "in_step.png", held_out[0], query, training_cube)
 
@@ -1659,21 +1838,20 @@ def draw_novelty(folder, run, dataset, count=6):
 def draw_planes(path, cube):
     """Draw the middle planes of a cube (c, c, c) in [-1, 1], in both windows."""
     sheet = in_both_windows(functools.partial(planes, cube))
-    lungaug.write(path, lungaug.png(sheet, lungaug.zoom(len(cube), 96)))
+    write_sheet(path, sheet, len(cube), LARGE)
 
 
 def place_of(dataset, row):
-    """Where a row (4,) of the dataset is: {"seriesuid", "centre"}, the centre (x, y, z) in mm."""
-    scan = dataset.info["scans"][row[0]]
-    centre = np.array(scan["origin"]) + row[:0:-1]
-    return {"seriesuid": scan["seriesuid"], "centre": [round(float(mm), 2) for mm in centre]}
+    """Where a row (scan, z, y, x) is: {"seriesuid", "centre"}, the centre (x, y, z) in mm."""
+    centre = [round(float(mm), 2) for mm in centre_mm(dataset, row)]
+    return {"seriesuid": dataset.info["scans"][row[0]]["seriesuid"], "centre": centre}
 
 
 def draw_best(folder, run, dataset, test, classifier, device):
     """Draw the test positive and the accepted generated one that a classifier is surest of.
 
     classifier: the real-trained one, of the first repeat. Leaves best_real.png and
-    best_generated.png; returns what results.json holds of them, less what there is not.
+    best_generated.png; returns what results.json holds of them, without an entry for a missing one.
     """
     best = {}
     rows, flips, labels = preprocessing.labelled(dataset, "test")
@@ -1701,27 +1879,33 @@ def draw_best(folder, run, dataset, test, classifier, device):
     return best
 
 
-MOST_ERRORS = 6     # of each kind, that are drawn
+# So many errors of each kind are drawn.
+MOST_ERRORS = 6
 ERROR_KINDS = ("false positive", "false negative")
 
 
-def worst_errors(test, arm):
+def number_places(rows):
+    """A number for each of the rows (n, 4), the same where rows are equal: (n,)."""
+    _, numbers = np.unique(rows, axis=0, return_inverse=True)
+    return np.ravel(numbers)
+
+
+def worst_errors(test, arm, places):
     """kind → numbers of a Scored's cubes that an arm gets wrong, the worst first.
 
-    The probability is the mean over repeats. Of a nodule's flips the worst one stands for it.
+    The probability is the mean over repeats. Of a nodule's flips, which have one number in `places`
+    (n,), the worst one stands for it.
     """
     probabilities = np.mean(test.scores[arm], axis=0)
     found = predict_labels(probabilities)
     order = np.argsort(probabilities, kind="stable")
     false_positives = [i for i in order[::-1] if found[i] and test.labels[i] == 0]
 
-    # The positives come first, the flips of a nodule follow each other, and weigh 1 together.
-    weight_before = np.cumsum(test.weights) - test.weights
-    nodule = np.floor(weight_before + 1e-6).astype(int)
+    # The first of a nodule's flips in this order is the worst.
     false_negatives = {}
     for i in order:
         if not found[i] and test.labels[i] == 1:
-            false_negatives.setdefault(nodule[i], i)
+            false_negatives.setdefault(places[i], i)
     return {"false positive": false_positives[:MOST_ERRORS],
             "false negative": list(false_negatives.values())[:MOST_ERRORS]}
 
@@ -1733,25 +1917,23 @@ def draw_errors(folder, dataset, test, arm):
     """
     rows, flips, _ = preprocessing.labelled(dataset, "test")
     probabilities = np.mean(test.scores[arm], axis=0)
+    middle = dataset.cube // 2
     records = []
     sheets = []
-    for kind, numbers in worst_errors(test, arm).items():
-        side = dataset.cube
-        pictures = {window: np.full((MOST_ERRORS, side, side), SHEET, np.uint8)
-                    for window in lungaug.WINDOWS}
-        for place, number in enumerate(numbers):
-            chosen = [number]
-            cube = preprocessing.read_cubes(dataset, rows[chosen], flips[chosen])[0, 0]
-            for window, of_window in pictures.items():
-                of_window[place] = shades(cube[side // 2], window)
+    for kind, numbers in worst_errors(test, arm, number_places(rows)).items():
+        # Draw.
+        cubes = preprocessing.read_cubes(dataset, rows[numbers], flips[numbers])[:, 0]
+        for window in lungaug.WINDOWS:
+            pictures = np.full((MOST_ERRORS, dataset.cube, dataset.cube), SHEET, np.uint8)
+            pictures[:len(cubes)] = shades(cubes[:, middle], window)
+            sheets.append(lungaug.tile(pictures, MOST_ERRORS, gap=1, paper=SHEET))
+
+        # Record.
+        for number in numbers:
             records.append({"kind": kind, "probability": float(probabilities[number]),
                             **place_of(dataset, rows[number]), "flip": int(flips[number])})
-        for of_window in pictures.values():
-            sheets.append(lungaug.tile(of_window, MOST_ERRORS, gap=1, paper=SHEET))
 
-    sheet = lungaug.tile(sheets, 1, gap=0)
-    picture = lungaug.png(sheet, lungaug.zoom(dataset.cube, 96))
-    lungaug.write(folder / f"errors_{arm}.png", picture)
+    write_sheet(folder / f"errors_{arm}.png", lungaug.tile(sheets, 1, gap=0), dataset.cube, LARGE)
     return records
 
 
@@ -1762,10 +1944,13 @@ def format_distances(values):
 # The page: what evaluate.py itself shows, and the report of all stages
 
 class Thresholds(NamedTuple):
-    """Confusion matrices of the arms at many thresholds, which a slider of the page chooses."""
+    """Confusion matrices of the arms at many thresholds, which a slider of the page chooses.
+
+    thresholds: (k,), rising; counts: arm → (k, 4): TP, FP, FN, TN, each the mean over the repeats.
+    """
     caption: str
-    thresholds: list    # (k,), rising
-    counts: dict        # arm → (k, 4): TP, FP, FN, TN, each the mean over the repeats
+    thresholds: list
+    counts: dict
     code: tuple = ()
 
 
@@ -1777,14 +1962,14 @@ def thresholds_of(test):
     """The Thresholds of a Scored, positives counted with their flips as in Tables 2–5."""
     values = 1 / (1 + np.exp(-LOG_ODDS))
     counts = {}
-    for arm, of_arm in test.scores.items():
+    for arm, repeats in test.scores.items():
         counts[arm] = []
         for threshold in values:
-            of_repeats = [confusion_matrix(test.labels, scores > threshold) for scores in of_arm]
-            means = np.mean(of_repeats, axis=0)
+            confusions = [confusion_matrix(test.labels, scores > threshold) for scores in repeats]
+            means = np.mean(confusions, axis=0)
             counts[arm].append([round(float(mean), 1) for mean in means])
     caption = ("What a threshold does. Move it: to the left nearly every cube is called positive, "
-               "to the right hardly any. The dots on the curves of the ROC below move along. "
+               "to the right hardly any. The dots near the curves of the ROC below move along. "
                "Tables 2–5 stand at ½. Positives are counted with their flips, and counts are "
                "means over the repeats; the metrics are those of the mean counts, where Tables "
                "2–5 give the mean of the repeats' metrics.")
@@ -1792,12 +1977,15 @@ def thresholds_of(test):
                       code=("evaluate.confusion_matrix", "evaluate.predict_labels"))
 
 
+def sample_names(rows):
+    """The names of the rows of figure 2 or 3; rows: of the cubes from which it shows some."""
+    return [f"sample {number}, {window}" for number in range(1, min(SLICED, len(rows)) + 1)
+            for window in lungaug.WINDOWS]
+
+
 def sample_items(dataset):
     """What the page shows of section 2.1.7: figures that need no training."""
     centre = dataset.cube // 2
-    windows = [f"sample {number}, {window}" for number in range(1, SLICED + 1)
-               for window in lungaug.WINDOWS]
-    pixel_mm = 1 / lungaug.zoom(dataset.cube, 48)
     reading = (f"each of its {dataset.cube} axial slices of 1 mm, from superior (top left) to "
                f"inferior, row by row, in both windows ({lungaug.WINDOWS_SAY})")
     return [
@@ -1812,13 +2000,15 @@ def sample_items(dataset):
         lungaug.Figure(f"Figure 2. Positive samples, {reading}. The nodule's centre is in slice "
                        f"{centre}: it appears in the slices before and is gone some slices later.",
                        "figure_2.png", code=("evaluate.draw_slices", "evaluate.slices"),
-                       rows=windows, pixel_mm=pixel_mm),
+                       rows=sample_names(dataset.positives["train"]),
+                       pixel_mm=pixel_mm(dataset)),
         lungaug.Figure(f"Figure 3. Negative samples, {reading}. They are drawn at random within "
                        "the lungs, away from nodules. A vessel runs through many slices, where a "
                        "nodule is round; black in the mediastinal window is lung without either.",
                        "figure_3.png", code=("evaluate.draw_slices",
                                              "preprocessing.draw_negatives"),
-                       rows=windows, pixel_mm=pixel_mm),
+                       rows=sample_names(dataset.negatives["train"]),
+                       pixel_mm=pixel_mm(dataset)),
     ]
 
 
@@ -1862,9 +2052,8 @@ def best_items(results, dataset):
     """The best real nodule and the best generated one, large."""
     items = [lungaug.Heading("A real nodule and a generated one")]
     best = results["best"]
-    pixel_mm = 1 / lungaug.zoom(dataset.cube, 96)
     common = dict(rows=list(lungaug.WINDOWS), columns=("axial", "coronal", "sagittal"),
-                  pixel_mm=pixel_mm)
+                  pixel_mm=pixel_mm(dataset, LARGE))
     sure = ("of which the classifier that was trained on real data is surest, ŷ = "
             "{probability:.4f}")
     if "real" in best:
@@ -1895,7 +2084,6 @@ def class_name(label):
 def novelty_items(novelty, dataset):
     """Section 5.1: cubes in step, figures 9–14 with their captions, and distances."""
     records = novelty["generated"]
-    pixel_mm = 1 / lungaug.zoom(dataset.cube, 48)
     items = [lungaug.Heading("5.1 Generated samples")]
     if records and novelty["held_out_distances"]:
         nearest = class_name(records[0]["nearest_label"])
@@ -1907,7 +2095,7 @@ def novelty_items(novelty, dataset):
         items.append(lungaug.Figure(
             caption, "in_step.png", code=("evaluate.draw_in_step", "evaluate.nearest_neighbours"),
             rows=names, columns=("real, test set", "generated", f"nearest: {nearest}"),
-            pixel_mm=pixel_mm, first=dataset.cube // 2 - 1))
+            pixel_mm=pixel_mm(dataset), first=dataset.cube // 2 - 1))
 
     for record in records:
         generated = "Generated" if record["accepted"] else "Generated, not accepted in 4.3"
@@ -1921,7 +2109,7 @@ def novelty_items(novelty, dataset):
             caption, f"figure_{record['figure']}.png",
             code=("evaluate.draw_novelty", "evaluate.nearest_neighbours"),
             rows=list(lungaug.WINDOWS), columns=("generated", f"nearest: {nearest}"),
-            pixel_mm=pixel_mm))
+            pixel_mm=pixel_mm(dataset)))
 
     # List the distances, those of real nodules as the scale.
     generated_distances = [record["distance"] for record in records]
@@ -1934,7 +2122,8 @@ def novelty_items(novelty, dataset):
     return items
 
 
-ERROR_ARMS = ("real", "mixed")      # the two that the thesis compares
+# The two arms that the thesis compares
+ERROR_ARMS = ("real", "mixed")
 
 
 def error_items(results, dataset):
@@ -1950,7 +2139,7 @@ def error_items(results, dataset):
                                     code=("evaluate.draw_errors", "evaluate.worst_errors"),
                                     rows=rows,
                                     columns=[str(n) for n in range(1, MOST_ERRORS + 1)],
-                                    pixel_mm=1 / lungaug.zoom(dataset.cube, 96)))
+                                    pixel_mm=pixel_mm(dataset, LARGE)))
         items.append(lungaug.Table(f"Where the errors of the arm {arm} are, in the order of the "
                                    "picture.",
                                    ("error", "ŷ", "flip", "x, y, z in mm", "series"),
@@ -1962,16 +2151,20 @@ def error_rows(records):
     """The rows of a table of errors, as text."""
     rows = []
     for record in records:
-        centre = ", ".join(f"{mm:.1f}" for mm in record["centre"])
+        centre = with_minus(", ".join(f"{mm:.1f}" for mm in record["centre"]))
         rows.append((record["kind"], f"{record['probability']:.4f}", str(record["flip"]), centre,
                      record["seriesuid"]))
     return rows
 
 
+# The headings of the tables
 ARMS_HEAD = ("arm", "F1 with flips", "thesis", "F1", "AUC", "average precision")
+DIFFERENCE_HEAD = ("arm − arm", "F1", "spread", "AUC", "spread")
 UNPAIRED_HEAD = ("difference", "arm", "F1", "AUC")
 OPERATING_HEAD = ("arm", "F1: ŷ > ½", "validation", "prior",
-                  *[f"sens. at {rate:.3%}".replace("0%", "%") for rate in FALSE_POSITIVE_RATES])
+                  *[f"sens. at {rate:.2%}" for rate in FALSE_POSITIVE_RATES])
+QUALITY_HEAD = ("", "n", "centre, HU", "profile differs by", "called positive", "d₁/d₂", "C_T",
+                "1-NN", "Fréchet")
 
 
 def format_summary(summary, *names):
@@ -1982,7 +2175,7 @@ def format_summary(summary, *names):
 def format_interval(entry):
     """A mean with its 95% interval: 0.985 [0.970, 1.000]."""
     numbers = [lungaug.format_number(entry[name]) for name in ("mean", "low", "high")]
-    return f"{numbers[0]} [{numbers[1]}, {numbers[2]}]".replace("-", "−")
+    return with_minus(f"{numbers[0]} [{numbers[1]}, {numbers[2]}]")
 
 
 def arm_rows(results):
@@ -2012,9 +2205,6 @@ def operating_rows(results):
     return [(arm, *format_summary(summary, *names)) for arm, summary in results["arms"].items()]
 
 
-DIFFERENCE_HEAD = ("arm − arm", "F1", "spread", "AUC", "spread")
-
-
 def difference_rows(results):
     """The rows of the table of differences, as text."""
     rows = []
@@ -2023,7 +2213,7 @@ def difference_rows(results):
         for measure_name in ("f1", "auc"):
             cells.append(format_difference(row[measure_name]))
             cells.append(lungaug.format_number(row[measure_name]["spread"]))
-        rows.append((name.replace("-", "−"), *cells))
+        rows.append((with_minus(name), *cells))
     return rows
 
 
@@ -2032,27 +2222,34 @@ QUALITY_CAPTION = (
     "the share that the real-trained classifier calls positive; d₁/d₂, nearest over second-nearest "
     "training distance, 0 for copies; C_T, below −3 for copies; accuracy of the nearest neighbour "
     "in telling them from training cubes, ½ if they are alike, 1 if apart, 0 for copies; Fréchet "
-    "distance of the classifier's features from those of training cubes.")
-QUALITY_HEAD = ("", "n", "centre, HU", "profile differs by", "called positive", "d₁/d₂", "C_T",
-                "1-NN", "Fréchet")
+    "distance of the classifier's features from those of training cubes. Rows of fewer cubes are "
+    "less sure, and 1-NN rises a little with n: for one fault from .59 of 27 cubes to .61 of 108. "
+    "Real nodules are flipped at random here, like those that the GAN was trained on.")
 
 
-def quality_rows(of_class):
-    """The rows of the table of quality of a class, as text; of_class: kind → Quality as a dict."""
+def quality_rows(qualities):
+    """The rows of the table of quality of a class, as text; qualities: kind → Quality as a dict."""
     rows = []
-    for kind, row in of_class.items():
+    for kind, row in qualities.items():
         rows.append((
             kind,
             str(row["n"]),
-            f"{row['centre_hu']:.0f} ± {row['centre_spread']:.0f}",
+            with_minus(f"{row['centre_hu']:.0f} ± {row['centre_spread']:.0f}"),
             f"{row['profile_difference']:.0f} HU",
             lungaug.format_number(row["called_positive"]),
             lungaug.format_number(row["copy_ratio"]),
-            "–" if row["copying"] is None else f"{row['copying']:.1f}",
+            format_copying(row["copying"]),
             lungaug.format_number(row["two_sample"]),
             f"{row['frechet']:.2f}",
         ))
     return rows
+
+
+def format_copying(value):
+    """C_T as a table shows it; None, where it is not known, as –."""
+    if value is None:
+        return "–"
+    return with_minus(f"{value:.1f}")
 
 
 def selection_sentence(rho):
@@ -2077,8 +2274,9 @@ def help_items(results):
                       f"test scans. {repeats_sentence(results)}",
                       ARMS_HEAD, arm_rows(results)),
         lungaug.Table("Differences, each nodule counted once, with 95% intervals over the test "
-                      "scans; spread: standard deviation over the repeats. Only mixed − longer is "
-                      "a fair comparison: both take as many steps.",
+                      "scans, for these trainings: what others would give is not in them. It "
+                      "shows in the spread, the standard deviation over the repeats. Only mixed − "
+                      "longer is a fair comparison: both take as many steps.",
                       DIFFERENCE_HEAD, difference_rows(results)),
     ]
 
@@ -2457,7 +2655,8 @@ def anchor(text):
     return re.sub("[^a-z0-9]+", "-", str(text).lower()).strip("-") or "part"
 
 
-LONG = 40       # characters: a longer text may break at its spaces, a number never
+# A text of more characters than this may break at its spaces, a number never.
+LONG = 40
 
 
 def cell_html(tag, cell):
@@ -2519,17 +2718,23 @@ def png_size(data):
     return max(width, 1), max(height, 1)
 
 
+def alt_text(caption):
+    """What a picture shows, for those who cannot see it: a caption's first words, to . or :"""
+    without_number = re.sub(r"^Figure \d+\. ", "", caption)
+    first, *_ = re.split(r"[.:] ", without_number)
+    return first
+
+
 def picture_html(path, item):
     """A PNG, inline, with the names of its rows and columns and a scale bar."""
     data = path.read_bytes()
     width, height = png_size(data)
     base64_data = base64.b64encode(data).decode()
-    alt = item["caption"].partition(": ")[0].partition(". ")
-    alt_text = alt[2] if re.fullmatch(r"Figure \d+", alt[0]) else alt[0]
+    alt = escaped(alt_text(item["caption"]))
     scale = scale_html(width * item["pixel_mm"]) if item.get("pixel_mm") else ""
     return (f'<div class="sheet" style="--ratio:{width / height:.4f}">'
             f'{names_html("columns", item.get("columns"))}{names_html("rows", item.get("rows"))}'
-            f'<div class="view"><img width="{width}" height="{height}" alt="{escaped(alt_text)}" '
+            f'<div class="view"><img width="{width}" height="{height}" alt="{alt}" '
             f'src="data:image/png;base64,{base64_data}"></div>{scale}</div>')
 
 
@@ -2551,7 +2756,8 @@ def charts_html(path):
     return "".join(charts)
 
 
-FEW_ROWS = 12       # on paper, so many rows of a figure with a slider are all printed
+# On paper, so many rows of a figure with a slider are all printed.
+FEW_ROWS = 12
 
 
 def figure_html(path, item):
@@ -2674,7 +2880,8 @@ def option_rows(pages):
     for (*cells, differs), stages in by_option.items():
         if differs:
             changed.append(len(rows))
-        rows.append((*cells, "all" if len(stages) == len(pages) else ", ".join(stages)))
+        names = "all" if len(stages) == len(pages) else ", ".join(stages)
+        rows.append((*cells, names))
     return rows, changed
 
 
@@ -2695,8 +2902,7 @@ def contents_html(sections):
     lines = []
     for heading, items in sections.items():
         figures = []
-        for match in re.finditer('<figure[^>]* id="([^"]*)"|<figure id="([^"]*)"', "".join(items)):
-            name = match[1] or match[2]
+        for name in re.findall('<figure[^>]* id="([^"]*)"', "".join(items)):
             title = name.partition("-")[2].replace("-", " ") or name
             # A scan's picture is named after its series.
             if re.fullmatch("[0-9 ]+", title):
@@ -2828,30 +3034,30 @@ def unpaired_cell(entry, other, counts):
     return format_difference({"difference": difference, "low": low, "high": high})
 
 
-def print_arms_of_runs(results_of):
+def print_arms_of_runs(runs_results):
     """Print the arms of several runs in one table, and each arm's difference from the first run.
 
-    results_of: run → its results.json. Raises Refusal where that is damaged.
+    runs_results: run → its results.json. Raises Refusal where that is damaged.
     """
-    runs = list(results_of)
+    first_run, *_ = runs_results
     rows = []
     differences = []
     test_sets = set()
-    for run, results in results_of.items():
+    for run, results in runs_results.items():
         with lungaug.refuse_on_error(run / "evaluation" / "results.json", "run evaluate.py again"):
             rows += [(str(run), *cells) for cells in arm_rows(results)]
             verdict_word = results["verdict"].partition(":")[0]
             rows.append((str(run), verdict_word, *[""] * (len(ARMS_HEAD) - 1)))
             test_sets.add(results["counts"]["prepared"])
-            if run != runs[0]:
-                name = f"{run} − {runs[0]}"
+            if run != first_run:
+                name = f"{run} − {first_run}"
                 differences += [(name, *cells)
-                                for cells in unpaired_rows(results, results_of[runs[0]])]
+                                for cells in unpaired_rows(results, runs_results[first_run])]
 
     lungaug.print_table("Arms of each run", ("run", *ARMS_HEAD), rows)
     if differences:
-        lungaug.print_table("Differences, with 95% intervals as if the test scans were others",
-                            UNPAIRED_HEAD, differences)
+        lungaug.print_table("Differences, with 95% intervals that treat the two test sets as "
+                            "independent, for these trainings", UNPAIRED_HEAD, differences)
     if len(test_sets) > 1:
         print("\nThe runs are tested on different scans, splits or cubes: their numbers differ for "
               "that reason, too.")
@@ -2876,7 +3082,7 @@ def compare_runs(runs):
     evaluation folder.
     """
     check(len(runs) > 0, "--compare", "no runs", "give the folders of runs")
-    results_of = {}
+    runs_results = {}
     logs = {}
     for run in runs:
         path = run / "evaluation" / "results.json"
@@ -2884,13 +3090,14 @@ def compare_runs(runs):
         if log:
             logs[str(run)] = log
         if path.exists():
-            results_of[run] = lungaug.read_json(path, f"run python evaluate.py --run {run} again")
+            remedy = f"run python evaluate.py --run {run} again"
+            runs_results[run] = lungaug.read_json(path, remedy)
         else:
             check(log, run, "has neither a GAN nor results", f"run python lungaug.py --run {run}")
             print(f"{run}: not evaluated, so its curves only.")
 
-    if results_of:
-        print_arms_of_runs(results_of)
+    if runs_results:
+        print_arms_of_runs(runs_results)
     if logs:
         path = runs[0] / "evaluation" / "comparison.svg"
         remedy = "its log.jsonl is damaged: train again with --overwrite"
@@ -2917,8 +3124,9 @@ def print_results(results):
 
     lungaug.print_table("Operating points, each nodule counted once", OPERATING_HEAD,
                         operating_rows(results))
-    lungaug.print_table("Differences, with 95% intervals over scans", DIFFERENCE_HEAD,
-                        difference_rows(results))
+    lungaug.print_table("Differences, with 95% intervals over test scans, for these trainings; "
+                        "spread: standard deviation over the repeats",
+                        DIFFERENCE_HEAD, difference_rows(results))
     lungaug.print_table(f"The arms. {repeats_sentence(results)}", ARMS_HEAD, arm_rows(results))
     print(f"\n{results['verdict']}")
 

@@ -26,10 +26,15 @@ from models import Classifier, Critic, Generator, draw_latent, memory_layout
 
 ARMS = ("real", "longer", "mixed", "fake")
 CLASS_NAMES = {1: "positive", 0: "negative"}
-BETAS = (0.9, 0.999)    # 4.4.1   [num_4_4_adam]
-BATCH = 64              # cubes generated at a time
-REJECTED = 16           # rejected cubes that are kept for the pictures
-SAMPLES = 16            # cubes of each row of samples.png
+# Adam's two rates of forgetting, of section 4.4.1   [num_4_4_adam]
+BETAS = (0.9, 0.999)
+# So many cubes are generated at a time.
+BATCH = 64
+# So many of the rejected cubes are kept, for the pictures.
+REJECTED = 16
+# A row of samples.png has so many cubes.
+SAMPLES = 16
+# What to do where a file could not be read for want of memory.
 RUN_AGAIN = "run the same command again"
 
 
@@ -102,10 +107,13 @@ def best_rejected(rejected, scores, cubes):
 
 
 class Generated(NamedTuple):
-    """What `generate` made of one class; cubes are int16 HU (n, c, c, c)."""
+    """What `generate` made of one class; cubes are int16 HU (n, c, c, c).
+
+    rejected: those of the rejected that scored best, at most REJECTED. rate: accepted per attempt.
+    """
     accepted: np.ndarray
-    rejected: np.ndarray    # those of the rejected that scored best, at most REJECTED
-    rate: float             # accepted per attempt
+    rejected: np.ndarray
+    rate: float
 
 
 @torch.no_grad()
@@ -119,10 +127,11 @@ def generate(generator, critic, label, requested, threshold, options, device):
     noise = lungaug.torch_stream(options.seed, "generate", label)
     progress = lungaug.Progress(f"generated {CLASS_NAMES[label]}s", requested)
     limit = requested * options.attempts
-    batches = []            # of accepted cubes
-    rejected = []           # (score, cube), best score first
-    n_accepted = 0
     attempts = 0
+    n_accepted = 0
+    accepted_batches = []
+    # Pairs of score and cube, the best score first.
+    rejected = []
 
     while n_accepted < requested and attempts < limit:
         # Generate. z is drawn on the CPU, so that it is the same for every device.
@@ -140,13 +149,13 @@ def generate(generator, critic, label, requested, threshold, options, device):
         scores = scores.cpu().numpy()
         passes = passes.cpu().numpy()
         hu = to_stored_hu(cubes)
-        batches.append(hu[passes])
+        accepted_batches.append(hu[passes])
         n_accepted += int(passes.sum())
         rejected = best_rejected(rejected, scores[~passes], hu[~passes])
         progress.update(min(requested, n_accepted), f"{attempts} attempts")
 
     # The last batch may have brought more than were requested.
-    accepted = np.concatenate(batches)[:requested]
+    accepted = np.concatenate(accepted_batches)[:requested]
     rejected_cubes = [cube for _, cube in rejected]
     shape = (len(rejected), *accepted.shape[1:])
     rejected_cubes = np.array(rejected_cubes, np.int16).reshape(shape)
@@ -250,7 +259,12 @@ def read_generated(folder, settings, remedy):
         # Those that were made with a mistake of tests/wrong_versions.py are not used without it.
         expected = {"mistake": None} | settings
         lungaug.require_settings(path, record["settings"], expected, remedy)
-        return record["classes"] if is_whole(folder, record["files"]) else None
+        classes = record["classes"]
+        for name in CLASS_NAMES.values():
+            for field in ("requested", "accepted", "rate", "score_threshold"):
+                check(isinstance(classes[name][field], (int, float)), path,
+                      f"{field} of the {name}s is no number", remedy)
+        return classes if is_whole(folder, record["files"]) else None
 
 
 def generate_classes(run, dataset, options, device):
@@ -388,9 +402,13 @@ def positives_per_epoch(arm, run, dataset):
     and at the same learning rate. What mixed gains over real may be training time; what it gains
     over longer is not.
     """
-    counted = "mixed" if arm == "longer" else arm
-    positives, _ = arm_pools(counted, run, dataset)
-    return len(positives)
+    rows, _ = conventional_positives(dataset, "train")
+    if arm == "real":
+        return len(rows)
+    generated = open_generated(run, dataset, "positive")
+    if arm == "fake":
+        return len(generated)
+    return len(rows) + len(generated)
 
 
 # 4.4.1 Training
@@ -406,9 +424,9 @@ def learning_rate(epoch, early, late, decay):
 def balanced_batches(positives, negatives, size, rng, drawn=None):
     """Numbers of an epoch's batches, half positive, half negative   [rule_4_4_balanced]
 
-    positives, negatives: how many there are. An epoch passes over the positives once, in a new
-    order, or draws as many of them as `drawn` says, in pass after pass; as many negatives are drawn
-    from all of them.
+    positives, negatives: how many there are. drawn: how many positives the epoch takes, in pass
+    after pass over all of them, each pass in a new order; one pass where it is not given. As many
+    negatives are drawn, from all of them.
     """
     if drawn is None:
         drawn = positives
@@ -525,11 +543,11 @@ def read_batch(pools, numbers, device):
     return torch.from_numpy(cubes).to(device), torch.from_numpy(labels).to(device)
 
 
-def train_epoch(trainer, pools, drawn=None):
-    """One pass over the positives, each batch with as many negatives. Returns the mean loss.
+def train_epoch(trainer, pools, drawn):
+    """Train on so many positives and on as many negatives, batch by batch. Returns the mean loss.
 
-    pools: the positives and the negatives, as `arm_pools` returns them; drawn: how many positives
-    to draw, where that is not each of them once.
+    pools: the positives and the negatives, as `arm_pools` returns them; drawn: of
+    `positives_per_epoch`.
     """
     options = trainer.options
     positives, negatives = pools
@@ -611,15 +629,14 @@ def name_of(trainer):
     return f"{trainer.arm}, repeat {trainer.repeat} of {trainer.options.repeats}"
 
 
-def missing_class(arm, pools, drawn):
-    """Of which class an arm lacks cubes, "positives" or "negatives"; None where it has both.
+def missing_class(arm, run, dataset):
+    """The class that an arm has no cubes of, "positives" or "negatives"; None where it has both.
 
     Without generated positives there is no mixed arm, and no control of it.
     """
-    positives, negatives = pools
-    n_real = len(positives.rows)
-    if arm != "real" and drawn == n_real:
+    if arm != "real" and len(open_generated(run, dataset, "positive")) == 0:
         return "positives"
+    _, negatives = arm_pools(arm, run, dataset)
     if len(negatives) == 0:
         return "negatives"
     return None
@@ -631,9 +648,7 @@ def train_arm(arm, run, dataset, options, classes, device, repeat=1):
     classes: what was generated, as `generate_classes` returns it; None for the arm real.
     """
     folder = lungaug.arm_folder(run, arm, repeat)
-    pools = arm_pools(arm, run, dataset)
-    drawn = positives_per_epoch(arm, run, dataset)
-    missing = missing_class(arm, pools, drawn)
+    missing = missing_class(arm, run, dataset)
     if missing:
         if repeat == 1:
             print(f"{arm}: no generated {missing} to train on; skipped.", flush=True)
@@ -644,6 +659,12 @@ def train_arm(arm, run, dataset, options, classes, device, repeat=1):
     trainer = Trainer(arm, options, dataset, classes, device, repeat)
     lungaug.resume(trainer, folder)
     lungaug.rewind_log(folder / "log.jsonl", trainer.epoch)
+    if trainer.epoch < options.epochs:
+        # Until the stage has its page again it is not finished, for evaluate.py: before its end
+        # some arms have more epochs than others.
+        lungaug.remove(run / "classifiers", "options.json")
+    pools = arm_pools(arm, run, dataset)
+    drawn = positives_per_epoch(arm, run, dataset)
     train(trainer, pools, drawn, dataset, folder)
 
     positives, negatives = pools
@@ -660,7 +681,8 @@ def page(classes, dataset):
     rows = []
     for name, row in classes.items():
         numbers = (row["requested"], row["accepted"], row["rate"], row["score_threshold"])
-        rows.append((name, *map(lungaug.format_number, numbers)))
+        cells = [lungaug.format_number(number).replace("-", "−") for number in numbers]
+        rows.append((name, *cells))
     head = ("class", "requested", "accepted", "acceptance rate", "score at least")
     return [
         lungaug.Heading("4.3 Generative augmentation"),

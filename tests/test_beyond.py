@@ -87,6 +87,15 @@ def test_eq_beyond_roc_auc__a_constant_classifier_has_a_half_and_order_is_all_th
     assert evaluate.roc_auc(labels, np.exp(3 * scores)) == evaluate.roc_auc(labels, scores)
 
 
+def test_eq_beyond_roc_auc__weights_are_repetitions():
+    """A cube of weight 3 counts as three cubes with its score; eighths of all weights change nothing."""
+    labels, scores = random_scores(4, 20, 6)
+    weights = np.random.default_rng(0).integers(1, 4, 20)
+    repeated = auc_by_pairs(labels.repeat(weights), scores.repeat(weights))
+    assert evaluate.roc_auc(labels, scores, weights) == pytest.approx(repeated, abs=1e-14)
+    assert evaluate.roc_auc(labels, scores, weights / 8) == evaluate.roc_auc(labels, scores, weights)
+
+
 def average_precision_by_loop(labels, scores):
     """The sum over thresholds of precision times what recall gains."""
     total, before = 0, 0
@@ -143,6 +152,54 @@ def test_rule_beyond_sensitivity_at__nothing_is_found_where_the_best_is_a_negati
     assert evaluate.sensitivity_at([0, 1], [2, 1], 0) == 0
     assert math.isnan(evaluate.sensitivity_at([1, 1], [2, 1], 0.5))
     assert math.isnan(evaluate.sensitivity_at([0, 0], [2, 1], 0.5))
+
+
+def test_rule_beyond_sensitivity_at__weights_are_repetitions():
+    """A cube of weight 3 counts as three cubes, among the positives and among the negatives."""
+    labels, scores = random_scores(5, 30, 9)
+    weights = np.random.default_rng(1).integers(1, 4, 30)
+    repeated = labels.repeat(weights), scores.repeat(weights)
+    for rate in (0, 0.1, 0.24, 0.5, 1):
+        ours = evaluate.sensitivity_at(labels, scores, rate, weights)
+        assert ours == pytest.approx(evaluate.sensitivity_at(*repeated, rate), abs=1e-14)
+
+
+@pytest.mark.parametrize("seed", range(10))
+def test_rule_beyond_sensitivity_at__is_the_best_of_all_thresholds(seed):
+    """A loop over all thresholds, with a weight for each cube, finds no more and no less; nor does the whole curve."""
+    labels, scores = random_scores(seed, 20, 7)
+    labels[:2] = 0, 1
+    weights = np.random.default_rng(seed).integers(1, 9, 20) / 8
+    rates = [0, 0.125, 0.3, 0.75, 1]
+    expected = []
+    for rate in rates:
+        found = [0.0]
+        for called in (scores >= threshold for threshold in scores):
+            if weights[called & (labels == 0)].sum() <= rate * weights[labels == 0].sum():
+                found.append(weights[called & (labels == 1)].sum() / weights[labels == 1].sum())
+        expected.append(max(found))
+    assert evaluate.roc_curve(labels, scores, rates, weights) == pytest.approx(expected, abs=1e-14)
+    assert [evaluate.sensitivity_at(labels, scores, rate, weights) for rate in rates] == pytest.approx(expected)
+
+
+def uneven_flips():
+    """A Scored with --split cube: a nodule of eight flips that is found, one of a single flip that is not."""
+    labels = np.repeat([1, 0], [9, 100])
+    rows = np.concatenate([np.zeros((8, 4), int), np.ones((101, 4), int)])
+    scores = np.concatenate([np.full(8, 0.99), [0.01], np.linspace(0.005, 0.985, 100)])
+    return evaluate.Scored(labels, evaluate.flip_weights(labels, rows), np.zeros(109, int), {"real": scores[None]})
+
+
+def test_rule_beyond_flip_weight__in_every_measure():
+    """Of two nodules one is found, whether it has eight flips in the split or one: AUC and sensitivities are halves."""
+    test = uneven_flips()
+    scores = test.scores["real"][0]
+    row = evaluate.operating_points(test, scores, evaluate.measure(test, scores), 0.5, 0.1)
+    assert row["auc"] == pytest.approx(0.505, abs=1e-9)
+    assert evaluate.roc_auc(test.labels, scores) == pytest.approx((8 + 0.01) / 9, abs=1e-9)
+    assert [row[f"sensitivity_at_{rate}"] for rate in evaluate.FALSE_POSITIVE_RATES] == pytest.approx([0.5] * 5)
+    # The chart begins at the lowest sensitivity.
+    assert re.search('data-y="([^ ]*) ', evaluate.figure_roc(test))[1] == "0.5"
 
 
 @pytest.mark.parametrize("seed", range(20))
@@ -319,6 +376,21 @@ def test_compare__flips_do_not_narrow_the_interval():
             [one[key] for key in ("difference", "low", "high")], abs=1e-12)
 
 
+def test_compare__uneven_flips_do_not_move_the_interval():
+    """Where nodules have from one to eight flips, differences and intervals are those of one flip each."""
+    labels, scores, scans = of_scans(3, n=80)
+    rows = np.arange(80)[:, None] * np.ones(4, int)
+    times = np.where(labels == 1, np.random.default_rng(0).integers(1, 9, 80), 1)
+    alone = evaluate.Scored(labels, np.ones(80), scans, dict(zip("ab", scores[:, None])))
+    weights = evaluate.flip_weights(labels.repeat(times), rows.repeat(times, axis=0))
+    flipped = evaluate.Scored(labels.repeat(times), weights, scans.repeat(times),
+                              {name: scores[:, None].repeat(times, axis=2)[i] for i, name in enumerate("ab")})
+    for name in ("f1", "auc"):
+        one, other = (evaluate.compare(evaluate.measure_arms(test), "a", "b")[name] for test in (alone, flipped))
+        assert [other[key] for key in ("difference", "low", "high")] == pytest.approx(
+            [one[key] for key in ("difference", "low", "high")], abs=1e-12)
+
+
 def test_compare_arms__the_three_differences_of_those_trained():
     """mixed − real, mixed − longer, fake − real; without an arm, those of the others."""
     measured = evaluate.measure_arms(scored_arms(real=0.1, longer=0.2, mixed=0.3, fake=0.1, critic=0.1))
@@ -343,6 +415,26 @@ def test_rule_beyond_verdict__only_where_mixed_exceeds_longer_in_both(f1, auc, s
     sentence = evaluate.verdict(differences, 5, 27)
     assert sentence.startswith("Shown to help") == shown and sentence.startswith("Not shown to help") != shown
     assert "5 test scans" in sentence and "27 nodules" in sentence and sentence.count("[") == 2
+
+
+@pytest.mark.parametrize("f1, auc, start", [
+    ((-0.2, -0.1), (-0.2, 0.1), "Not shown to help (lower in F1): mixed"),
+    ((0.1, 0.2), (-0.2, -0.1), "Not shown to help (lower in AUC): mixed"),
+    ((-0.2, -0.1), (-0.0002, -0.0001), "Not shown to help (lower in F1 and AUC): mixed"),
+    # Not below 0, and nothing known.
+    ((-0.2, 0.0), (-0.2, 0.1), "Not shown to help: mixed"),
+    ((math.nan, math.nan), (-0.2, 0.1), "Not shown to help: mixed"),
+    ((0.1, 0.2), (0.1, 0.2), "Shown to help: mixed")])
+def test_rule_beyond_verdict__a_harm_is_told(f1, auc, start):
+    """Where an interval lies below 0 the sentence says in what; it does not read as if nothing were known."""
+    sentence = evaluate.verdict({"mixed - longer": {"f1": interval(*f1), "auc": interval(*auc)}}, 5, 27)
+    assert sentence.startswith(start)
+
+
+def test_rule_beyond_verdict__is_of_these_trainings():
+    """The interval is over scans: the sentence says that other trainings are another question."""
+    fair = {"f1": interval(0.02, 0.1), "auc": interval(0.01, 0.1)}
+    assert "95% intervals for these trainings" in evaluate.verdict({"mixed - longer": fair}, 5, 27)
 
 
 def test_rule_beyond_verdict__a_narrow_gain_does_not_look_like_zero():
@@ -475,6 +567,19 @@ def test_eq_beyond_two_sample__apart_alike_and_copied():
     assert evaluate.two_sample_accuracy(one, one.copy()) == 0
 
 
+def test_eq_beyond_two_sample__rises_a_little_with_the_number_of_cubes():
+    """Of one and the same fault, normals that are shifted, 27 of each show less than 108: about .59 and .61."""
+    rng = np.random.default_rng(0)
+    accuracies = {}
+    for n in (27, 108):
+        found = []
+        for _ in range(200):
+            one, other = rng.normal(size=(2, n, 20))
+            found.append(evaluate.two_sample_accuracy(one, other + 1.5 / math.sqrt(20)))
+        accuracies[n] = np.mean(found)
+    assert 0.57 < accuracies[27] < 0.605 < accuracies[108] < 0.63
+
+
 def test_eq_beyond_frechet__is_scipys_root():
     """With scipy's matrix root in place of eigenvalues; 0 for a set and itself."""
     rng = np.random.default_rng(0)
@@ -499,12 +604,13 @@ def assessed():
     """kind → Quality of constructed sets, against the same training set; a classifier by brightness."""
     training, held_out = blobs(120, 1), blobs(60, 2)
     nearest = evaluate.pairwise_distances(held_out, training).min(axis=1)
-    scale = evaluate.Scale(training, nearest, 60)
     torch.manual_seed(0)
     classifier = Classifier(SIDE).eval()
+    _, features = evaluate.classify(classifier, evaluate.evenly_chosen(training, 60), CPU)
+    real = evaluate.RealCubes(training, features, nearest)
     rng = np.random.default_rng(3)
     kinds = evaluate.kinds_of_cubes(blobs(120, 4), blobs(120, 5, height=500), training, held_out, rng)
-    return {kind: evaluate.assess(cubes, evaluate.pairwise_distances(cubes, training), scale, classifier, CPU)
+    return {kind: evaluate.assess(cubes, evaluate.pairwise_distances(cubes, training), real, classifier, CPU)
             for kind, cubes in kinds.items()}
 
 
@@ -541,6 +647,130 @@ def test_assess__which_measure_sees_pale_nodules(assessed):
     """Balls of 500 HU in place of 1200: the profile differs by about 700 HU at the centre, C_T is far above 0."""
     pale = assessed["generated, before selection"]
     assert 600 < pale.profile_difference < 800 and pale.copying > 6 and pale.two_sample > 0.9
+
+
+# Flips of the real cubes that generated ones are compared with
+
+def with_split_flips(dataset, split, is_in_split):
+    """The Dataset of --split cube, of which a split has these flips, (n, 8), and the others all of them."""
+    flips = {name: np.ones((len(rows), 8), bool) for name, rows in dataset.positives.items()}
+    return dataset._replace(flips=flips | {split: is_in_split})
+
+
+def test_rule_beyond_quality_flips__any_of_the_eight_by_the_seed(tmp_path):
+    """All eight, about equally often; the seed and the split decide, and nothing else."""
+    dataset = small_run(tmp_path, nodules=(800, 1, 800))
+    flips = evaluate.one_flip_each(dataset, "train", 0)
+    counts = np.bincount(flips, minlength=8)
+    assert len(counts) == 8 and np.abs(counts - 100).max() < 40
+    assert np.array_equal(flips, evaluate.one_flip_each(dataset, "train", 0))
+    for others in (evaluate.one_flip_each(dataset, "train", 1), evaluate.one_flip_each(dataset, "test", 0)):
+        assert not np.array_equal(flips, others)
+
+
+def test_rule_beyond_quality_flips__of_those_that_lie_in_the_split(tmp_path):
+    """With --split cube no flip of another split is drawn, and each of this one's can be."""
+    dataset = small_run(tmp_path, nodules=(1, 1, 400))
+    is_in_split = np.zeros((400, 8), bool)
+    is_in_split[:, [1, 4, 6]] = True
+    is_in_split[0, :] = [False] * 7 + [True]
+    flips = evaluate.one_flip_each(with_split_flips(dataset, "test", is_in_split), "test", 0)
+    assert flips[0] == 7 and set(flips[1:]) == {1, 4, 6}
+
+
+def write_cubes(run, cubes):
+    """Prepare a run whose nodules are cubes in [-1, 1], split → (n, c, c, c), and as many black negatives.
+
+    Returns its Dataset.
+    """
+    scans = []
+    for split, of_split in cubes.items():
+        n, side, *_ = of_split.shape
+        # Side by side along x.
+        hu = np.rint(700 * of_split - 300).astype(np.int16).transpose(1, 2, 0, 3).reshape(side, side, n * side)
+        lungaug.write(run / "prepared" / f"{split}.npy", np.concatenate([hu, np.full_like(hu, -1000)], axis=2))
+        places = [[side // 2, side // 2, side // 2 + side * i] for i in range(2 * n)]
+        scans.append({"seriesuid": f"1.2.{split}", "patient": split, "split": split, "volume": f"{split}.npy",
+                      "origin": [0.0, 0.0, 0.0], "positives": places[:n], "negatives": places[n:]})
+    lungaug.write(run / "prepared" / "dataset.json", {
+        "parameters": {"cube": side}, "preset": "demo", "synthetic": True, "skipped": [],
+        "table_1": preprocessing.table_1(scans), "scans": scans})
+    return preprocessing.open_dataset(run)
+
+
+def assess_positives(run, dataset, generated, seed=0):
+    """kind → Quality of generated positives in [-1, 1]."""
+    torch.manual_seed(0)
+    lungaug.write(run / "classifiers" / "generated" / "positive.npy", np.rint(700 * generated - 300).astype(np.int16))
+    preprocessing.open_array.cache_clear()
+    classifier = Classifier(dataset.cube).eval()
+    generator = Generator(dataset.cube, 1).eval()
+    return evaluate.assess_class(1, run, dataset, generator, classifier, seed, CPU).qualities
+
+
+def flipped_at_random(cubes, seed):
+    rng = np.random.default_rng(seed)
+    return np.array([preprocessing.all_flips(cube)[rng.integers(8)] for cube in cubes])
+
+
+def test_rule_beyond_quality_flips__a_perfect_generator_is_not_told_from_real_ones(tmp_path):
+    """New nodules, flipped at random as the GAN sees them: neither profile nor nearest neighbour finds a fault."""
+    dataset = write_cubes(tmp_path, {"train": blobs(100, 1), "validation": blobs(2, 2), "test": blobs(100, 3)})
+    qualities = assess_positives(tmp_path, dataset, flipped_at_random(blobs(100, 4), 0))
+    for kind in ("generated and accepted", "held-out real"):
+        assert qualities[kind].profile_difference < 60, kind
+        assert abs(qualities[kind].two_sample - 0.5) < 0.12, kind
+
+
+def test_rule_beyond_quality_flips__copies_in_any_flip_are_caught(tmp_path):
+    """Whichever flip of a training nodule is generated, it is a copy; and a flip of all cubes changes no distance."""
+    dataset = write_cubes(tmp_path, {"train": blobs(30, 1), "validation": blobs(2, 2), "test": blobs(30, 3)})
+    copies = assess_positives(tmp_path, dataset, flipped_at_random(blobs(30, 1), 0))["generated and accepted"]
+    assert copies.copy_ratio < 0.01 and copies.copying < -6
+    one, other = (assess_positives(tmp_path, dataset, blobs(30, 4), seed) for seed in (0, 1))
+    for kind in ("held-out real", "copies of training cubes"):
+        assert one[kind].copy_ratio == pytest.approx(other[kind].copy_ratio, abs=1e-5)
+        assert one[kind].copying == other[kind].copying
+
+
+def test_eq_beyond_copy_ratio__all_eight_flips_where_cubes_were_split_too(tmp_path):
+    """The GAN draws any flip of a training nodule: a copy of one that lies in the test set is a copy."""
+    dataset = write_cubes(tmp_path, {"train": blobs(30, 1), "validation": blobs(2, 2), "test": blobs(30, 3)})
+    is_in_split = np.zeros((30, 8), bool)
+    is_in_split[:, 0] = True
+    by_cube = with_split_flips(dataset, "train", is_in_split)
+    rows, flips = evaluate.seen_by_gan(by_cube, 1)
+    assert len(rows) == 8 * 30 and sorted(flips.tolist()) == sorted(30 * list(range(8)))
+    copies = assess_positives(tmp_path, by_cube, np.flip(blobs(30, 1), (1, 2)))["generated and accepted"]
+    assert copies.copy_ratio < 0.01 and copies.copying < -6
+
+
+@pytest.mark.parametrize("most", [1, 3, 5, 2048])
+def test_eq_beyond_copy_ratio__negatives_as_they_are(tmp_path, monkeypatch, most):
+    """Evenly chosen where there are many; those that others are compared with are among them."""
+    monkeypatch.setattr(evaluate, "MOST_NEGATIVES", most)
+    dataset = small_run(tmp_path)
+    rows, flips = evaluate.seen_by_gan(dataset, 0)
+    assert rows.tolist() == dataset.negatives["train"][lungaug.evenly(5, most)].tolist()
+    assert flips.tolist() == [0] * len(rows)
+    references, _ = evaluate.compared_with(dataset, 0, "train", 0)
+    assert not evaluate.are_new(references, rows).any()
+
+
+def test_eq_beyond_copying_test__nodules_that_the_gan_has_seen_are_no_scale(tmp_path):
+    """With --split cube a test nodule may be in the training set, in another flip: C_T is taken from the new ones."""
+    training = blobs(30, 1)
+    dataset = write_cubes(tmp_path, {"train": training, "validation": blobs(2, 2), "test": blobs(30, 3)})
+    by_cube = with_split_flips(dataset, "train", np.ones((30, 8), bool))
+    copies = flipped_at_random(training, 0)
+    for n_seen in (25, 30):
+        test_rows = np.concatenate([dataset.positives["train"][:n_seen], dataset.positives["test"][n_seen:]])
+        leaking = by_cube._replace(positives=dataset.positives | {"test": test_rows})
+        found = assess_positives(tmp_path, leaking, copies)
+        assert found["held-out real"].copy_ratio < 0.25 and found["generated and accepted"].copy_ratio < 0.01
+        # Without a new nodule nothing tells how near one lies.
+        copying = [found[kind].copying for kind in ("generated and accepted", "copies of training cubes")]
+        assert all(map(math.isnan, copying)) if n_seen == 30 else max(copying) < -3
 
 
 def test_eq_beyond_selection__sign():
@@ -689,6 +919,14 @@ def test_figure_profiles__a_chart_a_class_with_bands():
     figure = evaluate.figure_profiles({"positive": {"real": profile, "generated and accepted": profile},
                                        "negative": {"real": profile}})
     assert figure.count("<polyline") == figure.count("<polygon") == 3 and ">accepted<" in figure
+
+
+def test_quality_rows__a_minus_sign_is_one():
+    """Below 0 stands the sign of the other tables, no hyphen; what is not known is a dash."""
+    row = evaluate.Quality(27, -245.9, 237.3, 25.7, 0.85, 0.92, -3.14, 0.43, 1.29)._asdict()
+    (_, *cells), (_, *unknown) = evaluate.quality_rows({"a": row, "b": row | {"copying": None}})
+    assert cells == ["27", "−246 ± 237", "26 HU", "0.850", "0.920", "−3.1", "0.430", "1.29"]
+    assert unknown[5] == "–"
 
 
 def test_selection_sentence__says_which_it_prefers():

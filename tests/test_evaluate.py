@@ -264,7 +264,7 @@ def test_metrics__0_of_0_is_nan_printed_as_a_dash_and_null_in_json():
     """What has no value is nan, – in a table and null in results.json."""
     nothing = Confusion(0, 0, 0, 0)
     assert [lungaug.format_number(value) for value in evaluate.metrics(nothing)] == ["–"] * 4
-    as_json = json.loads(json.dumps(evaluate.null_for_nan(evaluate.as_json([nothing])), allow_nan=False))
+    as_json = json.loads(json.dumps(evaluate.null_for_nan(evaluate.summarize_repeats([nothing])), allow_nan=False))
     assert as_json["metrics"] == as_json["spread"] == dict.fromkeys(Metrics._fields)
 
 
@@ -301,7 +301,7 @@ def test_num_table_5__erratum_its_precision_is_cut_off():
 
 def shown(table):
     """A table's metrics of the thesis' matrix, as our tables print them."""
-    metrics = evaluate.as_json([evaluate.TABLES[table][2]])["metrics"]
+    metrics = evaluate.summarize_repeats([evaluate.TABLES[table][2]])["metrics"]
     return " ".join(lungaug.format_number(metrics[key]) for key in Metrics._fields)
 
 
@@ -606,6 +606,57 @@ def test_load_networks__a_repeat_of_another_length_is_not_counted(tmp_path, caps
     found = evaluate.load_networks(tmp_path, dataset, CPU)
     assert {len(of_arm) for of_arm in found.values()} == {1}
     assert "repeat_2: not counted" in capsys.readouterr().out
+
+
+def write_epochs(run, counts, repeat=1):
+    """Let each arm's log have so many rows; counts: arm → number."""
+    for arm, count in counts.items():
+        for epoch in range(1, count + 1):
+            lungaug.append_log(lungaug.arm_folder(run, arm, repeat) / "log.jsonl", {"epoch": epoch})
+
+
+@pytest.mark.parametrize("counts, arm, most", [
+    # Trained on with --epochs 5, and stopped before mixed and fake, or within mixed, or within real.
+    ({"real": 5, "longer": 5, "mixed": 2, "fake": 2}, "mixed", 5),
+    ({"real": 5, "longer": 5, "mixed": 4, "fake": 2}, "mixed", 5),
+    ({"real": 3, "longer": 2, "mixed": 2, "fake": 2}, "longer", 3)])
+def test_load_networks__arms_of_unequal_epochs_are_refused(tmp_path, counts, arm, most):
+    """Longer is no control of a mixed arm of fewer steps: one line names the arm, and the command that ends it."""
+    _, dataset = trained_run(tmp_path)
+    write_epochs(tmp_path, counts)
+    with pytest.raises(Refusal) as refusal:
+        evaluate.load_networks(tmp_path, dataset, CPU)
+    line = str(refusal.value)
+    assert f"{arm}: has been trained for {counts[arm]} epochs" in line and "\n" not in line
+    assert f"run python train_classifier.py --run {tmp_path} --epochs {most}," in line
+
+
+def test_load_networks__a_repeat_in_which_arms_are_unequal_is_not_counted(tmp_path, capsys):
+    """Trained on with more epochs, and stopped in the second repeat: the first alone counts, of all arms."""
+    _, dataset = trained_run(tmp_path)
+    arms = dict.fromkeys(evaluate.TRAINED_ARMS, 5)
+    write_epochs(tmp_path, arms)
+    write_epochs(tmp_path, arms | {"mixed": 2, "fake": 2}, repeat=2)
+    for arm in arms:
+        first, second = (lungaug.arm_folder(tmp_path, arm, repeat) / "checkpoint.pt" for repeat in (1, 2))
+        lungaug.write(second, first.read_bytes())
+    found = evaluate.load_networks(tmp_path, dataset, CPU)
+    assert {len(networks) for networks in found.values()} == {1}
+    assert "repeat_2: not counted, as an arm has fewer epochs" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("classes", [{}, [], {"positive": {"accepted": 3}}, {"positive": {}, "negative": {}}, None,
+                                     {"positive": {"accepted": "3"}, "negative": {"accepted": "3"}}])
+def test_load_networks__a_damaged_record_of_the_generated_is_one_line(tmp_path, classes):
+    """JSON that is none of ours is told as a damaged file, never by a traceback."""
+    _, dataset = trained_run(tmp_path)
+    path = tmp_path / "classifiers" / "generated" / "generated.json"
+    record = lungaug.read_json(path, "")
+    (tmp_path / "classifiers" / "mixed" / "checkpoint.pt").unlink()
+    for damaged in (record | {"classes": classes}, classes):
+        lungaug.write(path, damaged if isinstance(damaged, dict) else json.dumps(damaged))
+        with pytest.raises(Refusal, match="generated.json: .* — run python train_classifier.py .*--overwrite"):
+            evaluate.load_networks(tmp_path, dataset, CPU)
 
 
 @pytest.mark.parametrize("gone", ["classifiers/real/checkpoint.pt", "gan/checkpoint.pt",

@@ -19,6 +19,7 @@ import numpy as np
 import pytest
 
 import evaluate
+from helpers import small_run
 
 
 def leave_pages(run, items):
@@ -227,6 +228,20 @@ def test_captions__name_functions_that_exist(tmp_path, monkeypatch):
         assert callable(getattr(importlib.import_module(module), function)), name
 
 
+@pytest.mark.parametrize("nodules, negatives", [(1, 2), (2, 1), (3, 3), (5, 9)])
+def test_sample_items__a_name_for_each_row_of_the_picture(tmp_path, nodules, negatives):
+    """Of one or two training cubes there are as many rows, and their names are not spread over other ones."""
+    dataset = small_run(tmp_path, nodules=(nodules, 1, 1), negatives=(negatives, 1, 1))
+    evaluate.draw_cubes(tmp_path, dataset)
+    figures = {item.file: item for item in evaluate.sample_items(dataset) if isinstance(item, Figure)}
+    for file, count in (("figure_2.png", nodules), ("figure_3.png", negatives)):
+        names = figures[file].rows
+        assert len(names) == 2 * min(count, 3) and names[-1] == f"sample {min(count, 3)}, mediastinal window"
+        # A cube of 6 is a row of six slices; each is drawn eightfold, and 6 pixels are around it.
+        _, height = evaluate.png_size((tmp_path / file).read_bytes())
+        assert height == 8 * (6 + len(names) * (8 + 6))
+
+
 # Charts
 
 def rows_of_gan(count):
@@ -277,7 +292,8 @@ def test_worst_errors__one_flip_of_a_nodule_and_the_worst_first():
     second = np.full(8, 0.3)
     scores = np.concatenate([first, second, [0.6, 0.2, 0.99, 0.5]])
     test = evaluate.Scored(labels, evaluate.flip_weights(labels), np.zeros(20, int), {"real": scores[None]})
-    assert evaluate.worst_errors(test, "real") == {"false positive": [18, 16], "false negative": [3, 8]}
+    places = evaluate.number_places(np.repeat(np.arange(6), [8, 8, 1, 1, 1, 1])[:, None])
+    assert evaluate.worst_errors(test, "real", places) == {"false positive": [18, 16], "false negative": [3, 8]}
 
 
 def test_thresholds_of__the_middle_one_is_a_half():

@@ -537,6 +537,27 @@ def test_overwrite__stopped_at_its_start_leaves_no_half_log(copy, monkeypatch, r
         assert [row["epoch"] for row in lungaug.read_log(copy / log)] == [1, 2, 3]
 
 
+def test_more_epochs__stopped_in_the_first_repeat_give_no_verdict(copy, monkeypatch, run):
+    """A finished run, trained on and stopped when mixed has fewer epochs than longer: the stage is not finished."""
+    module = __import__("train_classifier")
+    words = ["--run", copy, *own_words("train_classifier"), "--epochs", "4"]
+    train = module.train
+
+    def stop_at_mixed(trainer, *more):
+        if trainer.arm == "mixed":
+            raise KeyboardInterrupt
+        train(trainer, *more)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(module, "train", stop_at_mixed)
+        assert run(module, *words).status == 130
+    done = run(evaluate, "--run", copy)
+    assert done.status == 0 and "python train_classifier.py" in done.out.splitlines()[-1]
+
+    assert run(module, *words).status == 0
+    assert run(evaluate, "--run", copy).status == 0
+
+
 def test_hostile_file_name__is_refused_in_one_line(tmp_path):
     """A scan whose file name is no UTF-8 is skipped with a reason, not by a traceback."""
     (tmp_path / os.fsdecode(b"\xff.mhd")).write_bytes(b"ObjectType = Image\n")

@@ -350,6 +350,27 @@ def test_generate_classes__cubes_that_do_not_fit_in_memory_have_a_remedy(tmp_pat
         train_classifier.generate_classes(tmp_path, dataset, options(), CPU)
 
 
+@pytest.mark.parametrize("name, field, value", [
+    (None, None, []), ("negative", None, None), ("positive", "rate", None),
+    ("positive", "accepted", "5"), ("negative", "requested", [1]),
+    ("positive", "score_threshold", {})])
+def test_generate_classes__a_damaged_record_is_one_line(
+        tmp_path, monkeypatch, name, field, value):
+    """A record of other JSON, or that lacks a number, is a Refusal that names it."""
+    dataset, _ = run_generate_classes(tmp_path, monkeypatch)
+    path = tmp_path / "classifiers" / "generated" / "generated.json"
+    record = lungaug.read_json(path, "")
+    if name is None:
+        record["classes"] = value
+    elif field is None:
+        record["classes"][name] = value
+    else:
+        record["classes"][name][field] = value
+    lungaug.write(path, record)
+    with pytest.raises(Refusal, match="generated.json: .* — .*--overwrite"):
+        train_classifier.generate_classes(tmp_path, dataset, options(), CPU)
+
+
 def test_load_gan__gives_the_saved_networks(tmp_path):
     """Generator and critic compute what the saved ones did, and take no gradient."""
     dataset = small_run(tmp_path)
@@ -701,6 +722,19 @@ def test_train_arm__a_repeat_lies_in_a_folder_of_its_own(tmp_path):
                    folder / "repeat_3" / "checkpoint.pt"]
     assert checkpoints[0].read_bytes() == first
     assert len({path.read_bytes() for path in checkpoints}) == 3
+
+
+@pytest.mark.parametrize("epochs, is_finished", [("2", True), ("3", False)])
+def test_train_arm__a_stage_with_epochs_left_is_not_finished(tmp_path, epochs, is_finished):
+    """Before more epochs are trained the stage's page goes: until its end the arms are unequal."""
+    small_run(tmp_path)
+    train(tmp_path, "real", "--epochs", "2")
+    path = tmp_path / "classifiers" / "options.json"
+    lungaug.write(path, {"page": []})
+    before = path.read_bytes()
+    train(tmp_path, "real", "--epochs", epochs)
+    assert path.exists() == is_finished
+    assert not is_finished or path.read_bytes() == before
 
 
 # The control of the mixed arm

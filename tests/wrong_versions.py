@@ -39,6 +39,7 @@ from torch import nn
 import evaluate
 import train_classifier
 import train_gan
+from evaluate import roc_auc
 from losses import (
     auxiliary_cross_entropy,
     critic_loss,
@@ -48,7 +49,7 @@ from losses import (
     wasserstein_estimate,
 )
 from models import LATENT, Critic, conditional_latent, one_hot
-from preprocessing import cut, far_end, reorient, resample, split_patients
+from preprocessing import cut, far_end, first_flips, reorient, resample, split_patients
 from train_gan import accumulate
 
 
@@ -418,11 +419,19 @@ def flips_as_independent(labels, rows=None):
     return np.ones(len(labels))
 
 
-def ties_as_wins(labels, scores):
+def ties_as_wins(labels, scores, weights=None):
     """The area under the ROC curve with a tie counted as the right order."""
     labels = np.asarray(labels, bool)
     scores = np.asarray(scores)
-    return float((scores[labels][:, None] >= scores[~labels]).mean())
+    weights = np.ones(len(labels)) if weights is None else np.asarray(weights)
+    wins = scores[labels][:, None] >= scores[~labels]
+    pairs = weights[labels][:, None] * weights[~labels]
+    return float((pairs * wins).sum() / pairs.sum())
+
+
+def area_without_weights(labels, scores, weights=None):
+    """The area under the ROC curve that counts a nodule as often as the split has flips of it."""
+    return roc_auc(labels, scores)
 
 
 def precision_by_trapezia(labels, scores, weights=None):
@@ -445,6 +454,11 @@ def percentile_bootstrap(estimate, influences):
     means = estimate + influences[drawn].mean(axis=1)
     low, high = np.percentile(means, [2.5, 97.5])
     return float(low), float(high)
+
+
+def references_without_flips(dataset, split, seed):
+    """Nodules of a GAN that was trained on flipped ones compared with unflipped ones."""
+    return first_flips(dataset, split)
 
 
 def control_with_fewer_steps(arm, run, dataset):
@@ -517,10 +531,12 @@ ROWS = (
     # Beyond the thesis
     Wrong(flips_as_independent, "evaluate.flip_weights", "rule_beyond_flip_weight"),
     Wrong(ties_as_wins, "evaluate.roc_auc", "eq_beyond_roc_auc"),
+    Wrong(area_without_weights, "evaluate.roc_auc", "rule_beyond_flip_weight"),
     Wrong(precision_by_trapezia, "evaluate.average_precision", "eq_beyond_average_precision"),
     Wrong(threshold_on_the_test_set, "evaluate.chosen_threshold",
           "rule_beyond_best_threshold"),
     Wrong(percentile_bootstrap, "evaluate.t_interval", "eq_beyond_t_interval"),
+    Wrong(references_without_flips, "evaluate.one_flip_each", "rule_beyond_quality_flips"),
     Wrong(control_with_fewer_steps, "train_classifier.positives_per_epoch",
           "rule_beyond_equal_steps"),
 )
