@@ -1011,9 +1011,9 @@ def read_held_out(dataset, label, most):
 @torch.no_grad()
 def generate_unselected(generator, label, count, seed, device):
     """Cubes of a class as the generator makes them, before any selection: (count, c, c, c)."""
-    noise = lungaug.torch_stream(seed, "quality", label)
+    rng = lungaug.torch_stream(seed, "quality", label)
     labels = torch.full((count,), label)
-    latent = draw_latent(labels, noise)
+    latent = draw_latent(labels, rng)
     parts = [generator(part.to(device))[:, 0].cpu().numpy() for part in latent.split(64)]
     return np.concatenate(parts)
 

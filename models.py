@@ -86,14 +86,14 @@ def conditional_latent(noise, labels):
     return torch.cat([one_hot(labels).to(noise), noise[:, CLASSES:]], dim=1)
 
 
-def draw_latent(labels, noise):
+def draw_latent(labels, rng):
     """z ~ 𝒩(0, 1), its first two numbers overwritten by one-hot(y)   [rule_3_3_1_latent]
 
-    labels: (n,), on any device; noise: a torch Generator on the CPU. Returns (n, 128) on the
-    labels' device. Training, generation and figures all draw their z here.
+    labels: (n,), on any device; rng: a torch.Generator on the CPU. Returns (n, 128) on the labels'
+    device. Training, generation and figures all draw their z here.
     """
-    z = torch.randn(len(labels), LATENT, generator=noise)
-    return conditional_latent(z.to(labels.device), labels)
+    noise = torch.randn(len(labels), LATENT, generator=rng)
+    return conditional_latent(noise.to(labels.device), labels)
 
 
 def norm(channels):

@@ -115,7 +115,7 @@ def generate(generator, critic, label, requested, threshold, options, device):
     threshold: the lowest score f(x) that passes. Returns Generated; its rejected cubes are for the
     pictures of a GAN of which few or none pass.
     """
-    noise = lungaug.torch_stream(options.seed, "generate", label)
+    rng = lungaug.torch_stream(options.seed, "generate", label)
     progress = lungaug.Progress(f"generated {CLASS_NAMES[label]}s", requested)
     limit = requested * options.attempts
     batches = []            # of accepted cubes
@@ -126,7 +126,7 @@ def generate(generator, critic, label, requested, threshold, options, device):
     while n_accepted < requested and attempts < limit:
         # Generate. z is drawn on the CPU, so that it is the same for every device.
         labels = torch.full((min(BATCH, limit - attempts),), label)
-        latent = draw_latent(labels, noise)
+        latent = draw_latent(labels, rng)
         cubes = generator(latent.to(device))
         attempts += len(labels)
 

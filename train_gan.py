@@ -98,14 +98,14 @@ def read_batches(options, dataset, first_epoch):
     return lungaug.read_ahead(read, iterations)
 
 
-def draw_labels(count, noise, device):
+def draw_labels(count, rng, device):
     """y_fake, uniform over the two classes   [rule_3_3_1_random_labels]; (count,) int64"""
-    return torch.randint(0, 2, (count,), generator=noise).to(device)
+    return torch.randint(0, 2, (count,), generator=rng).to(device)
 
 
-def draw_epsilon(count, noise, device):
+def draw_epsilon(count, rng, device):
     """ε ~ U[0, 1], one draw per sample   [rule_3_3_1_epsilon]; (count,)"""
-    return torch.rand(count, generator=noise).to(device)
+    return torch.rand(count, generator=rng).to(device)
 
 
 # 4.1.1 What training changes; a checkpoint
@@ -138,22 +138,22 @@ class Trainer:
         self.critic_optimizer = adam(self.critic, options.learning_rate)
 
         # What an iteration draws; each seeds it anew.
-        self.noise = torch.Generator()
+        self.rng = torch.Generator()
         self.seed_iteration(0)
 
         # Draw the z that stays fixed: negatives, then positives.
         self.fixed_labels = torch.arange(2).repeat_interleave(FIXED).to(device)
-        fixed_noise = lungaug.torch_stream(options.seed, "gan fixed z")
-        self.fixed_latent = draw_latent(self.fixed_labels, fixed_noise)
+        fixed_rng = lungaug.torch_stream(options.seed, "gan fixed z")
+        self.fixed_latent = draw_latent(self.fixed_labels, fixed_rng)
 
     def seed_iteration(self, iteration):
-        """Seed `noise`, from which an iteration draws y, z and ε.
+        """Seed `rng`, from which an iteration draws y, z and ε.
 
         iteration: its number in the epoch; the generator's follows the critic's. The seed depends
-        on the run's seed, the epoch and this number alone: a checkpoint needs no state of `noise`.
+        on the run's seed, the epoch and this number alone: a checkpoint needs no state of `rng`.
         """
         seed = lungaug.seed_number(self.options.seed, "gan noise", self.epoch, iteration)
-        self.noise.manual_seed(seed)
+        self.rng.manual_seed(seed)
 
     def state(self):
         """The checkpoint: numbers, lists, and tensors."""
@@ -278,9 +278,9 @@ def critic_iteration(trainer, real, labels, scale):
     options = trainer.options
 
     # Draw y_fake, z and ε.
-    fake_labels = draw_labels(len(real), trainer.noise, trainer.device)
-    latent = draw_latent(fake_labels, trainer.noise)
-    epsilon = draw_epsilon(len(real), trainer.noise, trainer.device)
+    fake_labels = draw_labels(len(real), trainer.rng, trainer.device)
+    latent = draw_latent(fake_labels, trainer.rng)
+    epsilon = draw_epsilon(len(real), trainer.rng, trainer.device)
 
     def loss_of(samples):
         with autocast(trainer):
@@ -302,8 +302,8 @@ def generator_iteration(trainer, count, scale):
     The critic stays as it is. count: samples; scale: α. Returns the terms of L_G by name.
     """
     # Draw y and z.
-    labels = draw_labels(count, trainer.noise, trainer.device)
-    latent = draw_latent(labels, trainer.noise)
+    labels = draw_labels(count, trainer.rng, trainer.device)
+    latent = draw_latent(labels, trainer.rng)
 
     def loss_of(samples):
         with autocast(trainer):

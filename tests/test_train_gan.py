@@ -442,7 +442,7 @@ def test_rule_4_1_critic_step__micro_batches_make_the_same_gradients(size):
     terms = [critic_iteration(trainer, *batch(dtype=torch.float64), 2) for trainer in (whole, parts)]
     assert torch.allclose(gradients(parts.critic), gradients(whole.critic), rtol=1e-10, atol=1e-10)
     assert terms[1] == pytest.approx(terms[0], rel=1e-12)
-    assert torch.equal(whole.noise.get_state(), parts.noise.get_state())
+    assert torch.equal(whole.rng.get_state(), parts.rng.get_state())
 
 
 class Share(NamedTuple):
@@ -537,7 +537,7 @@ def test_rule_4_1_generator_step__micro_batches_make_the_same_gradients(size):
     terms = [generator_iteration(trainer, 5, 2) for trainer in (whole, parts)]
     assert torch.allclose(gradients(parts.generator), gradients(whole.generator), rtol=1e-10, atol=1e-12)
     assert terms[1] == pytest.approx(terms[0], rel=1e-12)
-    assert torch.equal(whole.noise.get_state(), parts.noise.get_state())
+    assert torch.equal(whole.rng.get_state(), parts.rng.get_state())
 
 
 # Five to one
@@ -657,7 +657,7 @@ def test_trainer__seed_decides_the_weights():
     """Same seed, same weights and z, whatever torch's global randomness was; another seed, others."""
     one, again, other = (torch.manual_seed(i) and small_trainer(seed=seed) for i, seed in enumerate((3, 3, 4)))
     for part in (lambda t: weights(t.generator), lambda t: weights(t.critic), lambda t: t.fixed_latent,
-                 lambda t: t.noise.get_state()):
+                 lambda t: t.rng.get_state()):
         assert torch.equal(part(one), part(again)) and not torch.equal(part(one), part(other))
 
 

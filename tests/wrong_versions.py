@@ -212,15 +212,15 @@ def one_hot_reversed(labels):
 
 # 4.1 The draws
 
-def epsilon_normal(count, noise, device):
+def epsilon_normal(count, rng, device):
     """ε normal, in place of uniform."""
-    return torch.randn(count, generator=noise).to(device)
+    return torch.randn(count, generator=rng).to(device)
 
 
-def two_latents(labels, noise):
+def two_latents(labels, rng):
     """z uniform in training, and normal when samples are generated."""
-    z = torch.rand(len(labels), LATENT, generator=noise)
-    return conditional_latent(z.to(labels.device), labels)
+    noise = torch.rand(len(labels), LATENT, generator=rng)
+    return conditional_latent(noise.to(labels.device), labels)
 
 
 # 4.1 The learning rate
