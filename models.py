@@ -56,7 +56,7 @@ def memory_layout(device):
     return torch.channels_last_3d if device.type == "cpu" else torch.contiguous_format
 
 
-def channels(cube, width):
+def channels_per_level(cube, width):
     """w·min(8, c/s) channels where a level's side is s = 3, 6, …, c   [rule_3_1_channels]
 
     Returns those of every level, smallest side first. Raises ValueError unless cube is 6, 12, …,
@@ -231,14 +231,15 @@ class Generator(nn.Module):
         return torch.tanh(at_least_float32(self.conv(self.blocks(x))))
 
 
-def critic_blocks(counts):
+def critic_blocks(level_channels):
     """1 → w → 2w, then wᵢ → wᵢ → wᵢ₊₁: the cube itself enters the first   [rule_3_1_first_block]
 
-    counts: the channels of each level, the cube's own side first. Returns a DownBlock for each
-    halving. At full size, where a convolution costs most, there is one alone, as in [9]'s own code.
+    level_channels: of each level, the cube's own side first. Returns a DownBlock for each halving.
+    At full size, where a convolution costs most, there is one alone, as in [9]'s own code.
     """
-    first = DownBlock(1, counts[0], counts[1])
-    others = map(DownBlock, counts[1:-1], counts[1:-1], counts[2:])
+    first = DownBlock(1, level_channels[0], level_channels[1])
+    inner = level_channels[1:-1]
+    others = map(DownBlock, inner, inner, level_channels[2:])
     return [first, *others]
 
 
@@ -251,10 +252,10 @@ class Critic(nn.Module):
 
     def __init__(self, cube, width):
         super().__init__()
-        counts = channels(cube, width)[::-1]
-        self.trunk = nn.Sequential(*critic_blocks(counts), nn.Flatten())
-        self.score = nn.Linear(counts[-1] * 27, 1)
-        self.logits = nn.Linear(counts[-1] * 27, CLASSES)
+        level_channels = channels_per_level(cube, width)[::-1]
+        self.trunk = nn.Sequential(*critic_blocks(level_channels), nn.Flatten())
+        self.score = nn.Linear(level_channels[-1] * 27, 1)
+        self.logits = nn.Linear(level_channels[-1] * 27, CLASSES)
 
     def forward(self, x):
         trunk = self.trunk(x.contiguous(memory_format=memory_layout(x.device)))
@@ -277,14 +278,15 @@ class Classifier(nn.Sequential):
         layers = []
         into = 1
         out = 16
-        halvings = len(channels(cube, 1)) - 1
-        for halving in range(halvings):
-            if halving % 2 == 0:
-                layers += [nn.Conv3d(into, out, 3, stride=2, padding=1), activation()]
-                into = out
-                out = 2 * out
-            else:
-                layers.insert(-1, nn.MaxPool3d(2))
+        halvings = len(channels_per_level(cube, 1)) - 1
+        for halving in range(0, halvings, 2):
+            layers.append(nn.Conv3d(into, out, 3, stride=2, padding=1))
+            # Where the halvings are odd in number, the last convolution has no pool behind it.
+            if halving + 1 < halvings:
+                layers.append(nn.MaxPool3d(2))
+            layers.append(activation())
+            into = out
+            out = 2 * out
 
         layers += [nn.Flatten(), nn.Linear(into * 27, 64), activation(), nn.Linear(64, CLASSES)]
         super().__init__(*layers)
@@ -367,7 +369,7 @@ def print_layers(title, network, x):
 
 
 def main():
-    what, examples, _ = __doc__.split("\n\n")
+    what, examples, _ = __doc__.split("\n\n", 2)
     parser = argparse.ArgumentParser(
         description=what, epilog=f"examples:\n{examples}",
         formatter_class=argparse.RawDescriptionHelpFormatter)
