@@ -32,7 +32,10 @@ from torch.nn import functional as F
 
 
 CLASSES = 2
+
+# The thesis gives no size of z. Section 3.1 of tests/thesis/choices.md says whose it is.
 LATENT = 128
+
 SIDES = (3, 6, 12, 24, 48, 96, 192)     # 3·2^k: the possible sides of a network's levels
 
 
@@ -137,7 +140,8 @@ def downsample(x):
 def mean_of_shifts(weight):
     """The mean of a 3³ kernel's eight shifts by 0 or 1 along each axis, which is a 4³ kernel.
 
-    (out, into, 3, 3, 3) → (out, into, 4, 4, 4).
+    (out, into, 3, 3, 3) → (out, into, 4, 4, 4). Along one axis the taps a, b, c become
+    (a, a + b, b + c, c)/2.
     """
     padded = F.pad(weight, [1] * 6)
     return F.avg_pool3d(padded, 2, stride=1)
@@ -146,11 +150,14 @@ def mean_of_shifts(weight):
 class UpsampleConv3d(nn.Conv3d):
     """conv 3³(upsample(x)) as one transposed convolution of stride 2.
 
-    The result is the same, for 8/27 of the arithmetic.
+    The result is the same, for 8/27 of the arithmetic: each voxel of x stands in 2×2×2 voxels of
+    upsample(x), so the taps that would read the same voxel can be summed beforehand. Of nn.Conv3d
+    it takes the weight, a 3³ kernel, and the bias; stride and padding are set in `forward`.
     """
 
     def forward(self, x):
-        # A transposed convolution has its axes mirrored, and its channels in the other order.
+        # Eight copies of a voxel add up: the sum of the shifts, not their mean. A transposed
+        # convolution has its axes mirrored, and its channels in the other order.
         kernel = 8 * mean_of_shifts(self.weight).flip(2, 3, 4).transpose(0, 1)
         return F.conv_transpose3d(x, kernel, self.bias, stride=2, padding=1)
 
@@ -158,7 +165,8 @@ class UpsampleConv3d(nn.Conv3d):
 class ConvDownsample3d(nn.Conv3d):
     """downsample(conv 3³(x)) as one convolution of stride 2.
 
-    The result is the same, for 8/27 of the arithmetic.
+    The result is the same, for 8/27 of the arithmetic: the mean of a kernel's results at 2×2×2
+    places is one result of the mean of its shifts. Of nn.Conv3d it takes weight and bias, as above.
     """
 
     def forward(self, x):
@@ -175,7 +183,7 @@ class UpBlock(nn.Module):
     def __init__(self, into, out):
         super().__init__()
         self.body = nn.Sequential(
-            UpsampleConv3d(into, out, 3, padding=1), norm(out), activation(),
+            UpsampleConv3d(into, out, 3), norm(out), activation(),
             conv(out, out), norm(out), activation(),
         )
         self.skip = conv(into, out, kernel=1)
@@ -195,7 +203,7 @@ class DownBlock(nn.Module):
         super().__init__()
         self.body = nn.Sequential(
             conv(into, middle), norm(middle), activation(),
-            ConvDownsample3d(middle, out, 3, padding=1), norm(out), activation(),
+            ConvDownsample3d(middle, out, 3), norm(out), activation(),
         )
         self.skip = conv(into, out, kernel=1)
 
@@ -219,11 +227,11 @@ class Generator(nn.Module):
 
     def __init__(self, cube, width):
         super().__init__()
-        counts = channels(cube, width)
-        self.linear = nn.Linear(LATENT, counts[0] * 27)
-        self.start = nn.Unflatten(1, (counts[0], 3, 3, 3))
-        self.blocks = nn.Sequential(*map(UpBlock, counts[:-1], counts[1:]))
-        self.conv = conv(counts[-1], 1)
+        level_channels = channels_per_level(cube, width)
+        self.linear = nn.Linear(LATENT, level_channels[0] * 27)
+        self.start = nn.Unflatten(1, (level_channels[0], 3, 3, 3))
+        self.blocks = nn.Sequential(*map(UpBlock, level_channels[:-1], level_channels[1:]))
+        self.conv = conv(level_channels[-1], 1)
 
     def forward(self, z):
         x = self.start(self.linear(z))
