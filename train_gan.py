@@ -268,12 +268,11 @@ def accumulate(loss_of, count, size, network):
 
 # 4.1.1 An iteration of the critic, one of the generator, an epoch
 
-
-def critic_iteration(trainer, real, labels, scale):
+def critic_iteration(trainer, real, labels, alpha):
     """One Adam step of the critic down L_f, on fresh z   [rule_4_1_critic_step]
 
-    The generator stays as it is. real: (n, 1, c, c, c) in [-1, 1]; labels: (n,); scale: α. Returns
-    the terms of L_f by name.
+    The generator stays as it is. real: (n, 1, c, c, c) in [-1, 1]; labels: (n,); alpha: α, a
+    number. Returns the fields of CriticLoss, numbers by name.
     """
     options = trainer.options
 
@@ -287,7 +286,7 @@ def critic_iteration(trainer, real, labels, scale):
             with torch.no_grad():
                 fake = trainer.generator(latent[samples]).float()
             return critic_loss(trainer.critic, real[samples], labels[samples], fake,
-                               fake_labels[samples], epsilon[samples], options.penalty_scale, scale)
+                               fake_labels[samples], epsilon[samples], options.penalty_scale, alpha)
 
     # Step down the gradient.
     trainer.critic_optimizer.zero_grad()
@@ -296,10 +295,11 @@ def critic_iteration(trainer, real, labels, scale):
     return terms
 
 
-def generator_iteration(trainer, count, scale):
+def generator_iteration(trainer, count, alpha):
     """One Adam step of the generator down L_G, on fresh z   [rule_4_1_generator_step]
 
-    The critic stays as it is. count: samples; scale: α. Returns the terms of L_G by name.
+    The critic stays as it is. count: samples; alpha: α, a number. Returns the fields of
+    GeneratorLoss, numbers by name.
     """
     # Draw y and z.
     labels = draw_labels(count, trainer.rng, trainer.device)
@@ -308,7 +308,7 @@ def generator_iteration(trainer, count, scale):
     def loss_of(samples):
         with autocast(trainer):
             fake = trainer.generator(latent[samples])
-            return generator_loss(trainer.critic, fake, labels[samples], scale)
+            return generator_loss(trainer.critic, fake, labels[samples], alpha)
 
     # Step down the gradient; the critic's own gradients are not needed.
     trainer.generator_optimizer.zero_grad()
@@ -320,7 +320,7 @@ def generator_iteration(trainer, count, scale):
 
 
 def mean_terms(iterations):
-    """The mean of each term over several iterations; iterations: of numbers by name."""
+    """The mean of each term over several iterations; iterations: the terms of each, by name."""
     count = len(iterations)
     return {name: sum(terms[name] for terms in iterations) / count for name in iterations[0]}
 
@@ -342,7 +342,7 @@ def train_epoch(trainer, batches):
     """
     options = trainer.options
     set_learning_rate(trainer)
-    scale = auxiliary_scale(trainer.epoch, options.epochs, options.auxiliary_scale,
+    alpha = auxiliary_scale(trainer.epoch, options.epochs, options.auxiliary_scale,
                             options.late_auxiliary_scale)
 
     # Criticize.
@@ -352,14 +352,14 @@ def train_epoch(trainer, batches):
         real = torch.from_numpy(cubes).to(trainer.device)           # (n, 1, c, c, c)
         real_labels = torch.from_numpy(labels).to(trainer.device)   # (n,)
         trainer.seed_iteration(iteration)
-        iterations.append(critic_iteration(trainer, real, real_labels, scale))
+        iterations.append(critic_iteration(trainer, real, real_labels, alpha))
 
     # Generate.
     trainer.seed_iteration(options.critic_iterations)
-    generator_terms = generator_iteration(trainer, options.batch_size, scale)
+    generator_terms = generator_iteration(trainer, options.batch_size, alpha)
 
     trainer.epoch += 1
-    return {"epoch": trainer.epoch, "alpha": scale, "critic": mean_terms(iterations),
+    return {"epoch": trainer.epoch, "alpha": alpha, "critic": mean_terms(iterations),
             "generator": generator_terms}
 
 

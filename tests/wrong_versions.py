@@ -247,71 +247,71 @@ def next_reals(trainer, batches):
     return torch.from_numpy(cubes).to(trainer.device), torch.from_numpy(labels).to(trainer.device)
 
 
-def end_epoch(trainer, scale, critic_terms, generator_terms):
+def end_epoch(trainer, alpha, critic_terms, generator_terms):
     """Count the epoch; returns its row of the log, from the terms of each critic iteration."""
     trainer.epoch += 1
     means = {name: sum(terms[name] for terms in critic_terms) / len(critic_terms)
              for name in critic_terms[0]}
-    return {"epoch": trainer.epoch, "alpha": scale, "critic": means, "generator": generator_terms}
+    return {"epoch": trainer.epoch, "alpha": alpha, "critic": means, "generator": generator_terms}
 
 
 def one_to_five(trainer, batches):
     """One critic step to five of the generator."""
-    scale = begin_epoch(trainer)
+    alpha = begin_epoch(trainer)
 
     trainer.seed_iteration(0)
     real, labels = next_reals(trainer, batches)
-    critic_terms = [train_gan.critic_iteration(trainer, real, labels, scale)]
+    critic_terms = [train_gan.critic_iteration(trainer, real, labels, alpha)]
 
     for iteration in range(5):
         trainer.seed_iteration(1 + iteration)
-        generator_terms = train_gan.generator_iteration(trainer, trainer.options.batch_size, scale)
-    return end_epoch(trainer, scale, critic_terms, generator_terms)
+        generator_terms = train_gan.generator_iteration(trainer, trainer.options.batch_size, alpha)
+    return end_epoch(trainer, alpha, critic_terms, generator_terms)
 
 
 def short_batches_skipped(trainer, batches):
     """Some of the five critic steps skipped."""
-    scale = begin_epoch(trainer)
+    alpha = begin_epoch(trainer)
 
     critic_terms = []
     for iteration in range(trainer.options.critic_iterations - 1):
         trainer.seed_iteration(iteration)
         real, labels = next_reals(trainer, batches)
-        critic_terms.append(train_gan.critic_iteration(trainer, real, labels, scale))
+        critic_terms.append(train_gan.critic_iteration(trainer, real, labels, alpha))
 
     trainer.seed_iteration(trainer.options.critic_iterations)
-    generator_terms = train_gan.generator_iteration(trainer, trainer.options.batch_size, scale)
-    return end_epoch(trainer, scale, critic_terms, generator_terms)
+    generator_terms = train_gan.generator_iteration(trainer, trainer.options.batch_size, alpha)
+    return end_epoch(trainer, alpha, critic_terms, generator_terms)
 
 
 def reals_used_five_times(trainer, batches):
     """The same reals at each of the five critic steps."""
-    scale = begin_epoch(trainer)
+    alpha = begin_epoch(trainer)
 
     critic_terms = []
     real, labels = next_reals(trainer, batches)
     for iteration in range(trainer.options.critic_iterations):
         trainer.seed_iteration(iteration)
-        critic_terms.append(train_gan.critic_iteration(trainer, real, labels, scale))
+        critic_terms.append(train_gan.critic_iteration(trainer, real, labels, alpha))
 
     trainer.seed_iteration(trainer.options.critic_iterations)
-    generator_terms = train_gan.generator_iteration(trainer, trainer.options.batch_size, scale)
-    return end_epoch(trainer, scale, critic_terms, generator_terms)
+    generator_terms = train_gan.generator_iteration(trainer, trainer.options.batch_size, alpha)
+    return end_epoch(trainer, alpha, critic_terms, generator_terms)
 
 
 def critics_last_z(trainer, batches):
     """The generator given the z of the critic's last step."""
-    scale = begin_epoch(trainer)
+    alpha = begin_epoch(trainer)
 
     critic_terms = []
     for iteration in range(trainer.options.critic_iterations):
         trainer.seed_iteration(iteration)
         real, labels = next_reals(trainer, batches)
-        critic_terms.append(train_gan.critic_iteration(trainer, real, labels, scale))
+        critic_terms.append(train_gan.critic_iteration(trainer, real, labels, alpha))
 
     trainer.seed_iteration(trainer.options.critic_iterations - 1)
-    generator_terms = train_gan.generator_iteration(trainer, trainer.options.batch_size, scale)
-    return end_epoch(trainer, scale, critic_terms, generator_terms)
+    generator_terms = train_gan.generator_iteration(trainer, trainer.options.batch_size, alpha)
+    return end_epoch(trainer, alpha, critic_terms, generator_terms)
 
 
 def batch_drawn_twice(options, dataset, first_epoch):
