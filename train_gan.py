@@ -201,10 +201,16 @@ def join_processes(name):
 
 
 def process_place():
-    """This process' number, from 0 on, and how many there are. The first alone writes files."""
+    """This process' number, from 0 on, and how many there are."""
     if distributed.is_available() and distributed.is_initialized():
         return distributed.get_rank(), distributed.get_world_size()
     return 0, 1
+
+
+def is_first_process():
+    """Whether this process is the one that writes files and speaks, if need be for several."""
+    process, _ = process_place()
+    return process == 0
 
 
 def wait_for_all():
@@ -234,8 +240,13 @@ def autocast(trainer):
     return torch.autocast(trainer.device.type, torch.bfloat16, enabled=enabled)
 
 
-def micro_batches(count, size):
-    """Slices of `size` samples, the last perhaps shorter, that cover `count`."""
+def micro_batches(count, size, n_processes):
+    """Slices of `size` samples, the last perhaps shorter, that cover `count`.
+
+    If size is None, each process gets one micro-batch.
+    """
+    if size is None:
+        size = math.ceil(count / n_processes)
     return [slice(start, min(start + size, count)) for start in range(0, count, size)]
 
 
@@ -244,11 +255,11 @@ def accumulate(loss_of, count, size, network):
 
     This saves memory, and shares a batch among processes. loss_of(samples): the loss of a slice of
     the batch, a named tuple with `total`. Each term is a mean over its samples, so a micro-batch
-    counts with its share of the `count` samples. If size is None, each process gets one of them.
-    Returns the whole batch's terms, numbers by name.
+    counts with its share of the `count` samples. If size is None, each process gets one
+    micro-batch. Returns the whole batch's terms, numbers by name.
     """
     process, n_processes = process_place()
-    slices = micro_batches(count, size or math.ceil(count / n_processes))
+    slices = micro_batches(count, size, n_processes)
 
     # Take this process' share of the micro-batches.
     means = {}
@@ -424,8 +435,7 @@ def start_or_resume(folder, options, dataset, device):
     """A Trainer at its checkpoint, or a new one where there is none or under --overwrite."""
     trainer = Trainer(options, dataset, device)
     path = folder / "checkpoint.pt"
-    process, _ = process_place()
-    if options.overwrite and process == 0:
+    if options.overwrite and is_first_process():
         lungaug.remove(folder, "checkpoint.pt", "log.jsonl", "options.json")
     wait_for_all()
 
@@ -437,7 +447,7 @@ def start_or_resume(folder, options, dataset, device):
             trainer.restore(state)
         lungaug.check_epochs(path, trainer.epoch, options.epochs)
 
-    if process == 0:
+    if is_first_process():
         lungaug.rewind_log(folder / "log.jsonl", trainer.epoch)
     return trainer
 
@@ -535,8 +545,7 @@ def prepare_first(options):
 def check_shares(options):
     """Raise Refusal where a batch has fewer micro-batches than there are processes."""
     _, n_processes = process_place()
-    size = options.micro_batch or math.ceil(options.batch_size / n_processes)
-    count = len(micro_batches(options.batch_size, size))
+    count = len(micro_batches(options.batch_size, options.micro_batch, n_processes))
     check(count >= n_processes, "torchrun",
           f"a batch has fewer micro-batches, {count}, than there are processes, {n_processes}",
           "give a smaller --nproc-per-node or --micro-batch, or a larger --batch-size")
@@ -564,17 +573,16 @@ def main():
     options = lungaug.parse(__doc__, "train_gan")
     run = options.run
     folder = run / "gan"
-    # Without --device it is auto in either preset, and which preset holds is known only later.
+    # The preset is not known yet; --device is auto in both.
     device = join_processes(options.device or "auto")
-    process, _ = process_place()
-    if process == 0:
+    if is_first_process():
         prepare_first(options)
     wait_for_all()
 
     dataset = preprocessing.open_dataset(run)
     lungaug.apply_preset(options, "train_gan", dataset.info["preset"])
     check_shares(options)
-    if process > 0:
+    if not is_first_process():
         train_in(folder, options, dataset, device)
         return
 
