@@ -34,9 +34,7 @@ BETAS = (0.0, 0.9)      # 4.1.1   [num_4_1_adam]
 FIXED = 4               # samples of each class whose z stays fixed
 MOMENTS = 8             # pictures of them during the training, besides the one before it
 PROBE = 3               # the remaining time is estimated from this many first epochs
-SMOOTHED = 20           # epochs over which the status line averages the Wasserstein estimate
-STATUS = ("W {estimate:.2f}, α {alpha:g}, class accuracy {real_accuracy:.2f} on reals, "
-          "{fake_accuracy:.2f} on fakes")
+SMOOTHED = 20           # epochs over which the terminal's Wasserstein estimates are averaged
 
 
 # 4.1.1 Training: α, real batches, labels, ε (z is drawn in models.py)
@@ -460,67 +458,83 @@ def warn_of_hours(seconds):
               "command, without --overwrite, resumes.", flush=True)
 
 
-def status(row, estimates):
-    """The status line of an epoch: the estimate as the mean of the last ones, which scatter less.
+def status(row, estimate):
+    """The status line of an epoch.
 
-    row: the epoch's, of the log; estimates: a deque of the last Wasserstein estimates, to which
-    this epoch's is added.
+    row: the epoch's, of the log; estimate: the mean of the last Wasserstein estimates, which
+    scatters less than the epoch's own.
     """
-    estimates.append(row["critic"]["wasserstein"])
-    mean = sum(estimates) / len(estimates)
-    return STATUS.format(estimate=mean, alpha=row["alpha"], **row["critic"])
+    critic = row["critic"]
+    return (f"W {estimate:.2f}, α {row['alpha']:g}, class accuracy "
+            f"{critic['real_accuracy']:.2f} on reals, {critic['fake_accuracy']:.2f} on fakes")
+
+
+class Recorder:
+    """What the first process keeps of a training: the log, pictures of the fixed z, checkpoints."""
+
+    def __init__(self, trainer, folder):
+        epochs = trainer.options.epochs
+        self.trainer = trainer
+        self.folder = folder
+        self.progress = lungaug.Progress("epochs", epochs)
+        self.estimates = deque(maxlen=SMOOTHED)
+        self.moments = {round(epochs * i / MOMENTS) for i in range(MOMENTS + 1)}
+        self.first_epoch = trainer.epoch
+        self.start = time.monotonic()
+        self.last_save = self.start
+
+    def record_epoch(self, row):
+        """Log an epoch that has just ended; where they are due, picture the fixed z, and save.
+
+        row: the epoch's, of the log. A checkpoint is due every --checkpoint-minutes and at the end.
+        """
+        trainer = self.trainer
+        options = trainer.options
+        epochs_left = options.epochs - trainer.epoch
+
+        # Log.
+        lungaug.append_log(self.folder / "log.jsonl", row)
+        self.estimates.append(row["critic"]["wasserstein"])
+        estimate = sum(self.estimates) / len(self.estimates)
+        self.progress.update(trainer.epoch, status(row, estimate))
+        if trainer.epoch == self.first_epoch + PROBE:
+            seconds_per_epoch = (time.monotonic() - self.start) / PROBE
+            warn_of_hours(seconds_per_epoch * epochs_left)
+
+        # Picture the fixed z.
+        if trainer.epoch in self.moments:
+            sample_fixed(trainer)
+            draw_progression(self.folder, trainer)
+
+        # Save.
+        minutes = (time.monotonic() - self.last_save) / 60
+        if minutes > options.checkpoint_minutes or epochs_left == 0:
+            lungaug.write(self.folder / "checkpoint.pt", trainer.state())
+            self.last_save = time.monotonic()
 
 
 def train(trainer, dataset, folder):
-    """Draw, criticize, generate, log, save.
-
-    A checkpoint is written every --checkpoint-minutes and at the end, by the first process alone.
-    """
-    epochs = trainer.options.epochs
-    process, _ = process_place()
-    progress = lungaug.Progress("epochs", epochs)
-    estimates = deque(maxlen=SMOOTHED)
-    moments = {round(epochs * i / MOMENTS) for i in range(MOMENTS + 1)}
-    first_epoch = trainer.epoch
-    batches = read_batches(trainer.options, dataset, first_epoch)
-    start = time.monotonic()
-    last_save = start
-
-    if trainer.epoch == 0 and process == 0:
+    """Draw, criticize, generate, record, epoch by epoch."""
+    batches = read_batches(trainer.options, dataset, trainer.epoch)
+    recorder = Recorder(trainer, folder)
+    if trainer.epoch == 0 and is_first_process():
         sample_fixed(trainer)
 
-    while trainer.epoch < epochs:
+    while trainer.epoch < trainer.options.epochs:
         # Draw, criticize, generate.
         row = train_epoch(trainer, batches)
-
         check_finite(row, folder / "log.jsonl")
-        if process > 0:
-            continue
 
-        # Log.
-        lungaug.append_log(folder / "log.jsonl", row)
-        progress.update(trainer.epoch, status(row, estimates))
-        if trainer.epoch == first_epoch + PROBE:
-            seconds_per_epoch = (time.monotonic() - start) / PROBE
-            warn_of_hours(seconds_per_epoch * (epochs - trainer.epoch))
-
-        # Picture the fixed z.
-        if trainer.epoch in moments:
-            sample_fixed(trainer)
-            draw_progression(folder, trainer)
-
-        # Save.
-        minutes = (time.monotonic() - last_save) / 60
-        if minutes > trainer.options.checkpoint_minutes or trainer.epoch == epochs:
-            lungaug.write(folder / "checkpoint.pt", trainer.state())
-            last_save = time.monotonic()
+        # Record.
+        if is_first_process():
+            recorder.record_epoch(row)
 
 
 def summary(path):
-    """A sentence on the Wasserstein estimate: the peak and the last of its means over 20 epochs."""
+    """A sentence on the Wasserstein estimate: the peak and the last of its smoothed values."""
     with lungaug.refuse_on_error(path, "start over with --overwrite"):
         estimates = [row["critic"]["wasserstein"] for row in lungaug.read_log(path)]
-        count = min(20, len(estimates))
+        count = min(SMOOTHED, len(estimates))
         means = np.convolve(estimates, np.full(count, 1 / count), "valid")
     return (f"Wasserstein estimate, mean of {count} epochs: "
             f"peak {max(means):.2f}, now {means[-1]:.2f}.")
@@ -554,8 +568,8 @@ def check_shares(options):
 def train_in(folder, options, dataset, device):
     """Train in a folder that this process, or the first of several, has locked: the Trainer."""
     trainer = start_or_resume(folder, options, dataset, device)
-    process, n_processes = process_place()
-    if process == 0:
+    _, n_processes = process_place()
+    if is_first_process():
         place = f"{n_processes} processes, {device}" if n_processes > 1 else device
         print(f"Preset {options.preset}, cube {dataset.cube}, width {options.width}, on {place}; "
               f"epochs {trainer.epoch} to {options.epochs}.", flush=True)
@@ -563,9 +577,10 @@ def train_in(folder, options, dataset, device):
         if trainer.epoch < options.epochs:
             # Until it has its page again the stage is not finished, for evaluate.py.
             lungaug.remove(folder, "options.json")
+        if trainer.moments:
+            # The picture of an earlier command may be lost, and this one may have nothing to train.
+            draw_progression(folder, trainer)
     train(trainer, dataset, folder)
-    if process == 0:
-        draw_progression(folder, trainer)
     return trainer
 
 

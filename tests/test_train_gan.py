@@ -13,7 +13,6 @@ import signal
 import subprocess
 import sys
 import time
-from collections import deque
 from types import SimpleNamespace
 from typing import NamedTuple
 
@@ -867,16 +866,28 @@ def train_in_one(folder, dataset, **changes):
     train_gan.train(trainer, dataset, folder)
 
 
-def test_status__smooths_the_estimate_and_shows_alpha():
+def test_record_epoch__shows_the_smoothed_estimate_and_alpha(tmp_path):
     """The mean of the estimates so far, then of the last twenty: one epoch's own jumps up and down."""
-    estimates = deque(maxlen=train_gan.SMOOTHED)
+    trainer = small_trainer(epochs=1000, checkpoint_minutes=1e9)
+    recorder = train_gan.Recorder(trainer, tmp_path)
+    lines = []
+    recorder.progress.update = lambda done, text: lines.append(text)
 
-    def line(estimate, alpha):
+    for estimate, alpha in [(4.0, 3.0), (0.0, 10.0), *[(0.0, 1.0)] * 19]:
+        trainer.epoch += 1
         critic = {"wasserstein": estimate, "real_accuracy": 0.5, "fake_accuracy": 1.0}
-        return train_gan.status({"critic": critic, "alpha": alpha}, estimates)
+        recorder.record_epoch({"critic": critic, "alpha": alpha})
 
-    assert line(4.0, 3.0) == "W 4.00, α 3, class accuracy 0.50 on reals, 1.00 on fakes"
-    assert line(0.0, 10.0).startswith("W 2.00, α 10, ")
-    for _ in range(18):
-        last = line(0.0, 1.0)
-    assert last.startswith("W 0.20, ") and line(0.0, 1.0).startswith("W 0.00, ")
+    assert lines[0] == "W 4.00, α 3, class accuracy 0.50 on reals, 1.00 on fakes"
+    assert lines[1].startswith("W 2.00, α 10, ")
+    assert lines[19].startswith("W 0.20, ") and lines[20].startswith("W 0.00, ")
+
+
+def test_train_in__a_lost_picture_of_a_whole_training_is_drawn_again(tmp_path, capsys):
+    """With no epoch left to train, progression.png comes back with its bytes, and the checkpoint stays."""
+    dataset, folder = small_dataset(tmp_path), tmp_path / "gan"
+    train_gan.train_in(folder, options(epochs=2, preset="demo"), dataset, CPU)
+    before = {path.name: path.read_bytes() for path in folder.iterdir()}
+    (folder / "progression.png").unlink()
+    train_gan.train_in(folder, options(epochs=2, preset="demo"), dataset, CPU)
+    assert {path.name: path.read_bytes() for path in folder.iterdir()} == before
