@@ -1004,6 +1004,11 @@ def grey(x):
     return np.clip(levels, 0, 255).astype(np.uint8)
 
 
+def from_grey(levels):
+    """0…255 → [-1, 1], to half a level what `grey` was given; uint8 of any shape, float32"""
+    return levels / np.float32(127.5) - 1
+
+
 # The HU that are black and white, as radiologists choose them.
 WINDOWS = {"lung window": (-1350, 150), "mediastinal window": (-160, 240)}
 WINDOWS_SAY = ("lung window: −1350 HU black, 150 HU white; mediastinal window: −160 HU black, "

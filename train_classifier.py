@@ -245,7 +245,8 @@ def read_generated(folder, settings, remedy):
 
     with lungaug.refuse_on_error(path, remedy):
         record = lungaug.read_json(path, remedy)
-        # Those that were made with a mistake of tests/wrong_versions.py are not used without it.
+        # Cubes made with a deliberate mistake, of tests/wrong_versions.py, must not be used
+        # without it.
         expected = {"mistake": None} | settings
         lungaug.require_settings(path, record["settings"], expected, remedy)
         return record["classes"] if is_whole(folder, record["files"]) else None
@@ -576,7 +577,8 @@ def resume(trainer, folder):
     """Bring a new Trainer to the checkpoint in the folder, where there is one."""
     path = folder / "checkpoint.pt"
     if path.exists():
-        # One that was trained with a mistake of tests/wrong_versions.py is not resumed without it.
+        # A checkpoint trained with a deliberate mistake, of tests/wrong_versions.py, must not
+        # continue without it.
         expected = {"mistake": None} | trainer.settings
         state = lungaug.load_checkpoint(path, "", **expected)
         with lungaug.refuse_on_error(path, "start over with --overwrite"):

@@ -111,7 +111,7 @@ def draw_epsilon(count, rng, device):
 class Trainer:
     """All that training changes: two networks, their optimizers, the randomness.
 
-    A checkpoint is its `state`. options: those of train_gan.py; dataset: of preprocessing.
+    A checkpoint is its `state`. options: parsed by train_gan.py; dataset: a preprocessing.Dataset.
     """
 
     def __init__(self, options, dataset, device):
@@ -396,12 +396,11 @@ def sample_fixed(trainer):
 
 def draw_progression(folder, trainer):
     """Draw progression.png: the middle slice of each sample of the fixed z, one row per moment."""
+    side = trainer.settings["cube"]
     middle_slices = []
     for _, cubes in trainer.moments:
-        side = cubes.shape[-1]
-        # Grey from 0 to 255 stands for the whole range of HU.
-        shares = cubes[:, side // 2].numpy() / np.float32(127.5) - 1
-        middle_slices += list(lungaug.windowed(preprocessing.denormalize(shares), "lung window"))
+        x = lungaug.from_grey(cubes[:, side // 2].numpy())
+        middle_slices += list(lungaug.windowed(preprocessing.denormalize(x), "lung window"))
 
     sheet = lungaug.tile(middle_slices, 2 * FIXED)
     lungaug.write(folder / "progression.png", lungaug.png(sheet, lungaug.zoom(side, 96)))
@@ -410,7 +409,7 @@ def draw_progression(folder, trainer):
 def page(trainer):
     """What the report shows of the training: the fixed z from its start to its end."""
     epochs = [epoch for epoch, _ in trainer.moments]
-    side = trainer.moments[-1][1].shape[-1]
+    side = trainer.settings["cube"]
     caption = (f"The same {2 * FIXED} samples of z through the training, each the middle axial "
                f"slice of its cube of {side} mm in the lung window. Move the slider: noise turns "
                "into lung tissue (negatives) and into nodules (positives). Look at what the "
@@ -438,7 +437,8 @@ def start_or_resume(folder, options, dataset, device):
     wait_for_all()
 
     if path.exists():
-        # One that was trained with a mistake of tests/wrong_versions.py is not resumed without it.
+        # A checkpoint trained with a deliberate mistake, of tests/wrong_versions.py, must not
+        # continue without it.
         expected = {"mistake": None} | trainer.settings
         state = lungaug.load_checkpoint(path, "", **expected)
         with lungaug.refuse_on_error(path, "start over with --overwrite"):
@@ -545,15 +545,15 @@ def prepare_first(options):
     run = options.run
     if options.prepared:
         if not preprocessing.uses_prepared_of(run, options.prepared):
-            words = ["--overwrite"] if options.overwrite else []
+            arguments = ["--overwrite"] if options.overwrite else []
             lungaug.run_script("preprocessing.py", "--run", run, "--prepared", options.prepared,
-                               *words)
+                               *arguments)
     elif not lungaug.is_prepared(run):
-        print(f"Preprocessing is not finished for {options.run}; running it now.", flush=True)
-        words = ["--seed", options.seed or 0]
+        print(f"Preprocessing is not finished for {run}; running it now.", flush=True)
+        arguments = ["--seed", options.seed or 0]
         if options.preset:
-            words += ["--preset", options.preset]
-        lungaug.run_script("preprocessing.py", "--run", options.run, *words)
+            arguments += ["--preset", options.preset]
+        lungaug.run_script("preprocessing.py", "--run", run, *arguments)
 
 
 def check_shares(options):
