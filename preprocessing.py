@@ -1118,19 +1118,25 @@ def first_flips(dataset, split):
     return dataset.flips[split].argmax(1)
 
 
-def labelled(dataset, split):
-    """A split's cubes to score: rows (n, 4), flips (n,), labels (n,).
+def join_classes(positives, positive_flips, negatives):
+    """Both classes in one: rows (n, 4), flips (n,), labels (n,) int64, positives first.
 
-    Positives come first, each with its flips; negatives have the flip 0, which is none.
+    positives, negatives: rows. Negatives have the flip 0, which is none.
     """
-    positives, positive_flips = positives_with_flips(dataset, split)
-    negatives = dataset.negatives[split]
     negative_flips = np.zeros(len(negatives), int)
-
     rows = np.concatenate([positives, negatives])
     flips = np.concatenate([positive_flips, negative_flips])
-    labels = np.repeat([1, 0], [len(positives), len(negatives)])
+    labels = np.repeat(np.array([1, 0], np.int64), [len(positives), len(negatives)])
     return rows, flips, labels
+
+
+def labelled(dataset, split):
+    """A split's cubes to score, each positive with its flips: rows (n, 4), flips (n,), labels (n,)
+
+    Positives come first; negatives are as they are.
+    """
+    positives, positive_flips = positives_with_flips(dataset, split)
+    return join_classes(positives, positive_flips, dataset.negatives[split])
 
 
 @functools.lru_cache(maxsize=128)

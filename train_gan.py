@@ -59,25 +59,31 @@ def decayed_rate(epoch, epochs, rate, start):
 
 
 def draw_batch(dataset, count, rng):
-    """Training cubes, half positive, flipped at random, half negative   [rule_4_1_balanced_batch]
+    """Half positives, flipped at random; half negatives, as they are   [rule_4_1_balanced_batch]
 
-    Returns cubes (count, 1, c, c, c) in [-1, 1] and labels (count,) int64, positives first.
+    All are training cubes; each positive has a flip of its own. Returns cubes (count, 1, c, c, c)
+    in [-1, 1] and labels (count,) int64, positives first.
     """
     n_positives = count // 2
     n_negatives = count - n_positives
-    all_positives = dataset.positives["train"]
-    all_negatives = dataset.negatives["train"]
+    positives = dataset.positives["train"]
+    negatives = dataset.negatives["train"]
+    flips = None
+    if dataset.flips is not None:
+        # Cubes were split: a nodule's other flips are in the validation or the test set.
+        positives, flips = preprocessing.positives_with_flips(dataset, "train")
 
-    # Draw rows and flips. A negative has the flip 0, which is none. All eight flips are drawn where
-    # cubes were split, too, as by the thesis' GAN: so it sees flips that are in the test set.
-    positives = all_positives[rng.integers(len(all_positives), size=n_positives)]
-    negatives = all_negatives[rng.integers(len(all_negatives), size=n_negatives)]
-    flips = rng.integers(8, size=count)
-    flips[n_positives:] = 0
+    # Draw cubes of each class, and flips where every positive has all eight.
+    chosen = rng.integers(len(positives), size=n_positives)
+    chosen_negatives = rng.integers(len(negatives), size=n_negatives)
+    if flips is None:
+        chosen_flips = rng.integers(len(preprocessing.FLIPS), size=n_positives)
+    else:
+        chosen_flips = flips[chosen]
 
-    cubes = preprocessing.read_cubes(dataset, np.concatenate([positives, negatives]), flips)
-    labels = np.repeat(np.array([1, 0], np.int64), [n_positives, n_negatives])
-    return cubes, labels
+    rows, row_flips, labels = preprocessing.join_classes(
+        positives[chosen], chosen_flips, negatives[chosen_negatives])
+    return preprocessing.read_cubes(dataset, rows, row_flips), labels
 
 
 def read_batches(options, dataset, first_epoch):

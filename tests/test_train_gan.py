@@ -149,6 +149,17 @@ def test_rule_4_1_balanced_batch__negatives_are_used_as_they_are(dataset):
     assert (found[:, 1] == 0).all() and np.abs(np.bincount(found[:, 0], minlength=2) - 200).max() < 5 * np.sqrt(400 / 4)
 
 
+def test_rule_4_1_balanced_batch__of_split_cubes_only_flips_of_the_training_set(dataset):
+    """--split cube: a nodule's flips that are in the test set are never drawn; the others each have their share."""
+    training = {(0, 0), (0, 3), (1, 1), (1, 2), (1, 5), (1, 7)}
+    flips = np.zeros((2, 8), bool)
+    flips[tuple(zip(*training))] = True
+    found = batch_flips(dataset._replace(flips={"train": flips}), 1)
+    drawn, counts = np.unique(found, axis=0, return_counts=True)
+    assert set(map(tuple, drawn.tolist())) == training
+    assert np.abs(counts - 400 / 6).max() < 5 * np.sqrt(400 / 6 * 5 / 6)
+
+
 # 4.1.1 The settings
 
 def thesis(name):
