@@ -763,13 +763,21 @@ def region_around(points, cube, shape):
     return start, stop
 
 
-def read_thin_scan(source, limit):
-    """A Scan with its HU clipped, and the mm between its slices. Raises Refusal above limit."""
+def read_clipped_scan(source, limit):
+    """A Scan whose HU are clipped and rounded, and the mm between its slices.
+
+    Raises Refusal where those exceed `limit`.
+    """
     scan = read_source(source)
     slice_mm = slice_distance(scan)
     check(not exceeds(slice_mm, limit), source.files[0], f"slices {slice_mm:g} mm apart",
           f"LUNA16 keeps at most {limit:g} mm; --max-slice-mm raises it")
-    return scan._replace(hu=clip_hu(scan.hu).astype(np.int16)), float(slice_mm)
+
+    hu = clip_hu(scan.hu)
+    if hu.dtype.kind == "f":
+        # astype alone would cut the fractions off, and make air denser by half a HU.
+        hu = np.rint(hu)
+    return scan._replace(hu=hu.astype(np.int16)), slice_mm
 
 
 def draw_lungs(lungs, centres, diameters):
@@ -809,7 +817,7 @@ def prepare_scan(source, nodules, folder, parameters, rows=None):
     diameters = nodules[:, 3]
 
     # Read the scan and find its lungs.
-    scan, slice_mm = read_thin_scan(source, parameters["max_slice_mm"])
+    scan, slice_mm = read_clipped_scan(source, parameters["max_slice_mm"])
     lungs = find_lungs(scan, path)
     check_nodules(scan, lungs.mask, nodules, rows or {})
 

@@ -1327,6 +1327,17 @@ def test_prepare_scan__refuses_what_is_no_whole_chest(tmp_path, hu, says):
         preprocessing.prepare_scan(source, [], tmp_path / "out", PARAMETERS)
 
 
+def test_prepare_scan__fractions_of_hu_are_rounded_not_cut_off(tmp_path):
+    """A MetaImage of floats from -1200 to 600 HU: each is within half a HU of the clipped one, and none is biased."""
+    hu = np.random.default_rng(0).uniform(-1200, 600, (20, 30, 40)).astype(np.float32)
+    header = scan_files.metaimage_header(scan_of(hu, np.eye(3)), "LOCAL").replace(b"MET_SHORT", b"MET_FLOAT")
+    (tmp_path / "1.2.3.mha").write_bytes(header + hu.astype("<f4").tobytes())
+    scan, slice_mm = preprocessing.read_clipped_scan(Source("1.2.3", "", (tmp_path / "1.2.3.mha",)), 2.5)
+    errors = scan.hu - np.clip(hu, -1000, 400)
+    assert scan.hu.dtype == np.int16 and slice_mm == 2.5
+    assert np.abs(errors).max() <= 0.5 and abs(errors.mean()) < 0.02
+
+
 def planes_of(monkeypatch, hu, *others):
     """scan_picture's axial, coronal and sagittal plane as pixels (rows, columns, 3)."""
     monkeypatch.setattr(lungaug, "png", lambda pixels, factor: pixels)
