@@ -1866,18 +1866,31 @@ def choose_double(candidates):
 
 
 def same_bytes(files, other_files):
-    """Whether two lists of files have the same contents, file by file; raw data count with them."""
+    """Whether two lists of files have the same contents, file by file.
+
+    False for a header beside its data; `same_scan` decides those.
+    """
     if len(files) != len(other_files):
         return False
     for path, other in zip(files, other_files):
         # Two headers may be alike and name data that differ.
-        if is_metaimage(path) and path.suffix.lower() != ".mha":
+        if is_metaimage(path) and names_data_file(path):
             return False
         if path.stat().st_size != other.stat().st_size:
             return False
         if lungaug.file_crc32(path, "") != lungaug.file_crc32(other, ""):
             return False
     return True
+
+
+def names_data_file(path):
+    """Whether a MetaImage's voxels lie in another file; False where its header is damaged."""
+    try:
+        with lungaug.refuse_on_error(path, ""):
+            keys, _ = metaimage_header(path)
+    except Refusal:
+        return False
+    return not is_local(keys)
 
 
 def same_scan(source, other):
@@ -2027,15 +2040,20 @@ def is_true(text):
     return text[:1] in ("T", "t", "1")
 
 
+def is_local(keys):
+    """Whether a MetaImage's voxels follow its header in the same file."""
+    return keys["ElementDataFile"].upper() == "LOCAL"
+
+
 def metaimage_data(keys, path, header_end):
     """The file that holds the voxels, and the byte at which they begin. Raises Refusal."""
+    if is_local(keys):
+        return path, header_end
+
     # Some programs write ./x.raw for the file beside the header.
     name = re.sub(r"^(\./|\.\\)", "", keys["ElementDataFile"])
     check(Path(name).name == name, path, f"ElementDataFile = {name}",
           "only LOCAL or a file beside the header is supported")
-    if name.upper() == "LOCAL":
-        return path, header_end
-
     data = path.with_name(name)
     check(data.is_file(), data, "not found", f"{path.name} names it as its data")
     return data, int(keys["HeaderSize"])
