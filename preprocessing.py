@@ -108,6 +108,11 @@ def exceeds(values, limit):
     return np.asarray(values) > limit + TOLERANCE
 
 
+def differs(one, other):
+    """Whether two values, or any two of two arrays, differ by more than rounding; as `exceeds`."""
+    return bool(exceeds(np.abs(np.subtract(one, other)), 0).any())
+
+
 def slice_distance(scan):
     """The spacing in mm of the index axis nearest to the patient's z: between axial slices.
 
@@ -162,7 +167,7 @@ def reorient(scan):
     origin = scan.origin + far_end(axes, spacing, hu.shape, mirrored)
     hu = flip(hu, reverse_axes(mirrored))
     axes = np.where(mirrored, -axes, axes)
-    return Scan(scan.seriesuid, hu, spacing, origin, axes)
+    return scan._replace(hu=hu, spacing=spacing, origin=origin, direction=axes)
 
 
 def grid(scan):
@@ -1902,9 +1907,8 @@ def same_scan(source, other):
         return False
     if one.hu.shape != two.hu.shape or not np.array_equal(one.hu, two.hu):
         return False
-    differences = (one.spacing - two.spacing, one.origin - two.origin,
-                   one.direction - two.direction)
-    return not any(exceeds(np.abs(difference), 0).any() for difference in differences)
+    return not (differs(one.spacing, two.spacing) or differs(one.origin, two.origin)
+                or differs(one.direction, two.direction))
 
 
 def holds_a_mask(source):
@@ -1959,7 +1963,7 @@ def check_geometry(scan, path):
 
     lengths = np.linalg.norm(scan.direction, axis=0)
     determinant = abs(np.linalg.det(scan.direction))
-    check(not exceeds(np.abs(lengths - 1), 0).any() and determinant > 0.5, path,
+    check(not differs(lengths, 1) and determinant > 0.5, path,
           f"direction {scan.direction.T.ravel()}",
           "three axes of length 1 that span the space are expected")
 
@@ -2182,7 +2186,7 @@ def group_by_plane(headers):
     for header in headers:
         plane = plane_of(header)
         for group in groups:
-            if not exceeds(np.abs(plane - plane_of(group[0])), 0).any():
+            if not differs(plane, plane_of(group[0])):
                 group.append(header)
                 break
         else:
@@ -2235,7 +2239,7 @@ def read_headers(paths):
 
 def turned(header, other):
     """Whether two slices have different orientations."""
-    return exceeds(np.abs(header.orientation - other.orientation), 0).any()
+    return differs(header.orientation, other.orientation)
 
 
 def plane_difference(header, other):
@@ -2247,7 +2251,7 @@ def plane_difference(header, other):
     differences = []
     if (header.shape != other.shape).any():
         differences.append(f"{pair_text(header.shape)} pixels, not {pair_text(other.shape)}")
-    if exceeds(np.abs(header.pixel_spacing - other.pixel_spacing), 0).any():
+    if differs(header.pixel_spacing, other.pixel_spacing):
         differences.append(f"in-plane pixel spacing {pair_text(header.pixel_spacing)} mm, "
                            f"not {pair_text(other.pixel_spacing)}")
     return ", ".join(differences)
@@ -2323,7 +2327,7 @@ def even_step(positions, normal, folder):
     return mean
 
 
-def slice_spacing(step, headers):
+def slice_spacing(step):
     """The distance between slices in mm, from the step between their positions."""
     # Positions are decimal strings: 1.8, not 1.7999999999999.
     return round(float(np.linalg.norm(step)), 6)
@@ -2383,7 +2387,7 @@ def read_dicom(source):
         step = even_step(positions, normal, folder)
     except Refusal as refusal:
         raise blame_stray(refusal, strays, headers[0]) from None
-    between_slices = slice_spacing(step, headers)
+    between_slices = slice_spacing(step)
 
     # Build the scan. Its x axis runs along a row, its y axis down a column.
     first = headers[0]

@@ -322,6 +322,12 @@ def test_rule_2_1_1_exact_grid__a_float_just_below_a_whole_number_loses_no_point
     assert list(shape) == [30, 2, 3]
 
 
+def test_reorient__keeps_what_reading_ignored():
+    """The series' own words stay with the scan, whatever its axes."""
+    scan = scan_of(np.zeros(SHAPE), SAGITTAL)._replace(ignored=("scout.dcm: a localizer",))
+    assert preprocessing.reorient(scan).ignored == scan.ignored
+
+
 # 2.1.2 Hounsfield unit normalization
 
 def test_rule_2_1_2_clip__bounds_and_dtype():

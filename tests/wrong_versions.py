@@ -48,7 +48,7 @@ from losses import (
     wasserstein_estimate,
 )
 from models import LATENT, Critic, conditional_latent, one_hot
-from preprocessing import cut, far_end, reorient, resample, split_patients
+from preprocessing import cut, far_end, read_dicom, reorient, resample, split_patients
 from train_gan import accumulate
 
 
@@ -340,9 +340,12 @@ def slices_sorted_by_z(headers, normal):
     return sorted(headers, key=lambda header: header.position[2])
 
 
-def thickness_for_spacing(step, headers):
+def thickness_for_spacing(source):
     """SliceThickness taken for the distance between slices."""
-    return float(pydicom.dcmread(headers[0].path).SliceThickness)
+    scan = read_dicom(source)
+    between_columns, between_rows, _ = scan.spacing
+    thickness = float(pydicom.dcmread(source.files[0]).SliceThickness)
+    return scan._replace(spacing=np.array([between_columns, between_rows, thickness]))
 
 
 def localizer_kept(header):
@@ -502,7 +505,7 @@ ROWS = (
     Wrong(one_share_for_all, "train_gan.accumulate", "rule_4_1_critic_step"),
     # 2
     Wrong(slices_sorted_by_z, "preprocessing.sort_slices", "rule_2_dicom_geometry"),
-    Wrong(thickness_for_spacing, "preprocessing.slice_spacing", "rule_2_dicom_geometry"),
+    Wrong(thickness_for_spacing, "preprocessing.read_dicom", "rule_2_dicom_geometry"),
     Wrong(localizer_kept, "preprocessing.plane_of", "rule_2_dicom_geometry"),
     Wrong(no_rescale, "preprocessing.rescale", "rule_2_rescale"),
     Wrong(direction_ignored, "preprocessing.affine", "rule_2_1_1_resample"),
