@@ -729,11 +729,11 @@ def likely_cause(scan, mask, nodules):
     return "those of another scan, or not in mm, LPS"
 
 
-def check_nodules(scan, mask, nodules, rows):
+def check_nodules(scan, mask, nodules, citations):
     """Raise Refusal where a nodule's centre lies outside the scan's voxels.
 
-    mask: the lungs', a Scan; nodules: (n, 4), (x, y, z, diameter) in mm; rows: nodule → the row of
-    the table that it stands in, as text.
+    mask: the lungs', a Scan; nodules: (n, 4), (x, y, z, diameter) in mm; citations: nodule →
+    "annotations.csv, line 12".
     """
     # Half a voxel is added, so that 0 is the border of the first voxel, not its centre.
     index = to_index(scan, nodules[:, :3]) + 0.5
@@ -741,8 +741,8 @@ def check_nodules(scan, mask, nodules, rows):
     if outside.any():
         places = places_text(nodules[outside])
         cause = likely_cause(scan, mask, nodules)
-        row = rows.get(tuple(nodules[outside][0]), "the annotations")
-        raise Refusal(row,
+        citation = citations.get(tuple(nodules[outside][0]), "the annotations")
+        raise Refusal(citation,
                       f"a nodule of {scan.seriesuid} lies outside its scan, at {places}",
                       f"fix the coordinates: they may be {cause}")
 
@@ -808,12 +808,12 @@ def rare_entries(scan, lungs, nodules, folder):
     return entries
 
 
-def prepare_scan(source, nodules, folder, parameters, rows=None):
+def prepare_scan(source, nodules, folder, parameters, citations=None):
     """Read a scan, find its lungs, fill the 1 mm grid around them, draw negatives.
 
-    nodules: (x, y, z, diameter) in mm; rows: nodule → its row of the table, for messages. Leaves
-    the volume, with half a cube of margin around lungs and nodules, and a picture in `folder`;
-    returns the scan's record. Raises Refusal.
+    nodules: (x, y, z, diameter) in mm; citations: nodule → "annotations.csv, line 12", for
+    messages. Leaves the volume, with half a cube of margin around lungs and nodules, and a picture
+    in `folder`; returns the scan's record. Raises Refusal.
     """
     path = source.files[0]
     cube = parameters["cube"]
@@ -824,7 +824,7 @@ def prepare_scan(source, nodules, folder, parameters, rows=None):
     # Read the scan and find its lungs.
     scan, slice_mm = read_clipped_scan(source, parameters["max_slice_mm"])
     lungs = find_lungs(scan, path)
-    check_nodules(scan, lungs.mask, nodules, rows or {})
+    check_nodules(scan, lungs.mask, nodules, citations or {})
 
     # Fill the 1 mm grid around lungs and nodules.
     corner, shape = grid(scan)
@@ -1227,8 +1227,8 @@ def is_whole(record, folder):
         return False
 
 
-def prepare_one(source, nodules, folder, parameters, rows=None):
-    """Make a scan's record, unless a whole one exists; returns it.
+def prepare_one(source, nodules, folder, parameters, citations=None):
+    """Make a scan's record, unless a whole one exists; returns it. Arguments as of `prepare_scan`.
 
     The record of a scan that cannot be used holds the path, the problem and the remedy. What
     reading ignored is returned, but not written: it is told once.
@@ -1238,7 +1238,7 @@ def prepare_one(source, nodules, folder, parameters, rows=None):
         return record
 
     try:
-        record = prepare_scan(source, nodules, folder, parameters, rows)
+        record = prepare_scan(source, nodules, folder, parameters, citations)
     except Refusal as refusal:
         record = skipped_record(source, refusal)
     except MemoryError:
@@ -1272,8 +1272,8 @@ def reason_of(record):
 def prepare(sources, annotations, folder, parameters, options):
     """Make every source's record, in --workers processes.
 
-    annotations: series UID → {nodule: its row of the table, as text}. Under --strict the first scan
-    that cannot be used raises its Refusal.
+    annotations: as `cited_annotations` returns them. Under --strict the first scan that cannot be
+    used raises its Refusal.
     """
     progress = lungaug.Progress("scans", len(sources))
     workers = min(options.workers, max(1, len(sources)))
@@ -1281,9 +1281,9 @@ def prepare(sources, annotations, folder, parameters, options):
     with lungaug.start_pool(workers) as pool:
         jobs = []
         for source in sources:
-            rows = annotations.get(source.seriesuid, {})
-            jobs.append(lungaug.submit(pool, prepare_one, source, list(rows), folder, parameters,
-                                       rows))
+            citations = annotations.get(source.seriesuid, {})
+            jobs.append(lungaug.submit(pool, prepare_one, source, list(citations), folder,
+                                       parameters, citations))
 
         for done, job in enumerate(jobs, 1):
             record = job.result()
@@ -1409,7 +1409,7 @@ def find_data(options):
         check(scans.is_dir(), scans, "is not a folder", "give the folder of the scans with --scans")
 
     table = options.annotations or find_annotations(scans)
-    annotations = annotation_rows(table)
+    annotations = cited_annotations(table)
     sources = find_scans(scans)
     check(any(source.seriesuid in annotations for source in sources), table,
           "none of the scans' series is in it",
@@ -2430,11 +2430,14 @@ def read_annotations(path):
     Columns are found by their names, in any order, beside others. A table that a spreadsheet wrote
     is read, too: with semicolons or tabs, decimal commas, a byte order mark. Raises Refusal.
     """
-    return {uid: list(rows) for uid, rows in annotation_rows(path).items()}
+    return {uid: list(citations) for uid, citations in cited_annotations(path).items()}
 
 
-def annotation_rows(path):
-    """The same with each nodule's row: series UID → {nodule: "annotations.csv, line 12"}."""
+def cited_annotations(path):
+    """Nodules per series, each with where it was read: UID → {nodule: "annotations.csv, line 12"}.
+
+    Raises Refusal.
+    """
     lines = []
     places = None       # known after the first row
     width = 0
@@ -2457,8 +2460,7 @@ def annotation_rows(path):
             uid, nodule = read_annotation(row, places, delimiter, line)
             lines.append((rows.line_num, uid, nodule))
 
-    if places is None:
-        column_places([], path)
+    check(places is not None, path, "holds no row", f"expected {','.join(COLUMNS)}")
     check_diameters(lines, path)
     return nodules_of_series(lines, path)
 
@@ -2473,10 +2475,9 @@ def column_places(head, path):
     """Where each of COLUMNS stands in the table's first row. Raises Refusal."""
     names = [cell.strip().lower() for cell in head]
     missing = [column for column in COLUMNS if column.lower() not in names]
-    problem = f"no column {', '.join(missing)}"
-    if head:
-        problem += f", but {', '.join(cell.strip() for cell in head)}"
-    check(not missing, path, problem, f"expected {','.join(COLUMNS)}")
+    found = ", ".join(cell.strip() for cell in head)
+    check(not missing, path, f"no column {', '.join(missing)}, but {found}",
+          f"expected {','.join(COLUMNS)}")
     return [names.index(column.lower()) for column in COLUMNS]
 
 
@@ -2498,7 +2499,10 @@ def check_diameters(lines, path):
 
 
 def nodules_of_series(lines, path):
-    """Series UID → {nodule: its first row}; one line names the rows that repeat an earlier one."""
+    """Series UID → {nodule: its citation}, the first row's; a line names the rows that repeat it.
+
+    lines: (line number, series UID, (x, y, z, diameter)).
+    """
     nodules = defaultdict(dict)     # series UID → nodule → the line that it stands in
     repeated = []
     for number, uid, nodule in lines:
@@ -2509,10 +2513,10 @@ def nodules_of_series(lines, path):
     if repeated:
         print(lungaug.printable(f"{path}: each nodule is taken once: {'; '.join(repeated)}"))
 
-    rows = {}
+    annotations = {}
     for uid, numbers in nodules.items():
-        rows[uid] = {nodule: f"{path}, line {number}" for nodule, number in numbers.items()}
-    return rows
+        annotations[uid] = {nodule: f"{path}, line {number}" for nodule, number in numbers.items()}
+    return annotations
 
 
 def read_annotation(row, places, delimiter, line):
