@@ -569,25 +569,76 @@ def with_flips(rows):
 
     A flip is its place in FLIPS.
     """
-    return rows.repeat(8, axis=0), np.tile(np.arange(8), len(rows))
+    return rows.repeat(len(FLIPS), axis=0), np.tile(np.arange(len(FLIPS)), len(rows))
 
 
-# Table 1
+# Table 1: the cubes of each split, and how many there are. A row (scan, z, y, x) is a scan's place
+# among the records, and a cube's centre.
 
 TABLE_1 = {"train": (5712, 406791), "validation": (816, 58113), "test": (1632, 116226)}
 
 
-def table_1(scans, parameters=None):
-    """Table 1: split → nodules, positives, negatives   [num_table_1]
+def rows_of_split(scans, kind, split=None):
+    """The rows (n, 4) of a split's "positives" or "negatives"; of all scans where it is None."""
+    rows = []
+    for number, scan in enumerate(scans):
+        if split is None or scan["split"] == split:
+            rows += [(number, *voxel) for voxel in scan[kind]]
+    return np.array(rows, np.int32).reshape(-1, 4)
 
-    Each nodule counts eight times among the positives, once per flip, as in the thesis. Where cubes
-    were split, `parameters` say so: a nodule then counts in each split that has flips of it.
+
+def is_split_by_cube(parameters):
+    """Whether --split cube was given; parameters: of dataset.json."""
+    return parameters.get("split") == "cube"
+
+
+def split_rows(scans, parameters):
+    """A Dataset's `positives`, `negatives` and `flips`; parameters: of dataset.json."""
+    # Where cubes were split, the records name no split: it follows from the seed alone.
+    if is_split_by_cube(parameters):
+        return split_rows_by_cube(scans, parameters["seed"])
+    positives = {split: rows_of_split(scans, "positives", split) for split in SPLITS}
+    negatives = {split: rows_of_split(scans, "negatives", split) for split in SPLITS}
+    return positives, negatives, None
+
+
+def split_rows_by_cube(scans, seed):
+    """`positives`, `negatives` and `flips` where the cubes of all scans were split.
+
+    The positives are flipped first: a nodule's eight flips may come into several splits.
     """
-    positives, negatives, flips = split_rows(scans, parameters or {})
+    # The cube 8·i + j is flip j of nodule i.
+    nodules = rows_of_split(scans, "positives")
+    rng = lungaug.stream(seed, "split cubes", "positives")
+    positives = {}
+    flips = {}
+    for split, numbers in split_cubes(len(FLIPS) * len(nodules), rng).items():
+        in_split = np.zeros((len(nodules), len(FLIPS)), bool)
+        in_split.flat[numbers] = True
+        has_flips = in_split.any(1)
+        positives[split] = nodules[has_flips]
+        flips[split] = in_split[has_flips]
+
+    others = rows_of_split(scans, "negatives")
+    rng = lungaug.stream(seed, "split cubes", "negatives")
+    negatives = {}
+    for split, numbers in split_cubes(len(others), rng).items():
+        negatives[split] = others[numbers]
+    return positives, negatives, flips
+
+
+def table_1(scans, parameters):
+    """Table 1: how many positives and negatives each split has   [num_table_1]
+
+    Returns split → {"positive": count, "nodules": count, "negative": count, "thesis": the thesis'
+    (positives, negatives)}. A nodule is a positive eight times, once per flip, as in the thesis;
+    where cubes were split, as often as it has flips in the split. parameters: of dataset.json.
+    """
+    positives, negatives, flips = split_rows(scans, parameters)
     table = {}
     for split in SPLITS:
         nodules = len(positives[split])
-        n_positives = 8 * nodules if flips is None else int(flips[split].sum())
+        n_positives = len(FLIPS) * nodules if flips is None else int(flips[split].sum())
         table[split] = {"positive": n_positives, "nodules": nodules,
                         "negative": len(negatives[split]), "thesis": TABLE_1[split]}
     return table
@@ -944,47 +995,6 @@ class Dataset(NamedTuple):
     negatives: dict
     fingerprint: int        # of its scans: whatever is made from them records it
     flips: dict = None      # split → which flips of each positive lie in it, bool (n, 8); None: all
-
-
-def rows_of_split(scans, kind, split=None):
-    """The rows (n, 4) of a split's "positives" or "negatives"; of all scans where it is None."""
-    rows = []
-    for number, scan in enumerate(scans):
-        if split is None or scan["split"] == split:
-            rows += [(number, *voxel) for voxel in scan[kind]]
-    return np.array(rows, np.int32).reshape(-1, 4)
-
-
-def split_rows(scans, parameters):
-    """A Dataset's `positives`, `negatives` and `flips`; parameters: of dataset.json."""
-    # Where cubes were split, the records name no split: it follows from the seed alone.
-    if parameters.get("split") == "cube":
-        return split_rows_by_cube(scans, parameters["seed"])
-    positives = {split: rows_of_split(scans, "positives", split) for split in SPLITS}
-    negatives = {split: rows_of_split(scans, "negatives", split) for split in SPLITS}
-    return positives, negatives, None
-
-
-def split_rows_by_cube(scans, seed):
-    """The same where the cubes of all scans are split, after the positives have been flipped."""
-    # The cube 8·i + j is flip j of nodule i.
-    nodules = rows_of_split(scans, "positives")
-    rng = lungaug.stream(seed, "split cubes", "positives")
-    positives = {}
-    flips = {}
-    for split, numbers in split_cubes(8 * len(nodules), rng).items():
-        in_split = np.zeros((len(nodules), 8), bool)
-        in_split.flat[numbers] = True
-        has_flips = in_split.any(1)
-        positives[split] = nodules[has_flips]
-        flips[split] = in_split[has_flips]
-
-    others = rows_of_split(scans, "negatives")
-    rng = lungaug.stream(seed, "split cubes", "negatives")
-    negatives = {}
-    for split, numbers in split_cubes(len(others), rng).items():
-        negatives[split] = others[numbers]
-    return positives, negatives, flips
 
 
 def open_dataset(run, to_train=True):
@@ -1488,11 +1498,6 @@ def prepare_part(sources, annotations, parameters, folder, options):
         return True
 
 
-def is_split_by_cube(info):
-    """Whether --split cube was given; info: dataset.json."""
-    return info["parameters"].get("split") == "cube"
-
-
 def leak_text(dataset):
     """What must be said of a run whose cubes were split, in one line."""
     in_training = set(map(tuple, dataset.positives["train"]))
@@ -1516,7 +1521,7 @@ def table_1_item(info):
         kind = "synthetic scans (a functional test, no clinical meaning)"
     title = (f"Table 1. Sample counts, {len(info['scans'])} {kind}. "
              "Each nodule counts eight times, once per flip.")
-    if is_split_by_cube(info):
+    if is_split_by_cube(info["parameters"]):
         title += " Cubes were split: a nodule is counted in each set that has flips of it."
     head = ("", "positive", "nodules", "negative", "thesis: positive", "negative")
     return lungaug.Table(title, head, rows)
@@ -1526,7 +1531,7 @@ def page(dataset):
     """What the report shows of section 2."""
     info = dataset.info
     items = [lungaug.Heading("2 Dataset"), table_1_item(info)]
-    if is_split_by_cube(info):
+    if is_split_by_cube(info["parameters"]):
         items.append(lungaug.Text(leak_text(dataset)))
     if info["skipped"]:
         rows = [(record["seriesuid"], reason_of(record)) for record in info["skipped"]]
@@ -1563,7 +1568,7 @@ def print_summary(dataset):
     """Print Table 1, and a sentence on the scans."""
     info = dataset.info
     lungaug.print_table(*table_1_item(info))
-    if is_split_by_cube(info):
+    if is_split_by_cube(info["parameters"]):
         print(f"warning: {leak_text(dataset)}")
     for split, rows in dataset.positives.items():
         if len(rows) == 0:
@@ -1575,7 +1580,8 @@ def print_summary(dataset):
     n_nodules = sum(len(scan["positives"]) for scan in with_nodules)
     n_thesis = sum(positives for positives, _ in TABLE_1.values())
     print(f"{counted(n_nodules, 'nodule')} in {counted(len(with_nodules), 'scan')}; the thesis' "
-          f"Table 1 has {n_thesis:,} positives, {n_thesis // 8:,} nodules with eight flips each.")
+          f"Table 1 has {n_thesis:,} positives, {n_thesis // len(FLIPS):,} nodules with eight "
+          "flips each.")
     litres = [scan["litres"] for scan in info["scans"]]
     print(f"{len(litres)} scans, {len(info['skipped'])} skipped; lungs of {min(litres):.1f} to "
           f"{max(litres):.1f} litres. One picture per scan in {dataset.folder}.")

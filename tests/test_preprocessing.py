@@ -1164,7 +1164,7 @@ def test_num_table_1__counts_with_flips_and_as_nodules():
     for split, positives, negatives in counts:
         scans.append({"split": split, "positives": [(5, 6, 7)] * positives, "negatives": [(5, 6, 7)] * negatives})
 
-    table = preprocessing.table_1(scans)
+    table = preprocessing.table_1(scans, {})
     columns = ("positive", "nodules", "negative")
     assert [table["train"][column] for column in columns] == [40, 5, 35]
     assert [table["validation"][column] for column in columns] == [0, 0, 11]
