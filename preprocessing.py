@@ -63,7 +63,7 @@ class Volume(NamedTuple):
 class Source(NamedTuple):
     """Where a scan lies: one MetaImage header, or the files of one DICOM series."""
     seriesuid: str
-    patient: str
+    patient: str            # as DICOM names it; a MetaImage names none, and counts as one by itself
     files: tuple
     conflict: Path = None   # another file of the same series with other contents: neither is used
 
@@ -82,17 +82,17 @@ def affine(scan):
 
 
 def to_index(scan, points):
-    """The index (z, y, x), with fractions, at points (x, y, z) in mm; (n, 3) → (n, 3)"""
+    """The scan's index (z, y, x), with fractions, at points (x, y, z) in mm; (n, 3) → (n, 3)."""
     return reverse_axes((points - scan.origin) @ np.linalg.inv(affine(scan)).T)
 
 
 def to_world(scan, index):
-    """The points (x, y, z) in mm at an index (z, y, x); (n, 3) → (n, 3)"""
+    """The points (x, y, z) in mm at the scan's index (z, y, x); (n, 3) → (n, 3)."""
     return reverse_axes(index) @ affine(scan).T + scan.origin
 
 
 def to_grid(origin, points):
-    """The index (z, y, x), with fractions, of points (x, y, z) in mm on the 1 mm grid.
+    """The 1 mm grid's index (z, y, x), with fractions, at points (x, y, z) in mm; same shape.
 
     origin: the grid's, (x, y, z) in mm.
     """
@@ -143,9 +143,10 @@ def mirrored_axes(axes):
 
 
 def far_end(axes, spacing, shape, mirrored):
-    """From the first voxel to the last one along the mirrored axes, in mm   (x, y, z)
+    """The way, (x, y, z) in mm, from the first voxel to the last one along the mirrored axes.
 
-    axes: 3×3; spacing: (x, y, z); shape: (z, y, x). The last of n voxels has the index n − 1.
+    axes: 3×3; spacing: (x, y, z); shape: (z, y, x); mirrored: bool (x, y, z). The last of n voxels
+    has the index n − 1.
     """
     last_index = reverse_axes(shape) - 1
     return (axes * spacing) @ np.where(mirrored, last_index, 0)
@@ -173,8 +174,9 @@ def reorient(scan):
 def grid(scan):
     """The 1 mm grid on the patient's axes around a scan   [rule_2_1_1_exact_grid]
 
-    It starts at the corner voxel's centre, and its points are exactly 1 mm apart. Returns origin
-    (x, y, z) in mm and shape (z, y, x).
+    It starts at the lowest corner of the box around all voxel centres (a voxel's centre where the
+    axes agree), and its points are exactly 1 mm apart. Returns origin (x, y, z) in mm and shape
+    (z, y, x).
     """
     # The columns of `edges` lead from the first voxel to the last along each index axis, in mm.
     edges = affine(scan) * (reverse_axes(scan.hu.shape) - 1)
@@ -189,9 +191,10 @@ def grid(scan):
 def resample(scan, origin=None, shape=None):
     """HU at 1×1×1 mm, linear: index = (direction·spacing)⁻¹ · (x − origin)   [rule_2_1_1_resample]
 
-    origin (x, y, z) in mm and shape (z, y, x): the part of the grid to fill (default: all of it).
-    Returns Volume(hu (z, y, x) in the scan's dtype, origin); where an oblique scan does not reach
-    lies air. Interpolation is linear, because a higher order overshoots at bone and metal.
+    origin (x, y, z) in mm and shape (z, y, x): the part of the grid to fill (default: all of it);
+    they must lie within `grid(scan)`. Returns Volume(hu (z, y, x) in the scan's dtype, origin);
+    where an oblique scan does not reach lies air. Interpolation is linear, because a higher order
+    overshoots at bone and metal.
     """
     scan = reorient(scan)
     if origin is None:
@@ -320,25 +323,31 @@ def border_labels(labels):
 
 
 def lung_mask(hu, step=1):
-    """HU < -500 without the room's air; largest component; closed and filled   [rule_2_1_3_lungs]
+    """The largest air, HU < -500, but not the room's; closed and filled   [rule_2_1_3_lungs]
+
+    1. Erode the air by 2 mm, which parts what meets through a thin wall, and label its components.
+    2. Drop the room's, which touches the border of the axial field of view.
+    3. Choose the largest, and the second where it has at least a quarter of the first: lungs that
+       do not touch. Grow them back.
+    4. Close them with a ball of 10 mm, and fill what they enclose.
+
+    Departs from 2.1.3, which closes all air and then takes the largest volume: that is the room's,
+    and closing first would join the lungs to the stomach's gas.
 
     hu: (z, y, x) HU, `step` mm apart. Returns bool (z, y, x); all False where there is no such air.
-    Two components are taken where the second has at least a quarter of the first: lungs that do not
-    touch. They are chosen before the closing, which would join them to the stomach's gas, and after
-    an erosion by 2 mm, which separates what meets through a thin wall.
     """
-    # Separate and label the components of air.
+    # 1. Separate and label the components of air.
     air = hu < LUNG_BELOW
     thin = max(1, round(THIN_WALL / step))
     eroded = ndimage.binary_erosion(air, iterations=thin, border_value=1)
     labels, _ = ndimage.label(eroded)
 
-    # Measure them; label 0 is what is not air, and the room is not lung.
+    # 2. Measure them; label 0 is what is not air, and the room is not lung.
     sizes = np.bincount(labels.ravel())
     sizes[0] = 0
     sizes[border_labels(labels)] = 0
 
-    # Choose two, one or none.
+    # 3. Choose two, one or none.
     largest_two = np.argsort(sizes, kind="stable")[-2:]
     smallest_size = max(1, sizes.max() / 4)
     chosen = largest_two[sizes[largest_two] >= smallest_size]
@@ -346,7 +355,7 @@ def lung_mask(hu, step=1):
     # Grow them back within the air, by one voxel more than was eroded: corners were lost, too.
     lungs = ndimage.binary_dilation(np.isin(labels, chosen), iterations=thin + 1, mask=air)
 
-    # Close and fill them, within the box around them.
+    # 4. Close and fill them, within the box around them.
     if lungs.any():
         box, = ndimage.find_objects(lungs.astype(np.int8))
         closed = close_ball(lungs[box], round(CLOSING_RADIUS / step))
@@ -447,8 +456,9 @@ SPLITS = {"train": 0.7, "validation": 0.1, "test": 0.2}
 def split_patients(patients, seed):
     """70% / 10% / 20% of the patients, at least one each: patient → split   [rule_2_1_5_split]
 
-    By patient, so that no cube of a training patient is in validation or test. Raises Refusal below
-    three patients.
+    By patient, so that no cube of a training patient is in validation or test. A MetaImage names no
+    patient, so each counts as one: two of one patient may come to different sets. Raises Refusal
+    below three patients.
     """
     patients = sorted(set(patients))
     check(len(patients) >= 3, "the scans", f"{len(patients)} patients can be used",
@@ -704,12 +714,12 @@ def ball_points(count):
 
 
 def hu_at(scan, points):
-    """HU at points (n, 3), (x, y, z) in mm; (n,); beyond the scan lies air, linear between."""
+    """HU (n,) at points (n, 3), (x, y, z) in mm: linear between voxels; beyond the scan, air."""
     return ndimage.map_coordinates(scan.hu, to_index(scan, points).T, order=1, cval=AIR)
 
 
 def in_mask(mask, points):
-    """Whether points (n, 3), (x, y, z) in mm, lie in the lungs' mask, a Scan; bool (n,)"""
+    """Whether points (n, 3), (x, y, z) in mm, lie in the lungs' mask, a Scan; bool (n,)."""
     index = np.rint(to_index(mask, points)).astype(int)
     within = ((index >= 0) & (index < mask.hu.shape)).all(1)
     found = np.zeros(len(points), bool)
@@ -749,8 +759,9 @@ def far_from_lungs(mask, nodule):
 def misplaced_nodules(scan, mask, nodules):
     """Those of `nodules` (n, 4), (x, y, z, diameter) in mm, that seem misplaced.
 
-    Where most of a scan's nodules stand out, only one far outside the lungs is: a nodule may be
-    faint, but coordinates in another frame miss nearly all. One smaller than a voxel is not judged.
+    Hidden is a nodule that does not stand out; one smaller than a voxel is not judged. If at most
+    half of the nodules are hidden, only those also far from the lungs count as misplaced, for a
+    nodule may be faint. If more are, all hidden ones do: a wrong frame hides nearly all.
     """
     hidden = np.array([not stands_out(scan, mask, nodule) for nodule in nodules], bool)
     hidden &= nodules[:, 3] >= scan.spacing.max()
@@ -1544,11 +1555,17 @@ def page(dataset):
 
     # Show the scan with the most nodules.
     scan = max(info["scans"], key=lambda scan: len(scan["positives"]))
-    caption = (f"Scan {scan['seriesuid']}, the one with the most nodules: axial, coronal and "
-               "sagittal plane through its largest nodule, −1000 HU black and 400 HU white. Red: "
-               "the outline of the lungs, within which negatives are drawn. Green: nodules, 2 mm "
-               "outside their outline. A nodule outside the red line would be cut from the wrong "
-               "place. Radiological view: the patient's left is on the right.")
+    if scan["positives"]:
+        shown = f"Scan {scan['seriesuid']}, the one with the most nodules"
+        through = "its largest nodule"
+    else:
+        shown = f"Scan {scan['seriesuid']}; none has a nodule"
+        through = "the right lung"
+    caption = (f"{shown}: axial, coronal and sagittal plane through {through}, −1000 HU black and "
+               "400 HU white. Red: the outline of the lungs, within which negatives are drawn. "
+               "Green: nodules, 2 mm outside their outline. A nodule far outside the red line "
+               "would be cut from the wrong place. Radiological view: the patient's left is on the "
+               "right.")
     items.append(lungaug.Figure(caption, scan["volume"].replace(".npy", ".png"),
                                 code=("preprocessing.scan_picture", "preprocessing.lung_mask",
                                       "preprocessing.draw_negatives"),
@@ -1731,12 +1748,12 @@ def is_metaimage(path):
 
 
 def find_scans(folder):
-    """Every scan in a tree of folders, as Sources in the order of their series UIDs. Raises
-    Refusal.
+    """Every scan in a tree of folders, as Sources in the order of their series UIDs.
 
-    A MetaImage's series UID is its file's name, as in LUNA16. DICOM files belong together by their
-    SeriesInstanceUID, in whatever folder they are. Other files are ignored: masks and what an
-    operating system leaves are counted in a line.
+    A MetaImage's series UID is its file's name, as in LUNA16; it names no patient, so each counts
+    as one. DICOM files belong together by their SeriesInstanceUID, in whatever folder they are.
+    Other files are ignored: masks and what an operating system leaves are counted in a line. Raises
+    Refusal where there is no scan.
     """
     paths, ignored = files_below(folder)
     sources = []
@@ -2306,10 +2323,11 @@ def most_frequent(steps):
 
 
 def even_step(positions, normal, folder):
-    """The step (x, y, z) in mm from one slice to the next. Raises Refusal at a missing or double
-    slice.
+    """The step (x, y, z) in mm from one slice to the next, the same for all: their mean.
 
-    positions: (n, 3), in order.
+    positions: (n, 3), in order. Raises Refusal where a step differs from the usual one by half of
+    it along the normal, as at a missing or double slice, or where a slice lies a quarter of a step
+    from its place in the even row. What is less uneven is taken for even.
     """
     steps = np.diff(positions, axis=0)
     # Of a series that was copied whole into itself, every second step is 0.

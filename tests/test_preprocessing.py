@@ -29,7 +29,7 @@ import phantom
 import preprocessing
 import scan_files
 import train_gan
-from helpers import refused, run_python
+from helpers import refused, run_python, small_run
 from preprocessing import Scan, Source, Volume
 
 
@@ -1320,6 +1320,20 @@ def test_prepare_scan__refuses(trunk, change, says, tmp_path):
     with pytest.raises(Refusal, match=says):
         preprocessing.prepare_scan(trunk.source, nodules, tmp_path, PARAMETERS | change)
     assert not list(tmp_path.glob("*.npy"))
+
+
+def test_page__without_a_nodule_shows_the_right_lung(tmp_path):
+    """The caption names what the picture shows: the largest nodule of the scan with most, or a lung."""
+    dataset = small_run(tmp_path)
+    with_nodules, = [item for item in preprocessing.page(dataset) if isinstance(item, lungaug.Figure)]
+    assert "Scan 1.2.train, the one with the most nodules: " in with_nodules.caption
+    assert "plane through its largest nodule, " in with_nodules.caption
+
+    for scan in dataset.info["scans"]:
+        scan["positives"] = []
+    without, = [item for item in preprocessing.page(dataset) if isinstance(item, lungaug.Figure)]
+    assert "Scan 1.2.train; none has a nodule: " in without.caption
+    assert "plane through the right lung, " in without.caption
 
 
 @pytest.mark.parametrize("hu, says", [
