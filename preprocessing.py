@@ -854,10 +854,10 @@ def draw_lungs(lungs, centres, diameters):
     return scan_picture(lungs.coarse.hu, lungs.mask.hu, coarse_centres, coarse_radii)
 
 
-def rare_entries(scan, lungs, nodules, folder):
-    """What the record of few scans holds: misplaced nodules, and what was ignored as it was read.
+def warning_entries(scan, lungs, nodules, folder):
+    """The entries of a scan's record that warn: of misplaced nodules, of what reading ignored.
 
-    folder: where its files are.
+    Mostly {}. folder: where the scan's files are.
     """
     entries = {}
     if scan.ignored:
@@ -918,7 +918,7 @@ def prepare_scan(source, nodules, folder, parameters, citations=None):
         "positives": (positives - start).tolist(),
         "diameters": diameters.tolist(),
         "negatives": (negatives - start).tolist(),
-        **rare_entries(scan, lungs, nodules, path.parent),
+        **warning_entries(scan, lungs, nodules, path.parent),
     }
 
 
@@ -1339,7 +1339,7 @@ def split_scans(records, sources, options):
     return scans
 
 
-def gather(records, sources, folder, parameters, options):
+def write_dataset(records, sources, folder, parameters, options):
     """Write dataset.json of what all parts left, and print which scans are skipped."""
     skipped = [record for record in records if "problem" in record]
     for record in skipped:
@@ -1505,7 +1505,7 @@ def prepare_part(sources, annotations, parameters, folder, options):
             print(f"This part is done; {missing} scans belong to other parts. "
                   "The part that finishes last writes dataset.json.")
             return False
-        gather(records, sources, folder, parameters, options)
+        write_dataset(records, sources, folder, parameters, options)
         return True
 
 
