@@ -109,7 +109,7 @@ def exceeds(values, limit):
 
 
 def differs(one, other):
-    """Whether two values, or any two of two arrays, differ by more than rounding; as `exceeds`."""
+    """Whether two numbers, or two arrays anywhere, differ by more than rounding: see `exceeds`."""
     return bool(exceeds(np.abs(np.subtract(one, other)), 0).any())
 
 
