@@ -759,7 +759,7 @@ def far_from_lungs(mask, nodule):
 def misplaced_nodules(scan, mask, nodules):
     """Those of `nodules` (n, 4), (x, y, z, diameter) in mm, that seem misplaced.
 
-    Hidden is a nodule that does not stand out; one smaller than a voxel is not judged. If at most
+    A nodule that does not stand out is hidden; one smaller than a voxel is not judged. If at most
     half of the nodules are hidden, only those also far from the lungs count as misplaced, for a
     nodule may be faint. If more are, all hidden ones do: a wrong frame hides nearly all.
     """
