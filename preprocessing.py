@@ -641,8 +641,9 @@ def table_1(scans, parameters):
     """Table 1: how many positives and negatives each split has   [num_table_1]
 
     Returns split → {"positive": count, "nodules": count, "negative": count, "thesis": the thesis'
-    (positives, negatives)}. A nodule is a positive eight times, once per flip, as in the thesis;
-    where cubes were split, as often as it has flips in the split. parameters: of dataset.json.
+    (positives, negatives)}. A nodule counts eight times as a positive, once per flip, as in the
+    thesis; where cubes were split, once for each of its flips in the split. parameters: of
+    dataset.json.
     """
     positives, negatives, flips = split_rows(scans, parameters)
     table = {}
