@@ -1171,9 +1171,9 @@ def generate_unselected(generator, label, count, seed, device):
 
     Returns (count, c, c, c) in [-1, 1].
     """
-    noise = lungaug.torch_stream(seed, "quality", label)
+    rng = lungaug.torch_stream(seed, "quality", label)
     labels = torch.full((count,), label)
-    latent = draw_latent(labels, noise)
+    latent = draw_latent(labels, rng)
     parts = [generator(part.to(device))[:, 0].cpu().numpy() for part in latent.split(64)]
     return np.concatenate(parts)
 

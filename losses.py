@@ -34,12 +34,12 @@ def interpolate(real, fake, epsilon):
 
 
 def gradient_penalty(critic, real, fake, epsilon):
-    """λ-free penalty (‖∇_x̂ f(x̂)‖₂ − 1)², x̂ = ε·x_real + (1−ε)·x_fake   [eq_1_3_5_gradient_penalty]
+    """(‖∇_x̂ f(x̂)‖₂ − 1)², x̂ = ε·x_real + (1 − ε)·x_fake   [eq_1_3_5_gradient_penalty]
 
-    real, fake: (n, 1, z, y, x) in [-1, 1]; epsilon: (n,), one draw per sample.
-    Returns (n,), one penalty per sample, differentiable in the critic's weights. The norm runs over
-    all voxels of one sample; where the gradient is zero the penalty is 1 and its derivative is
-    taken as 0, not NaN.
+    The penalty without its weight λ. real, fake: (n, 1, z, y, x) in [-1, 1]; epsilon: (n,), one
+    draw per sample. Returns (n,), one penalty per sample, differentiable in the critic's weights.
+    The norm runs over all voxels of one sample; where the gradient is zero the penalty is 1 and its
+    derivative is taken as 0, not NaN.
     """
     x_hat = interpolate(real, fake, epsilon).detach().requires_grad_()
     score, _ = critic(x_hat)
@@ -55,10 +55,15 @@ def gradient_penalty(critic, real, fake, epsilon):
 # 3.3.1 Critic loss
 
 class CriticLoss(NamedTuple):
-    total: torch.Tensor
-    wasserstein: torch.Tensor
+    """Scalars, means over the batch: L_f, its terms without their weights, and two accuracies.
+
+    The accuracies do not enter L_f. They are of the class head, not of the score: the share of the
+    reals, and of the fakes, whose class it tells right.
+    """
+    total: torch.Tensor             # L_f
+    wasserstein: torch.Tensor       # f(real) − f(fake); it enters L_f negated
     penalty: torch.Tensor
-    auxiliary: torch.Tensor
+    auxiliary: torch.Tensor         # the cross-entropy, of reals and fakes together
     real_accuracy: torch.Tensor
     fake_accuracy: torch.Tensor
 
@@ -84,8 +89,8 @@ def critic_loss(critic, real, real_labels, fake, fake_labels, epsilon, penalty_s
     The cross-entropy is over X = X_real ∩ X_fake: ∩ is concatenation   [rule_3_3_1_concatenation].
     real, fake: (n, 1, z, y, x) in [-1, 1]; *_labels: (n,); epsilon: (n,) from U[0, 1];
     penalty_scale λ, auxiliary_scale α: numbers. No gradient reaches whatever made `fake`.
-    Returns CriticLoss: `total` is L_f; the others are its terms, unscaled (`wasserstein` =
-    f(real) − f(fake), an estimate of the distance), and the class accuracy on reals and on fakes.
+    Returns CriticLoss: `total` is L_f; `wasserstein`, an estimate of the distance, enters it
+    negated; the accuracies do not enter it.
     """
     # Score reals and fakes in one pass, reals first.
     fake = fake.detach()
@@ -113,17 +118,17 @@ def critic_loss(critic, real, real_labels, fake, fake_labels, epsilon, penalty_s
 # 3.3.2 Generator loss
 
 class GeneratorLoss(NamedTuple):
-    total: torch.Tensor
-    score: torch.Tensor
-    auxiliary: torch.Tensor
+    """Scalars, means over the batch: L_G, and its terms without their weights."""
+    total: torch.Tensor         # L_G
+    score: torch.Tensor         # f(X_fake); it enters L_G negated
+    auxiliary: torch.Tensor     # the cross-entropy
 
 
 def generator_loss(critic, fake, labels, auxiliary_scale):
     """L_G = −f(X_fake) − α·Σᵢ yᵢ·log ŷᵢ, y the desired labels   [eq_3_3_2_generator_loss]
 
     fake: (n, 1, z, y, x), made by the generator from `labels` (n,); auxiliary_scale α: a number.
-    Returns GeneratorLoss: `total` is L_G, `score` = mean f(X_fake) and `auxiliary` its terms,
-    unscaled.
+    Returns GeneratorLoss: `total` is L_G; `score`, the mean f(X_fake), enters it negated.
     """
     score, logits = critic(fake)
     mean_score = score.mean()

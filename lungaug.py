@@ -857,7 +857,8 @@ def resume(trainer, folder):
     path = folder / "checkpoint.pt"
     if not path.exists():
         return
-    # One that was trained with a mistake of tests/wrong_versions.py is not resumed without it.
+    # A checkpoint trained with a deliberate mistake, of tests/wrong_versions.py, must not continue
+    # without it.
     expected = {"mistake": None} | trainer.settings
     state = load_checkpoint(path, START_OVER, **expected)
     with refuse_on_error(path, START_OVER):
@@ -1104,6 +1105,11 @@ def grey(x):
     """[-1, 1] → 0…255, so that -1000 HU is black and 400 HU white; any shape, uint8"""
     levels = np.rint((np.asarray(x, np.float32) + 1) * 127.5)
     return np.clip(levels, 0, 255).astype(np.uint8)
+
+
+def from_grey(levels):
+    """0…255 → [-1, 1], to half a level what `grey` was given; uint8 of any shape, float32"""
+    return levels / np.float32(127.5) - 1
 
 
 # The HU that are black and white, as radiologists choose them.

@@ -32,7 +32,10 @@ from torch.nn import functional as F
 
 
 CLASSES = 2
+
+# The thesis gives no size of z. Section 3.1 of tests/thesis/choices.md says whose it is.
 LATENT = 128
+
 SIDES = (3, 6, 12, 24, 48, 96, 192)     # 3·2^k: the possible sides of a network's levels
 
 
@@ -56,7 +59,7 @@ def memory_layout(device):
     return torch.channels_last_3d if device.type == "cpu" else torch.contiguous_format
 
 
-def channels(cube, width):
+def channels_per_level(cube, width):
     """w·min(8, c/s) channels where a level's side is s = 3, 6, …, c   [rule_3_1_channels]
 
     Returns those of every level, smallest side first. Raises ValueError unless cube is 6, 12, …,
@@ -86,14 +89,14 @@ def conditional_latent(noise, labels):
     return torch.cat([one_hot(labels).to(noise), noise[:, CLASSES:]], dim=1)
 
 
-def draw_latent(labels, noise):
+def draw_latent(labels, rng):
     """z ~ 𝒩(0, 1), its first two numbers overwritten by one-hot(y)   [rule_3_3_1_latent]
 
-    labels: (n,), on any device; noise: a torch Generator on the CPU. Returns (n, 128) on the
-    labels' device. Training, generation and figures all draw their z here.
+    labels: (n,), on any device; rng: a torch.Generator on the CPU. Returns (n, 128) on the labels'
+    device. Training, generation and figures all draw their z here.
     """
-    z = torch.randn(len(labels), LATENT, generator=noise)
-    return conditional_latent(z.to(labels.device), labels)
+    noise = torch.randn(len(labels), LATENT, generator=rng)
+    return conditional_latent(noise.to(labels.device), labels)
 
 
 def norm(channels):
@@ -137,7 +140,8 @@ def downsample(x):
 def mean_of_shifts(weight):
     """The mean of a 3³ kernel's eight shifts by 0 or 1 along each axis, which is a 4³ kernel.
 
-    (out, into, 3, 3, 3) → (out, into, 4, 4, 4).
+    (out, into, 3, 3, 3) → (out, into, 4, 4, 4). Along one axis the taps a, b, c become
+    (a, a + b, b + c, c)/2.
     """
     padded = F.pad(weight, [1] * 6)
     return F.avg_pool3d(padded, 2, stride=1)
@@ -146,11 +150,14 @@ def mean_of_shifts(weight):
 class UpsampleConv3d(nn.Conv3d):
     """conv 3³(upsample(x)) as one transposed convolution of stride 2.
 
-    The result is the same, for 8/27 of the arithmetic.
+    The result is the same, for 8/27 of the arithmetic: each voxel of x stands in 2×2×2 voxels of
+    upsample(x), so the taps that would read the same voxel can be summed beforehand. Of nn.Conv3d
+    it takes the weight, a 3³ kernel, and the bias; stride and padding are set in `forward`.
     """
 
     def forward(self, x):
-        # A transposed convolution has its axes mirrored, and its channels in the other order.
+        # Eight copies of a voxel add up: the sum of the shifts, not their mean. A transposed
+        # convolution has its axes mirrored, and its channels in the other order.
         kernel = 8 * mean_of_shifts(self.weight).flip(2, 3, 4).transpose(0, 1)
         return F.conv_transpose3d(x, kernel, self.bias, stride=2, padding=1)
 
@@ -158,7 +165,8 @@ class UpsampleConv3d(nn.Conv3d):
 class ConvDownsample3d(nn.Conv3d):
     """downsample(conv 3³(x)) as one convolution of stride 2.
 
-    The result is the same, for 8/27 of the arithmetic.
+    The result is the same, for 8/27 of the arithmetic: the mean of a kernel's results at 2×2×2
+    places is one result of the mean of its shifts. Of nn.Conv3d it takes weight and bias, as above.
     """
 
     def forward(self, x):
@@ -175,7 +183,7 @@ class UpBlock(nn.Module):
     def __init__(self, into, out):
         super().__init__()
         self.body = nn.Sequential(
-            UpsampleConv3d(into, out, 3, padding=1), norm(out), activation(),
+            UpsampleConv3d(into, out, 3), norm(out), activation(),
             conv(out, out), norm(out), activation(),
         )
         self.skip = conv(into, out, kernel=1)
@@ -195,7 +203,7 @@ class DownBlock(nn.Module):
         super().__init__()
         self.body = nn.Sequential(
             conv(into, middle), norm(middle), activation(),
-            ConvDownsample3d(middle, out, 3, padding=1), norm(out), activation(),
+            ConvDownsample3d(middle, out, 3), norm(out), activation(),
         )
         self.skip = conv(into, out, kernel=1)
 
@@ -219,11 +227,11 @@ class Generator(nn.Module):
 
     def __init__(self, cube, width):
         super().__init__()
-        counts = channels(cube, width)
-        self.linear = nn.Linear(LATENT, counts[0] * 27)
-        self.start = nn.Unflatten(1, (counts[0], 3, 3, 3))
-        self.blocks = nn.Sequential(*map(UpBlock, counts[:-1], counts[1:]))
-        self.conv = conv(counts[-1], 1)
+        level_channels = channels_per_level(cube, width)
+        self.linear = nn.Linear(LATENT, level_channels[0] * 27)
+        self.start = nn.Unflatten(1, (level_channels[0], 3, 3, 3))
+        self.blocks = nn.Sequential(*map(UpBlock, level_channels[:-1], level_channels[1:]))
+        self.conv = conv(level_channels[-1], 1)
 
     def forward(self, z):
         x = self.start(self.linear(z))
@@ -231,14 +239,15 @@ class Generator(nn.Module):
         return torch.tanh(at_least_float32(self.conv(self.blocks(x))))
 
 
-def critic_blocks(counts):
+def critic_blocks(level_channels):
     """1 → w → 2w, then wᵢ → wᵢ → wᵢ₊₁: the cube itself enters the first   [rule_3_1_first_block]
 
-    counts: the channels of each level, the cube's own side first. Returns a DownBlock for each
-    halving. At full size, where a convolution costs most, there is one alone, as in [9]'s own code.
+    level_channels: of each level, the cube's own side first. Returns a DownBlock for each halving.
+    At full size, where a convolution costs most, there is one alone, as in [9]'s own code.
     """
-    first = DownBlock(1, counts[0], counts[1])
-    others = map(DownBlock, counts[1:-1], counts[1:-1], counts[2:])
+    first = DownBlock(1, level_channels[0], level_channels[1])
+    inner = level_channels[1:-1]
+    others = map(DownBlock, inner, inner, level_channels[2:])
     return [first, *others]
 
 
@@ -251,10 +260,10 @@ class Critic(nn.Module):
 
     def __init__(self, cube, width):
         super().__init__()
-        counts = channels(cube, width)[::-1]
-        self.trunk = nn.Sequential(*critic_blocks(counts), nn.Flatten())
-        self.score = nn.Linear(counts[-1] * 27, 1)
-        self.logits = nn.Linear(counts[-1] * 27, CLASSES)
+        level_channels = channels_per_level(cube, width)[::-1]
+        self.trunk = nn.Sequential(*critic_blocks(level_channels), nn.Flatten())
+        self.score = nn.Linear(level_channels[-1] * 27, 1)
+        self.logits = nn.Linear(level_channels[-1] * 27, CLASSES)
 
     def forward(self, x):
         trunk = self.trunk(x.contiguous(memory_format=memory_layout(x.device)))
@@ -277,14 +286,15 @@ class Classifier(nn.Sequential):
         layers = []
         into = 1
         out = 16
-        halvings = len(channels(cube, 1)) - 1
-        for halving in range(halvings):
-            if halving % 2 == 0:
-                layers += [nn.Conv3d(into, out, 3, stride=2, padding=1), activation()]
-                into = out
-                out = 2 * out
-            else:
-                layers.insert(-1, nn.MaxPool3d(2))
+        halvings = len(channels_per_level(cube, 1)) - 1
+        for halving in range(0, halvings, 2):
+            layers.append(nn.Conv3d(into, out, 3, stride=2, padding=1))
+            # Where the halvings are odd in number, the last convolution has no pool behind it.
+            if halving + 1 < halvings:
+                layers.append(nn.MaxPool3d(2))
+            layers.append(activation())
+            into = out
+            out = 2 * out
 
         layers += [nn.Flatten(), nn.Linear(into * 27, 64), activation(), nn.Linear(64, CLASSES)]
         super().__init__(*layers)
@@ -367,7 +377,7 @@ def print_layers(title, network, x):
 
 
 def main():
-    what, examples, _ = __doc__.split("\n\n")
+    what, examples, _ = __doc__.split("\n\n", 2)
     parser = argparse.ArgumentParser(
         description=what, epilog=f"examples:\n{examples}",
         formatter_class=argparse.RawDescriptionHelpFormatter)

@@ -63,7 +63,7 @@ class Volume(NamedTuple):
 class Source(NamedTuple):
     """Where a scan lies: one MetaImage header, or the files of one DICOM series."""
     seriesuid: str
-    patient: str
+    patient: str            # as DICOM names it; a MetaImage names none, and counts as one by itself
     files: tuple
     conflict: Path = None   # another file of the same series with other contents: neither is used
 
@@ -82,17 +82,17 @@ def affine(scan):
 
 
 def to_index(scan, points):
-    """The index (z, y, x), with fractions, at points (x, y, z) in mm; (n, 3) → (n, 3)"""
+    """The scan's index (z, y, x), with fractions, at points (x, y, z) in mm; (n, 3) → (n, 3)."""
     return reverse_axes((points - scan.origin) @ np.linalg.inv(affine(scan)).T)
 
 
 def to_world(scan, index):
-    """The points (x, y, z) in mm at an index (z, y, x); (n, 3) → (n, 3)"""
+    """The points (x, y, z) in mm at the scan's index (z, y, x); (n, 3) → (n, 3)."""
     return reverse_axes(index) @ affine(scan).T + scan.origin
 
 
 def to_grid(origin, points):
-    """The index (z, y, x), with fractions, of points (x, y, z) in mm on the 1 mm grid.
+    """The 1 mm grid's index (z, y, x), with fractions, at points (x, y, z) in mm; same shape.
 
     origin: the grid's, (x, y, z) in mm.
     """
@@ -106,6 +106,11 @@ def exceeds(values, limit):
     2.5000000985, or as positions of a few decimals.
     """
     return np.asarray(values) > limit + TOLERANCE
+
+
+def differs(one, other):
+    """Whether two numbers, or two arrays anywhere, differ by more than rounding: see `exceeds`."""
+    return bool(exceeds(np.abs(np.subtract(one, other)), 0).any())
 
 
 def slice_distance(scan):
@@ -138,9 +143,10 @@ def mirrored_axes(axes):
 
 
 def far_end(axes, spacing, shape, mirrored):
-    """From the first voxel to the last one along the mirrored axes, in mm   (x, y, z)
+    """The way, (x, y, z) in mm, from the first voxel to the last one along the mirrored axes.
 
-    axes: 3×3; spacing: (x, y, z); shape: (z, y, x). The last of n voxels has the index n − 1.
+    axes: 3×3; spacing: (x, y, z); shape: (z, y, x); mirrored: bool (x, y, z). The last of n voxels
+    has the index n − 1.
     """
     last_index = reverse_axes(shape) - 1
     return (axes * spacing) @ np.where(mirrored, last_index, 0)
@@ -162,14 +168,15 @@ def reorient(scan):
     origin = scan.origin + far_end(axes, spacing, hu.shape, mirrored)
     hu = flip(hu, reverse_axes(mirrored))
     axes = np.where(mirrored, -axes, axes)
-    return Scan(scan.seriesuid, hu, spacing, origin, axes)
+    return scan._replace(hu=hu, spacing=spacing, origin=origin, direction=axes)
 
 
 def grid(scan):
     """The 1 mm grid on the patient's axes around a scan   [rule_2_1_1_exact_grid]
 
-    It starts at the corner voxel's centre, and its points are exactly 1 mm apart. Returns origin
-    (x, y, z) in mm and shape (z, y, x).
+    It starts at the lowest corner of the box around all voxel centres (a voxel's centre where the
+    axes agree), and its points are exactly 1 mm apart. Returns origin (x, y, z) in mm and shape
+    (z, y, x).
     """
     # The columns of `edges` lead from the first voxel to the last along each index axis, in mm.
     edges = affine(scan) * (reverse_axes(scan.hu.shape) - 1)
@@ -184,9 +191,10 @@ def grid(scan):
 def resample(scan, origin=None, shape=None):
     """HU at 1×1×1 mm, linear: index = (direction·spacing)⁻¹ · (x − origin)   [rule_2_1_1_resample]
 
-    origin (x, y, z) in mm and shape (z, y, x): the part of the grid to fill (default: all of it).
-    Returns Volume(hu (z, y, x) in the scan's dtype, origin); where an oblique scan does not reach
-    lies air. Interpolation is linear, because a higher order overshoots at bone and metal.
+    origin (x, y, z) in mm and shape (z, y, x): the part of the grid to fill (default: all of it);
+    they must lie within `grid(scan)`. Returns Volume(hu (z, y, x) in the scan's dtype, origin);
+    where an oblique scan does not reach lies air. Interpolation is linear, because a higher order
+    overshoots at bone and metal.
     """
     scan = reorient(scan)
     if origin is None:
@@ -315,25 +323,31 @@ def border_labels(labels):
 
 
 def lung_mask(hu, step=1):
-    """HU < -500 without the room's air; largest component; closed and filled   [rule_2_1_3_lungs]
+    """The largest air, HU < -500, but not the room's; closed and filled   [rule_2_1_3_lungs]
+
+    1. Erode the air by 2 mm, which parts what meets through a thin wall, and label its components.
+    2. Drop the room's, which touches the border of the axial field of view.
+    3. Choose the largest, and the second where it has at least a quarter of the first: lungs that
+       do not touch. Grow them back.
+    4. Close them with a ball of 10 mm, and fill what they enclose.
+
+    Departs from 2.1.3, which closes all air and then takes the largest volume: that is the room's,
+    and closing first would join the lungs to the stomach's gas.
 
     hu: (z, y, x) HU, `step` mm apart. Returns bool (z, y, x); all False where there is no such air.
-    Two components are taken where the second has at least a quarter of the first: lungs that do not
-    touch. They are chosen before the closing, which would join them to the stomach's gas, and after
-    an erosion by 2 mm, which separates what meets through a thin wall.
     """
-    # Separate and label the components of air.
+    # 1. Separate and label the components of air.
     air = hu < LUNG_BELOW
     thin = max(1, round(THIN_WALL / step))
     eroded = ndimage.binary_erosion(air, iterations=thin, border_value=1)
     labels, _ = ndimage.label(eroded)
 
-    # Measure them; label 0 is what is not air, and the room is not lung.
+    # 2. Measure them; label 0 is what is not air, and the room is not lung.
     sizes = np.bincount(labels.ravel())
     sizes[0] = 0
     sizes[border_labels(labels)] = 0
 
-    # Choose two, one or none.
+    # 3. Choose two, one or none.
     largest_two = np.argsort(sizes, kind="stable")[-2:]
     smallest_size = max(1, sizes.max() / 4)
     chosen = largest_two[sizes[largest_two] >= smallest_size]
@@ -341,7 +355,7 @@ def lung_mask(hu, step=1):
     # Grow them back within the air, by one voxel more than was eroded: corners were lost, too.
     lungs = ndimage.binary_dilation(np.isin(labels, chosen), iterations=thin + 1, mask=air)
 
-    # Close and fill them, within the box around them.
+    # 4. Close and fill them, within the box around them.
     if lungs.any():
         box, = ndimage.find_objects(lungs.astype(np.int8))
         closed = close_ball(lungs[box], round(CLOSING_RADIUS / step))
@@ -442,8 +456,9 @@ SPLITS = {"train": 0.7, "validation": 0.1, "test": 0.2}
 def split_patients(patients, seed):
     """70% / 10% / 20% of the patients, at least one each: patient → split   [rule_2_1_5_split]
 
-    By patient, so that no cube of a training patient is in validation or test. Raises Refusal below
-    three patients.
+    By patient, so that no cube of a training patient is in validation or test. A MetaImage names no
+    patient, so each counts as one: two of one patient may come to different sets. Raises Refusal
+    below three patients.
     """
     patients = sorted(set(patients))
     check(len(patients) >= 3, "the scans", f"{len(patients)} patients can be used",
@@ -564,25 +579,77 @@ def with_flips(rows):
 
     A flip is its place in FLIPS.
     """
-    return rows.repeat(8, axis=0), np.tile(np.arange(8), len(rows))
+    return rows.repeat(len(FLIPS), axis=0), np.tile(np.arange(len(FLIPS)), len(rows))
 
 
-# Table 1
+# Table 1: the cubes of each split, and how many there are. A row (scan, z, y, x) is a scan's place
+# among the records, and a cube's centre.
 
 TABLE_1 = {"train": (5712, 406791), "validation": (816, 58113), "test": (1632, 116226)}
 
 
-def table_1(scans, parameters=None):
-    """Table 1: split → nodules, positives, negatives   [num_table_1]
+def rows_of_split(scans, kind, split=None):
+    """The rows (n, 4) of a split's "positives" or "negatives"; of all scans where it is None."""
+    rows = []
+    for number, scan in enumerate(scans):
+        if split is None or scan["split"] == split:
+            rows += [(number, *voxel) for voxel in scan[kind]]
+    return np.array(rows, np.int32).reshape(-1, 4)
 
-    Each nodule counts eight times among the positives, once per flip, as in the thesis. Where cubes
-    were split, `parameters` say so: a nodule then counts in each split that has flips of it.
+
+def is_split_by_cube(parameters):
+    """Whether --split cube was given; parameters: of dataset.json."""
+    return parameters.get("split") == "cube"
+
+
+def split_rows(scans, parameters):
+    """A Dataset's `positives`, `negatives` and `flips`; parameters: of dataset.json."""
+    # Where cubes were split, the records name no split: it follows from the seed alone.
+    if is_split_by_cube(parameters):
+        return split_rows_by_cube(scans, parameters["seed"])
+    positives = {split: rows_of_split(scans, "positives", split) for split in SPLITS}
+    negatives = {split: rows_of_split(scans, "negatives", split) for split in SPLITS}
+    return positives, negatives, None
+
+
+def split_rows_by_cube(scans, seed):
+    """`positives`, `negatives` and `flips` where the cubes of all scans were split.
+
+    The positives are flipped first: a nodule's eight flips may come into several splits.
     """
-    positives, negatives, flips = split_rows(scans, parameters or {})
+    # The cube 8·i + j is flip j of nodule i.
+    nodules = rows_of_split(scans, "positives")
+    rng = lungaug.stream(seed, "split cubes", "positives")
+    positives = {}
+    flips = {}
+    for split, numbers in split_cubes(len(FLIPS) * len(nodules), rng).items():
+        in_split = np.zeros((len(nodules), len(FLIPS)), bool)
+        in_split.flat[numbers] = True
+        has_flips = in_split.any(1)
+        positives[split] = nodules[has_flips]
+        flips[split] = in_split[has_flips]
+
+    others = rows_of_split(scans, "negatives")
+    rng = lungaug.stream(seed, "split cubes", "negatives")
+    negatives = {}
+    for split, numbers in split_cubes(len(others), rng).items():
+        negatives[split] = others[numbers]
+    return positives, negatives, flips
+
+
+def table_1(scans, parameters):
+    """Table 1: how many positives and negatives each split has   [num_table_1]
+
+    Returns split → {"positive": count, "nodules": count, "negative": count, "thesis": the thesis'
+    (positives, negatives)}. A nodule counts eight times as a positive, once per flip, as in the
+    thesis; where cubes were split, once for each of its flips in the split. parameters: of
+    dataset.json.
+    """
+    positives, negatives, flips = split_rows(scans, parameters)
     table = {}
     for split in SPLITS:
         nodules = len(positives[split])
-        n_positives = 8 * nodules if flips is None else int(flips[split].sum())
+        n_positives = len(FLIPS) * nodules if flips is None else int(flips[split].sum())
         table[split] = {"positive": n_positives, "nodules": nodules,
                         "negative": len(negatives[split]), "thesis": TABLE_1[split]}
     return table
@@ -648,12 +715,12 @@ def ball_points(count):
 
 
 def hu_at(scan, points):
-    """HU at points (n, 3), (x, y, z) in mm; (n,); beyond the scan lies air, linear between."""
+    """HU (n,) at points (n, 3), (x, y, z) in mm: linear between voxels; beyond the scan, air."""
     return ndimage.map_coordinates(scan.hu, to_index(scan, points).T, order=1, cval=AIR)
 
 
 def in_mask(mask, points):
-    """Whether points (n, 3), (x, y, z) in mm, lie in the lungs' mask, a Scan; bool (n,)"""
+    """Whether points (n, 3), (x, y, z) in mm, lie in the lungs' mask, a Scan; bool (n,)."""
     index = np.rint(to_index(mask, points)).astype(int)
     within = ((index >= 0) & (index < mask.hu.shape)).all(1)
     found = np.zeros(len(points), bool)
@@ -693,8 +760,9 @@ def far_from_lungs(mask, nodule):
 def misplaced_nodules(scan, mask, nodules):
     """Those of `nodules` (n, 4), (x, y, z, diameter) in mm, that seem misplaced.
 
-    Where most of a scan's nodules stand out, only one far outside the lungs is: a nodule may be
-    faint, but coordinates in another frame miss nearly all. One smaller than a voxel is not judged.
+    A nodule that does not stand out is hidden; one smaller than a voxel is not judged. If at most
+    half of the nodules are hidden, only those also far from the lungs count as misplaced, for a
+    nodule may be faint. If more are, all hidden ones do: a wrong frame hides nearly all.
     """
     hidden = np.array([not stands_out(scan, mask, nodule) for nodule in nodules], bool)
     hidden &= nodules[:, 3] >= scan.spacing.max()
@@ -724,11 +792,11 @@ def likely_cause(scan, mask, nodules):
     return "those of another scan, or not in mm, LPS"
 
 
-def check_nodules(scan, mask, nodules, rows):
+def check_nodules(scan, mask, nodules, citations):
     """Raise Refusal where a nodule's centre lies outside the scan's voxels.
 
-    mask: the lungs', a Scan; nodules: (n, 4), (x, y, z, diameter) in mm; rows: nodule → the row of
-    the table that it stands in, as text.
+    mask: the lungs', a Scan; nodules: (n, 4), (x, y, z, diameter) in mm; citations: nodule →
+    "annotations.csv, line 12".
     """
     # Half a voxel is added, so that 0 is the border of the first voxel, not its centre.
     index = to_index(scan, nodules[:, :3]) + 0.5
@@ -736,8 +804,8 @@ def check_nodules(scan, mask, nodules, rows):
     if outside.any():
         places = places_text(nodules[outside])
         cause = likely_cause(scan, mask, nodules)
-        row = rows.get(tuple(nodules[outside][0]), "the annotations")
-        raise Refusal(row,
+        citation = citations.get(tuple(nodules[outside][0]), "the annotations")
+        raise Refusal(citation,
                       f"a nodule of {scan.seriesuid} lies outside its scan, at {places}",
                       f"fix the coordinates: they may be {cause}")
 
@@ -763,13 +831,21 @@ def region_around(points, cube, shape):
     return start, stop
 
 
-def read_thin_scan(source, limit):
-    """A Scan with its HU clipped, and the mm between its slices. Raises Refusal above limit."""
+def read_clipped_scan(source, limit):
+    """A Scan whose HU are clipped and rounded, and the mm between its slices.
+
+    Raises Refusal where those exceed `limit`.
+    """
     scan = read_source(source)
     slice_mm = slice_distance(scan)
     check(not exceeds(slice_mm, limit), source.files[0], f"slices {slice_mm:g} mm apart",
           f"LUNA16 keeps at most {limit:g} mm; --max-slice-mm raises it")
-    return scan._replace(hu=clip_hu(scan.hu).astype(np.int16)), float(slice_mm)
+
+    hu = clip_hu(scan.hu)
+    if hu.dtype.kind == "f":
+        # astype alone would cut the fractions off, and make air denser by half a HU.
+        hu = np.rint(hu)
+    return scan._replace(hu=hu.astype(np.int16)), slice_mm
 
 
 def draw_lungs(lungs, centres, diameters):
@@ -779,10 +855,10 @@ def draw_lungs(lungs, centres, diameters):
     return scan_picture(lungs.coarse.hu, lungs.mask.hu, coarse_centres, coarse_radii)
 
 
-def rare_entries(scan, lungs, nodules, folder):
-    """What the record of few scans holds: misplaced nodules, and what was ignored as it was read.
+def warning_entries(scan, lungs, nodules, folder):
+    """The entries of a scan's record that warn: of misplaced nodules, of what reading ignored.
 
-    folder: where its files are.
+    Mostly {}. folder: where the scan's files are.
     """
     entries = {}
     if scan.ignored:
@@ -795,12 +871,12 @@ def rare_entries(scan, lungs, nodules, folder):
     return entries
 
 
-def prepare_scan(source, nodules, folder, parameters, rows=None):
+def prepare_scan(source, nodules, folder, parameters, citations=None):
     """Read a scan, find its lungs, fill the 1 mm grid around them, draw negatives.
 
-    nodules: (x, y, z, diameter) in mm; rows: nodule → its row of the table, for messages. Leaves
-    the volume, with half a cube of margin around lungs and nodules, and a picture in `folder`;
-    returns the scan's record. Raises Refusal.
+    nodules: (x, y, z, diameter) in mm; citations: nodule → "annotations.csv, line 12", for
+    messages. Leaves the volume, with half a cube of margin around lungs and nodules, and a picture
+    in `folder`; returns the scan's record. Raises Refusal.
     """
     path = source.files[0]
     cube = parameters["cube"]
@@ -809,9 +885,9 @@ def prepare_scan(source, nodules, folder, parameters, rows=None):
     diameters = nodules[:, 3]
 
     # Read the scan and find its lungs.
-    scan, slice_mm = read_thin_scan(source, parameters["max_slice_mm"])
+    scan, slice_mm = read_clipped_scan(source, parameters["max_slice_mm"])
     lungs = find_lungs(scan, path)
-    check_nodules(scan, lungs.mask, nodules, rows or {})
+    check_nodules(scan, lungs.mask, nodules, citations or {})
 
     # Fill the 1 mm grid around lungs and nodules.
     corner, shape = grid(scan)
@@ -843,7 +919,7 @@ def prepare_scan(source, nodules, folder, parameters, rows=None):
         "positives": (positives - start).tolist(),
         "diameters": diameters.tolist(),
         "negatives": (negatives - start).tolist(),
-        **rare_entries(scan, lungs, nodules, path.parent),
+        **warning_entries(scan, lungs, nodules, path.parent),
     }
 
 
@@ -931,47 +1007,6 @@ class Dataset(NamedTuple):
     negatives: dict
     fingerprint: int        # of its scans: whatever is made from them records it
     flips: dict = None      # split → which flips of each positive lie in it, bool (n, 8); None: all
-
-
-def rows_of_split(scans, kind, split=None):
-    """The rows (n, 4) of a split's "positives" or "negatives"; of all scans where it is None."""
-    rows = []
-    for number, scan in enumerate(scans):
-        if split is None or scan["split"] == split:
-            rows += [(number, *voxel) for voxel in scan[kind]]
-    return np.array(rows, np.int32).reshape(-1, 4)
-
-
-def split_rows(scans, parameters):
-    """A Dataset's `positives`, `negatives` and `flips`; parameters: of dataset.json."""
-    # Where cubes were split, the records name no split: it follows from the seed alone.
-    if parameters.get("split") == "cube":
-        return split_rows_by_cube(scans, parameters["seed"])
-    positives = {split: rows_of_split(scans, "positives", split) for split in SPLITS}
-    negatives = {split: rows_of_split(scans, "negatives", split) for split in SPLITS}
-    return positives, negatives, None
-
-
-def split_rows_by_cube(scans, seed):
-    """The same where the cubes of all scans are split, after the positives have been flipped."""
-    # The cube 8·i + j is flip j of nodule i.
-    nodules = rows_of_split(scans, "positives")
-    rng = lungaug.stream(seed, "split cubes", "positives")
-    positives = {}
-    flips = {}
-    for split, numbers in split_cubes(8 * len(nodules), rng).items():
-        in_split = np.zeros((len(nodules), 8), bool)
-        in_split.flat[numbers] = True
-        has_flips = in_split.any(1)
-        positives[split] = nodules[has_flips]
-        flips[split] = in_split[has_flips]
-
-    others = rows_of_split(scans, "negatives")
-    rng = lungaug.stream(seed, "split cubes", "negatives")
-    negatives = {}
-    for split, numbers in split_cubes(len(others), rng).items():
-        negatives[split] = others[numbers]
-    return positives, negatives, flips
 
 
 def open_dataset(run, to_train=True):
@@ -1122,19 +1157,25 @@ def first_flips(dataset, split):
     return dataset.flips[split].argmax(1)
 
 
-def labelled(dataset, split):
-    """A split's cubes to score: rows (n, 4), flips (n,), labels (n,).
+def join_classes(positives, positive_flips, negatives):
+    """Both classes in one: rows (n, 4), flips (n,), labels (n,) int64, positives first.
 
-    Positives come first, each with its flips; negatives have the flip 0, which is none.
+    positives, negatives: rows. Negatives have the flip 0, which is none.
     """
-    positives, positive_flips = positives_with_flips(dataset, split)
-    negatives = dataset.negatives[split]
     negative_flips = np.zeros(len(negatives), int)
-
     rows = np.concatenate([positives, negatives])
     flips = np.concatenate([positive_flips, negative_flips])
-    labels = np.repeat([1, 0], [len(positives), len(negatives)])
+    labels = np.repeat(np.array([1, 0], np.int64), [len(positives), len(negatives)])
     return rows, flips, labels
+
+
+def labelled(dataset, split):
+    """A split's cubes to score, each positive with its flips: rows (n, 4), flips (n,), labels (n,)
+
+    Positives come first; negatives are as they are.
+    """
+    positives, positive_flips = positives_with_flips(dataset, split)
+    return join_classes(positives, positive_flips, dataset.negatives[split])
 
 
 @functools.lru_cache(maxsize=128)
@@ -1212,8 +1253,8 @@ def is_whole(record, folder):
         return False
 
 
-def prepare_one(source, nodules, folder, parameters, rows=None):
-    """Make a scan's record, unless a whole one exists; returns it.
+def prepare_one(source, nodules, folder, parameters, citations=None):
+    """Make a scan's record, unless a whole one exists; returns it. Arguments as of `prepare_scan`.
 
     The record of a scan that cannot be used holds the path, the problem and the remedy. What
     reading ignored is returned, but not written: it is told once.
@@ -1223,7 +1264,7 @@ def prepare_one(source, nodules, folder, parameters, rows=None):
         return record
 
     try:
-        record = prepare_scan(source, nodules, folder, parameters, rows)
+        record = prepare_scan(source, nodules, folder, parameters, citations)
     except Refusal as refusal:
         record = skipped_record(source, refusal)
     except MemoryError:
@@ -1257,8 +1298,8 @@ def reason_of(record):
 def prepare(sources, annotations, folder, parameters, options):
     """Make every source's record, in --workers processes.
 
-    annotations: series UID → {nodule: its row of the table, as text}. Under --strict the first scan
-    that cannot be used raises its Refusal.
+    annotations: as `cited_annotations` returns them. Under --strict the first scan that cannot be
+    used raises its Refusal.
     """
     progress = lungaug.Progress("scans", len(sources))
     workers = min(options.workers, max(1, len(sources)))
@@ -1266,9 +1307,9 @@ def prepare(sources, annotations, folder, parameters, options):
     with lungaug.start_pool(workers) as pool:
         jobs = []
         for source in sources:
-            rows = annotations.get(source.seriesuid, {})
-            jobs.append(lungaug.submit(pool, prepare_one, source, list(rows), folder, parameters,
-                                       rows))
+            citations = annotations.get(source.seriesuid, {})
+            jobs.append(lungaug.submit(pool, prepare_one, source, list(citations), folder,
+                                       parameters, citations))
 
         for done, job in enumerate(jobs, 1):
             record = job.result()
@@ -1303,7 +1344,7 @@ def split_scans(records, sources, options):
     return scans
 
 
-def gather(records, sources, folder, parameters, options):
+def write_dataset(records, sources, folder, parameters, options):
     """Write dataset.json of what all parts left, and print which scans are skipped."""
     skipped = [record for record in records if "problem" in record]
     for record in skipped:
@@ -1394,7 +1435,7 @@ def find_data(options):
         check(scans.is_dir(), scans, "is not a folder", "give the folder of the scans with --scans")
 
     table = options.annotations or find_annotations(scans)
-    annotations = annotation_rows(table)
+    annotations = cited_annotations(table)
     sources = find_scans(scans)
     check(any(source.seriesuid in annotations for source in sources), table,
           "none of the scans' series is in it",
@@ -1469,13 +1510,8 @@ def prepare_part(sources, annotations, parameters, folder, options):
             print(f"This part is done; {missing} scans belong to other parts. "
                   "The part that finishes last writes dataset.json.")
             return False
-        gather(records, sources, folder, parameters, options)
+        write_dataset(records, sources, folder, parameters, options)
         return True
-
-
-def is_split_by_cube(info):
-    """Whether --split cube was given; info: dataset.json."""
-    return info["parameters"].get("split") == "cube"
 
 
 def leak_text(dataset):
@@ -1501,7 +1537,7 @@ def table_1_item(info):
         kind = "synthetic scans (a functional test, no clinical meaning)"
     title = (f"Table 1. Sample counts, {len(info['scans'])} {kind}. "
              "Each nodule counts eight times, once per flip.")
-    if is_split_by_cube(info):
+    if is_split_by_cube(info["parameters"]):
         title += " Cubes were split: a nodule is counted in each set that has flips of it."
     head = ("", "positive", "nodules", "negative", "thesis: positive", "negative")
     return lungaug.Table(title, head, rows)
@@ -1511,7 +1547,7 @@ def page(dataset):
     """What the report shows of section 2."""
     info = dataset.info
     items = [lungaug.Heading("2 Dataset"), table_1_item(info)]
-    if is_split_by_cube(info):
+    if is_split_by_cube(info["parameters"]):
         items.append(lungaug.Text(leak_text(dataset)))
     if info["skipped"]:
         rows = [(record["seriesuid"], reason_of(record)) for record in info["skipped"]]
@@ -1524,11 +1560,17 @@ def page(dataset):
 
     # Show the scan with the most nodules.
     scan = max(info["scans"], key=lambda scan: len(scan["positives"]))
-    caption = (f"Scan {scan['seriesuid']}, the one with the most nodules: axial, coronal and "
-               "sagittal plane through its largest nodule, −1000 HU black and 400 HU white. Red: "
-               "the outline of the lungs, within which negatives are drawn. Green: nodules, 2 mm "
-               "outside their outline. A nodule outside the red line would be cut from the wrong "
-               "place. Radiological view: the patient's left is on the right.")
+    if scan["positives"]:
+        shown = f"Scan {scan['seriesuid']}, the one with the most nodules"
+        through = "its largest nodule"
+    else:
+        shown = f"Scan {scan['seriesuid']}; none has a nodule"
+        through = "the right lung"
+    caption = (f"{shown}: axial, coronal and sagittal plane through {through}, −1000 HU black and "
+               "400 HU white. Red: the outline of the lungs, within which negatives are drawn. "
+               "Green: nodules, 2 mm outside their outline. A nodule far outside the red line "
+               "would be cut from the wrong place. Radiological view: the patient's left is on the "
+               "right.")
     items.append(lungaug.Figure(caption, scan["volume"].replace(".npy", ".png"),
                                 code=("preprocessing.scan_picture", "preprocessing.lung_mask",
                                       "preprocessing.draw_negatives"),
@@ -1548,7 +1590,7 @@ def print_summary(dataset):
     """Print Table 1, and a sentence on the scans."""
     info = dataset.info
     lungaug.print_table(*table_1_item(info))
-    if is_split_by_cube(info):
+    if is_split_by_cube(info["parameters"]):
         print(f"warning: {leak_text(dataset)}")
     for split, rows in dataset.positives.items():
         if len(rows) == 0:
@@ -1560,7 +1602,8 @@ def print_summary(dataset):
     n_nodules = sum(len(scan["positives"]) for scan in with_nodules)
     n_thesis = sum(positives for positives, _ in TABLE_1.values())
     print(f"{counted(n_nodules, 'nodule')} in {counted(len(with_nodules), 'scan')}; the thesis' "
-          f"Table 1 has {n_thesis:,} positives, {n_thesis // 8:,} nodules with eight flips each.")
+          f"Table 1 has {n_thesis:,} positives, {n_thesis // len(FLIPS):,} nodules with eight "
+          "flips each.")
     litres = [scan["litres"] for scan in info["scans"]]
     print(f"{len(litres)} scans, {len(info['skipped'])} skipped; lungs of {min(litres):.1f} to "
           f"{max(litres):.1f} litres. One picture per scan in {dataset.folder}.")
@@ -1710,12 +1753,12 @@ def is_metaimage(path):
 
 
 def find_scans(folder):
-    """Every scan in a tree of folders, as Sources in the order of their series UIDs. Raises
-    Refusal.
+    """Every scan in a tree of folders, as Sources in the order of their series UIDs.
 
-    A MetaImage's series UID is its file's name, as in LUNA16. DICOM files belong together by their
-    SeriesInstanceUID, in whatever folder they are. Other files are ignored: masks and what an
-    operating system leaves are counted in a line.
+    A MetaImage's series UID is its file's name, as in LUNA16; it names no patient, so each counts
+    as one. DICOM files belong together by their SeriesInstanceUID, in whatever folder they are.
+    Other files are ignored: masks and what an operating system leaves are counted in a line. Raises
+    Refusal where there is no scan.
     """
     paths, ignored = files_below(folder)
     sources = []
@@ -1856,18 +1899,31 @@ def choose_double(candidates):
 
 
 def same_bytes(files, other_files):
-    """Whether two lists of files have the same contents, file by file; raw data count with them."""
+    """Whether two lists of files have the same contents, file by file.
+
+    False for a header beside its data; `same_scan` decides those.
+    """
     if len(files) != len(other_files):
         return False
     for path, other in zip(files, other_files):
         # Two headers may be alike and name data that differ.
-        if is_metaimage(path) and path.suffix.lower() != ".mha":
+        if is_metaimage(path) and names_data_file(path):
             return False
         if path.stat().st_size != other.stat().st_size:
             return False
         if lungaug.file_crc32(path, "") != lungaug.file_crc32(other, ""):
             return False
     return True
+
+
+def names_data_file(path):
+    """Whether a MetaImage's voxels lie in another file; False where its header is damaged."""
+    try:
+        with lungaug.refuse_on_error(path, ""):
+            keys, _ = metaimage_header(path)
+    except Refusal:
+        return False
+    return not is_local(keys)
 
 
 def same_scan(source, other):
@@ -1879,9 +1935,8 @@ def same_scan(source, other):
         return False
     if one.hu.shape != two.hu.shape or not np.array_equal(one.hu, two.hu):
         return False
-    differences = (one.spacing - two.spacing, one.origin - two.origin,
-                   one.direction - two.direction)
-    return not any(exceeds(np.abs(difference), 0).any() for difference in differences)
+    return not (differs(one.spacing, two.spacing) or differs(one.origin, two.origin)
+                or differs(one.direction, two.direction))
 
 
 def holds_a_mask(source):
@@ -1936,7 +1991,7 @@ def check_geometry(scan, path):
 
     lengths = np.linalg.norm(scan.direction, axis=0)
     determinant = abs(np.linalg.det(scan.direction))
-    check(not exceeds(np.abs(lengths - 1), 0).any() and determinant > 0.5, path,
+    check(not differs(lengths, 1) and determinant > 0.5, path,
           f"direction {scan.direction.T.ravel()}",
           "three axes of length 1 that span the space are expected")
 
@@ -2017,15 +2072,20 @@ def is_true(text):
     return text[:1] in ("T", "t", "1")
 
 
+def is_local(keys):
+    """Whether a MetaImage's voxels follow its header in the same file."""
+    return keys["ElementDataFile"].upper() == "LOCAL"
+
+
 def metaimage_data(keys, path, header_end):
     """The file that holds the voxels, and the byte at which they begin. Raises Refusal."""
+    if is_local(keys):
+        return path, header_end
+
     # Some programs write ./x.raw for the file beside the header.
     name = re.sub(r"^(\./|\.\\)", "", keys["ElementDataFile"])
     check(Path(name).name == name, path, f"ElementDataFile = {name}",
           "only LOCAL or a file beside the header is supported")
-    if name.upper() == "LOCAL":
-        return path, header_end
-
     data = path.with_name(name)
     check(data.is_file(), data, "not found", f"{path.name} names it as its data")
     return data, int(keys["HeaderSize"])
@@ -2154,7 +2214,7 @@ def group_by_plane(headers):
     for header in headers:
         plane = plane_of(header)
         for group in groups:
-            if not exceeds(np.abs(plane - plane_of(group[0])), 0).any():
+            if not differs(plane, plane_of(group[0])):
                 group.append(header)
                 break
         else:
@@ -2207,7 +2267,7 @@ def read_headers(paths):
 
 def turned(header, other):
     """Whether two slices have different orientations."""
-    return exceeds(np.abs(header.orientation - other.orientation), 0).any()
+    return differs(header.orientation, other.orientation)
 
 
 def plane_difference(header, other):
@@ -2219,7 +2279,7 @@ def plane_difference(header, other):
     differences = []
     if (header.shape != other.shape).any():
         differences.append(f"{pair_text(header.shape)} pixels, not {pair_text(other.shape)}")
-    if exceeds(np.abs(header.pixel_spacing - other.pixel_spacing), 0).any():
+    if differs(header.pixel_spacing, other.pixel_spacing):
         differences.append(f"in-plane pixel spacing {pair_text(header.pixel_spacing)} mm, "
                            f"not {pair_text(other.pixel_spacing)}")
     return ", ".join(differences)
@@ -2268,10 +2328,11 @@ def most_frequent(steps):
 
 
 def even_step(positions, normal, folder):
-    """The step (x, y, z) in mm from one slice to the next. Raises Refusal at a missing or double
-    slice.
+    """The step (x, y, z) in mm from one slice to the next, the same for all: their mean.
 
-    positions: (n, 3), in order.
+    positions: (n, 3), in order. Raises Refusal where a step differs from the usual one by half of
+    it along the normal, as at a missing or double slice, or where a slice lies a quarter of a step
+    from its place in the even row. What is less uneven is taken for even.
     """
     steps = np.diff(positions, axis=0)
     # Of a series that was copied whole into itself, every second step is 0.
@@ -2295,7 +2356,7 @@ def even_step(positions, normal, folder):
     return mean
 
 
-def slice_spacing(step, headers):
+def slice_spacing(step):
     """The distance between slices in mm, from the step between their positions."""
     # Positions are decimal strings: 1.8, not 1.7999999999999.
     return round(float(np.linalg.norm(step)), 6)
@@ -2355,7 +2416,7 @@ def read_dicom(source):
         step = even_step(positions, normal, folder)
     except Refusal as refusal:
         raise blame_stray(refusal, strays, headers[0]) from None
-    between_slices = slice_spacing(step, headers)
+    between_slices = slice_spacing(step)
 
     # Build the scan. Its x axis runs along a row, its y axis down a column.
     first = headers[0]
@@ -2398,11 +2459,14 @@ def read_annotations(path):
     Columns are found by their names, in any order, beside others. A table that a spreadsheet wrote
     is read, too: with semicolons or tabs, decimal commas, a byte order mark. Raises Refusal.
     """
-    return {uid: list(rows) for uid, rows in annotation_rows(path).items()}
+    return {uid: list(citations) for uid, citations in cited_annotations(path).items()}
 
 
-def annotation_rows(path):
-    """The same with each nodule's row: series UID → {nodule: "annotations.csv, line 12"}."""
+def cited_annotations(path):
+    """Nodules per series, each with where it was read: UID → {nodule: "annotations.csv, line 12"}.
+
+    Raises Refusal.
+    """
     lines = []
     places = None       # known after the first row
     width = 0
@@ -2425,8 +2489,7 @@ def annotation_rows(path):
             uid, nodule = read_annotation(row, places, delimiter, line)
             lines.append((rows.line_num, uid, nodule))
 
-    if places is None:
-        column_places([], path)
+    check(places is not None, path, "holds no row", f"expected {','.join(COLUMNS)}")
     check_diameters(lines, path)
     return nodules_of_series(lines, path)
 
@@ -2441,10 +2504,9 @@ def column_places(head, path):
     """Where each of COLUMNS stands in the table's first row. Raises Refusal."""
     names = [cell.strip().lower() for cell in head]
     missing = [column for column in COLUMNS if column.lower() not in names]
-    problem = f"no column {', '.join(missing)}"
-    if head:
-        problem += f", but {', '.join(cell.strip() for cell in head)}"
-    check(not missing, path, problem, f"expected {','.join(COLUMNS)}")
+    found = ", ".join(cell.strip() for cell in head)
+    check(not missing, path, f"no column {', '.join(missing)}, but {found}",
+          f"expected {','.join(COLUMNS)}")
     return [names.index(column.lower()) for column in COLUMNS]
 
 
@@ -2466,7 +2528,10 @@ def check_diameters(lines, path):
 
 
 def nodules_of_series(lines, path):
-    """Series UID → {nodule: its first row}; one line names the rows that repeat an earlier one."""
+    """Series UID → {nodule: its citation}, the first row's; a line names the rows that repeat it.
+
+    lines: (line number, series UID, (x, y, z, diameter)).
+    """
     nodules = defaultdict(dict)     # series UID → nodule → the line that it stands in
     repeated = []
     for number, uid, nodule in lines:
@@ -2477,10 +2542,10 @@ def nodules_of_series(lines, path):
     if repeated:
         print(lungaug.printable(f"{path}: each nodule is taken once: {'; '.join(repeated)}"))
 
-    rows = {}
+    annotations = {}
     for uid, numbers in nodules.items():
-        rows[uid] = {nodule: f"{path}, line {number}" for nodule, number in numbers.items()}
-    return rows
+        annotations[uid] = {nodule: f"{path}, line {number}" for nodule, number in numbers.items()}
+    return annotations
 
 
 def read_annotation(row, places, delimiter, line):

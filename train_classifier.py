@@ -124,7 +124,7 @@ def generate(generator, critic, label, requested, threshold, options, device):
     threshold: the lowest score f(x) that passes. Returns Generated; its rejected cubes are for the
     pictures of a GAN of which few or none pass.
     """
-    noise = lungaug.torch_stream(options.seed, "generate", label)
+    rng = lungaug.torch_stream(options.seed, "generate", label)
     progress = lungaug.Progress(f"generated {CLASS_NAMES[label]}s", requested)
     limit = requested * options.attempts
     attempts = 0
@@ -136,7 +136,7 @@ def generate(generator, critic, label, requested, threshold, options, device):
     while n_accepted < requested and attempts < limit:
         # Generate. z is drawn on the CPU, so that it is the same for every device.
         labels = torch.full((min(BATCH, limit - attempts),), label)
-        latent = draw_latent(labels, noise)
+        latent = draw_latent(labels, rng)
         cubes = generator(latent.to(device))
         attempts += len(labels)
 
@@ -256,7 +256,8 @@ def read_generated(folder, settings, remedy):
 
     with lungaug.refuse_on_error(path, remedy):
         record = lungaug.read_json(path, remedy)
-        # Those that were made with a mistake of tests/wrong_versions.py are not used without it.
+        # Cubes made with a deliberate mistake, of tests/wrong_versions.py, must not be used
+        # without it.
         expected = {"mistake": None} | settings
         lungaug.require_settings(path, record["settings"], expected, remedy)
         classes = record["classes"]

@@ -34,9 +34,7 @@ BETAS = (0.0, 0.9)      # 4.1.1   [num_4_1_adam]
 FIXED = 4               # samples of each class whose z stays fixed
 MOMENTS = 8             # pictures of them during the training, besides the one before it
 PROBE = 3               # the remaining time is estimated from this many first epochs
-SMOOTHED = 20           # epochs over which the status line averages the Wasserstein estimate
-STATUS = ("W {estimate:.2f}, α {alpha:g}, class accuracy {real_accuracy:.2f} on reals, "
-          "{fake_accuracy:.2f} on fakes")
+SMOOTHED = 20           # epochs over which the terminal's Wasserstein estimates are averaged
 
 
 # 4.1.1 Training: α, real batches, labels, ε (z is drawn in models.py)
@@ -61,25 +59,31 @@ def decayed_rate(epoch, epochs, rate, start):
 
 
 def draw_batch(dataset, count, rng):
-    """Training cubes, half positive, flipped at random, half negative   [rule_4_1_balanced_batch]
+    """Half positives, flipped at random; half negatives, as they are   [rule_4_1_balanced_batch]
 
-    Returns cubes (count, 1, c, c, c) in [-1, 1] and labels (count,) int64, positives first.
+    All are training cubes; each positive has a flip of its own. Returns cubes (count, 1, c, c, c)
+    in [-1, 1] and labels (count,) int64, positives first.
     """
     n_positives = count // 2
     n_negatives = count - n_positives
-    all_positives = dataset.positives["train"]
-    all_negatives = dataset.negatives["train"]
+    positives = dataset.positives["train"]
+    negatives = dataset.negatives["train"]
+    flips = None
+    if dataset.flips is not None:
+        # Cubes were split: a nodule's other flips are in the validation or the test set.
+        positives, flips = preprocessing.positives_with_flips(dataset, "train")
 
-    # Draw rows and flips. A negative has the flip 0, which is none. All eight flips are drawn where
-    # cubes were split, too, as by the thesis' GAN: so it sees flips that are in the test set.
-    positives = all_positives[rng.integers(len(all_positives), size=n_positives)]
-    negatives = all_negatives[rng.integers(len(all_negatives), size=n_negatives)]
-    flips = rng.integers(8, size=count)
-    flips[n_positives:] = 0
+    # Draw cubes of each class, and flips where every positive has all eight.
+    chosen = rng.integers(len(positives), size=n_positives)
+    chosen_negatives = rng.integers(len(negatives), size=n_negatives)
+    if flips is None:
+        chosen_flips = rng.integers(len(preprocessing.FLIPS), size=n_positives)
+    else:
+        chosen_flips = flips[chosen]
 
-    cubes = preprocessing.read_cubes(dataset, np.concatenate([positives, negatives]), flips)
-    labels = np.repeat(np.array([1, 0], np.int64), [n_positives, n_negatives])
-    return cubes, labels
+    rows, row_flips, labels = preprocessing.join_classes(
+        positives[chosen], chosen_flips, negatives[chosen_negatives])
+    return preprocessing.read_cubes(dataset, rows, row_flips), labels
 
 
 def read_batches(options, dataset, first_epoch):
@@ -98,14 +102,14 @@ def read_batches(options, dataset, first_epoch):
     return lungaug.read_ahead(read, iterations)
 
 
-def draw_labels(count, noise, device):
+def draw_labels(count, rng, device):
     """y_fake, uniform over the two classes   [rule_3_3_1_random_labels]; (count,) int64"""
-    return torch.randint(0, 2, (count,), generator=noise).to(device)
+    return torch.randint(0, 2, (count,), generator=rng).to(device)
 
 
-def draw_epsilon(count, noise, device):
+def draw_epsilon(count, rng, device):
     """ε ~ U[0, 1], one draw per sample   [rule_3_3_1_epsilon]; (count,)"""
-    return torch.rand(count, generator=noise).to(device)
+    return torch.rand(count, generator=rng).to(device)
 
 
 # 4.1.1 What training changes; a checkpoint
@@ -113,7 +117,7 @@ def draw_epsilon(count, noise, device):
 class Trainer:
     """All that training changes: two networks, their optimizers, the randomness.
 
-    A checkpoint is its `state`. options: those of train_gan.py; dataset: of preprocessing.
+    A checkpoint is its `state`. options: parsed by train_gan.py; dataset: a preprocessing.Dataset.
     """
 
     def __init__(self, options, dataset, device):
@@ -138,22 +142,22 @@ class Trainer:
         self.critic_optimizer = adam(self.critic, options.learning_rate)
 
         # What an iteration draws; each seeds it anew.
-        self.noise = torch.Generator()
+        self.rng = torch.Generator()
         self.seed_iteration(0)
 
         # Draw the z that stays fixed: negatives, then positives.
         self.fixed_labels = torch.arange(2).repeat_interleave(FIXED).to(device)
-        fixed_noise = lungaug.torch_stream(options.seed, "gan fixed z")
-        self.fixed_latent = draw_latent(self.fixed_labels, fixed_noise)
+        fixed_rng = lungaug.torch_stream(options.seed, "gan fixed z")
+        self.fixed_latent = draw_latent(self.fixed_labels, fixed_rng)
 
     def seed_iteration(self, iteration):
-        """Seed `noise`, from which an iteration draws y, z and ε.
+        """Seed `rng`, from which an iteration draws y, z and ε.
 
         iteration: its number in the epoch; the generator's follows the critic's. The seed depends
-        on the run's seed, the epoch and this number alone: a checkpoint needs no state of `noise`.
+        on the run's seed, the epoch and this number alone: a checkpoint needs no state of `rng`.
         """
         seed = lungaug.seed_number(self.options.seed, "gan noise", self.epoch, iteration)
-        self.noise.manual_seed(seed)
+        self.rng.manual_seed(seed)
 
     def state(self):
         """The checkpoint: numbers, lists, and tensors."""
@@ -201,10 +205,16 @@ def join_processes(name):
 
 
 def process_place():
-    """This process' number, from 0 on, and how many there are. The first alone writes files."""
+    """This process' number, from 0 on, and how many there are."""
     if distributed.is_available() and distributed.is_initialized():
         return distributed.get_rank(), distributed.get_world_size()
     return 0, 1
+
+
+def is_first_process():
+    """Whether this process is the one that writes files and speaks, if need be for several."""
+    process, _ = process_place()
+    return process == 0
 
 
 def wait_for_all():
@@ -234,8 +244,13 @@ def autocast(trainer):
     return torch.autocast(trainer.device.type, torch.bfloat16, enabled=enabled)
 
 
-def micro_batches(count, size):
-    """Slices of `size` samples, the last perhaps shorter, that cover `count`."""
+def micro_batches(count, size, n_processes):
+    """Slices of `size` samples, the last perhaps shorter, that cover `count`.
+
+    If size is None, each process gets one micro-batch.
+    """
+    if size is None:
+        size = math.ceil(count / n_processes)
     return [slice(start, min(start + size, count)) for start in range(0, count, size)]
 
 
@@ -244,11 +259,11 @@ def accumulate(loss_of, count, size, network):
 
     This saves memory, and shares a batch among processes. loss_of(samples): the loss of a slice of
     the batch, a named tuple with `total`. Each term is a mean over its samples, so a micro-batch
-    counts with its share of the `count` samples. If size is None, each process gets one of them.
-    Returns the whole batch's terms, numbers by name.
+    counts with its share of the `count` samples. If size is None, each process gets one
+    micro-batch. Returns the whole batch's terms, numbers by name.
     """
     process, n_processes = process_place()
-    slices = micro_batches(count, size or math.ceil(count / n_processes))
+    slices = micro_batches(count, size, n_processes)
 
     # Take this process' share of the micro-batches.
     means = {}
@@ -268,26 +283,25 @@ def accumulate(loss_of, count, size, network):
 
 # 4.1.1 An iteration of the critic, one of the generator, an epoch
 
-
-def critic_iteration(trainer, real, labels, scale):
+def critic_iteration(trainer, real, labels, alpha):
     """One Adam step of the critic down L_f, on fresh z   [rule_4_1_critic_step]
 
-    The generator stays as it is. real: (n, 1, c, c, c) in [-1, 1]; labels: (n,); scale: α. Returns
-    the terms of L_f by name.
+    The generator stays as it is. real: (n, 1, c, c, c) in [-1, 1]; labels: (n,); alpha: α, a
+    number. Returns the fields of CriticLoss, numbers by name.
     """
     options = trainer.options
 
     # Draw y_fake, z and ε.
-    fake_labels = draw_labels(len(real), trainer.noise, trainer.device)
-    latent = draw_latent(fake_labels, trainer.noise)
-    epsilon = draw_epsilon(len(real), trainer.noise, trainer.device)
+    fake_labels = draw_labels(len(real), trainer.rng, trainer.device)
+    latent = draw_latent(fake_labels, trainer.rng)
+    epsilon = draw_epsilon(len(real), trainer.rng, trainer.device)
 
     def loss_of(samples):
         with autocast(trainer):
             with torch.no_grad():
                 fake = trainer.generator(latent[samples]).float()
             return critic_loss(trainer.critic, real[samples], labels[samples], fake,
-                               fake_labels[samples], epsilon[samples], options.penalty_scale, scale)
+                               fake_labels[samples], epsilon[samples], options.penalty_scale, alpha)
 
     # Step down the gradient.
     trainer.critic_optimizer.zero_grad()
@@ -296,19 +310,20 @@ def critic_iteration(trainer, real, labels, scale):
     return terms
 
 
-def generator_iteration(trainer, count, scale):
+def generator_iteration(trainer, count, alpha):
     """One Adam step of the generator down L_G, on fresh z   [rule_4_1_generator_step]
 
-    The critic stays as it is. count: samples; scale: α. Returns the terms of L_G by name.
+    The critic stays as it is. count: samples; alpha: α, a number. Returns the fields of
+    GeneratorLoss, numbers by name.
     """
     # Draw y and z.
-    labels = draw_labels(count, trainer.noise, trainer.device)
-    latent = draw_latent(labels, trainer.noise)
+    labels = draw_labels(count, trainer.rng, trainer.device)
+    latent = draw_latent(labels, trainer.rng)
 
     def loss_of(samples):
         with autocast(trainer):
             fake = trainer.generator(latent[samples])
-            return generator_loss(trainer.critic, fake, labels[samples], scale)
+            return generator_loss(trainer.critic, fake, labels[samples], alpha)
 
     # Step down the gradient; the critic's own gradients are not needed.
     trainer.generator_optimizer.zero_grad()
@@ -320,7 +335,7 @@ def generator_iteration(trainer, count, scale):
 
 
 def mean_terms(iterations):
-    """The mean of each term over several iterations; iterations: of numbers by name."""
+    """The mean of each term over several iterations; iterations: the terms of each, by name."""
     count = len(iterations)
     return {name: sum(terms[name] for terms in iterations) / count for name in iterations[0]}
 
@@ -342,7 +357,7 @@ def train_epoch(trainer, batches):
     """
     options = trainer.options
     set_learning_rate(trainer)
-    scale = auxiliary_scale(trainer.epoch, options.epochs, options.auxiliary_scale,
+    alpha = auxiliary_scale(trainer.epoch, options.epochs, options.auxiliary_scale,
                             options.late_auxiliary_scale)
 
     # Criticize.
@@ -352,14 +367,14 @@ def train_epoch(trainer, batches):
         real = torch.from_numpy(cubes).to(trainer.device)           # (n, 1, c, c, c)
         real_labels = torch.from_numpy(labels).to(trainer.device)   # (n,)
         trainer.seed_iteration(iteration)
-        iterations.append(critic_iteration(trainer, real, real_labels, scale))
+        iterations.append(critic_iteration(trainer, real, real_labels, alpha))
 
     # Generate.
     trainer.seed_iteration(options.critic_iterations)
-    generator_terms = generator_iteration(trainer, options.batch_size, scale)
+    generator_terms = generator_iteration(trainer, options.batch_size, alpha)
 
     trainer.epoch += 1
-    return {"epoch": trainer.epoch, "alpha": scale, "critic": mean_terms(iterations),
+    return {"epoch": trainer.epoch, "alpha": alpha, "critic": mean_terms(iterations),
             "generator": generator_terms}
 
 
@@ -387,12 +402,11 @@ def sample_fixed(trainer):
 
 def draw_progression(folder, trainer):
     """Draw progression.png: the middle slice of each sample of the fixed z, one row per moment."""
+    side = trainer.settings["cube"]
     middle_slices = []
     for _, cubes in trainer.moments:
-        side = cubes.shape[-1]
-        # Grey from 0 to 255 stands for the whole range of HU.
-        shares = cubes[:, side // 2].numpy() / np.float32(127.5) - 1
-        middle_slices += list(lungaug.windowed(preprocessing.denormalize(shares), "lung window"))
+        x = lungaug.from_grey(cubes[:, side // 2].numpy())
+        middle_slices += list(lungaug.windowed(preprocessing.denormalize(x), "lung window"))
 
     sheet = lungaug.tile(middle_slices, 2 * FIXED)
     lungaug.write(folder / "progression.png", lungaug.png(sheet, lungaug.zoom(side, 96)))
@@ -401,7 +415,7 @@ def draw_progression(folder, trainer):
 def page(trainer):
     """What the report shows of the training: the fixed z from its start to its end."""
     epochs = [epoch for epoch, _ in trainer.moments]
-    side = trainer.moments[-1][1].shape[-1]
+    side = trainer.settings["cube"]
     caption = (f"The same {2 * FIXED} samples of z through the training, each the middle axial "
                f"slice of its cube of {side} mm in the lung window. Move the slider: noise turns "
                "into lung tissue (negatives) and into nodules (positives). Look at what the "
@@ -423,13 +437,12 @@ def page(trainer):
 def start_or_resume(folder, options, dataset, device):
     """A Trainer at its checkpoint, or a new one where there is none or under --overwrite."""
     trainer = Trainer(options, dataset, device)
-    process, _ = process_place()
-    if options.overwrite and process == 0:
+    if options.overwrite and is_first_process():
         lungaug.remove(folder, "checkpoint.pt", "log.jsonl", "options.json")
     wait_for_all()
 
     lungaug.resume(trainer, folder)
-    if process == 0:
+    if is_first_process():
         lungaug.rewind_log(folder / "log.jsonl", trainer.epoch)
     return trainer
 
@@ -442,67 +455,83 @@ def warn_of_hours(seconds):
               "command, without --overwrite, resumes.", flush=True)
 
 
-def status(row, estimates):
-    """The status line of an epoch: the estimate as the mean of the last ones, which scatter less.
+def status(row, estimate):
+    """The status line of an epoch.
 
-    row: the epoch's, of the log; estimates: a deque of the last Wasserstein estimates, to which
-    this epoch's is added.
+    row: the epoch's, of the log; estimate: the mean of the last Wasserstein estimates, which
+    scatters less than the epoch's own.
     """
-    estimates.append(row["critic"]["wasserstein"])
-    mean = sum(estimates) / len(estimates)
-    return STATUS.format(estimate=mean, alpha=row["alpha"], **row["critic"])
+    critic = row["critic"]
+    return (f"W {estimate:.2f}, α {row['alpha']:g}, class accuracy "
+            f"{critic['real_accuracy']:.2f} on reals, {critic['fake_accuracy']:.2f} on fakes")
+
+
+class Recorder:
+    """What the first process keeps of a training: the log, pictures of the fixed z, checkpoints."""
+
+    def __init__(self, trainer, folder):
+        epochs = trainer.options.epochs
+        self.trainer = trainer
+        self.folder = folder
+        self.progress = lungaug.Progress("epochs", epochs)
+        self.estimates = deque(maxlen=SMOOTHED)
+        self.moments = {round(epochs * i / MOMENTS) for i in range(MOMENTS + 1)}
+        self.first_epoch = trainer.epoch
+        self.start = time.monotonic()
+        self.last_save = self.start
+
+    def record_epoch(self, row):
+        """Log an epoch that has just ended; where they are due, picture the fixed z, and save.
+
+        row: the epoch's, of the log. A checkpoint is due every --checkpoint-minutes and at the end.
+        """
+        trainer = self.trainer
+        options = trainer.options
+        epochs_left = options.epochs - trainer.epoch
+
+        # Log.
+        lungaug.append_log(self.folder / "log.jsonl", row)
+        self.estimates.append(row["critic"]["wasserstein"])
+        estimate = sum(self.estimates) / len(self.estimates)
+        self.progress.update(trainer.epoch, status(row, estimate))
+        if trainer.epoch == self.first_epoch + PROBE:
+            seconds_per_epoch = (time.monotonic() - self.start) / PROBE
+            warn_of_hours(seconds_per_epoch * epochs_left)
+
+        # Picture the fixed z.
+        if trainer.epoch in self.moments:
+            sample_fixed(trainer)
+            draw_progression(self.folder, trainer)
+
+        # Save.
+        minutes = (time.monotonic() - self.last_save) / 60
+        if minutes > options.checkpoint_minutes or epochs_left == 0:
+            lungaug.save_checkpoint(trainer, self.folder)
+            self.last_save = time.monotonic()
 
 
 def train(trainer, dataset, folder):
-    """Draw, criticize, generate, log, save.
-
-    A checkpoint is written every --checkpoint-minutes and at the end, by the first process alone.
-    """
-    epochs = trainer.options.epochs
-    process, _ = process_place()
-    progress = lungaug.Progress("epochs", epochs)
-    estimates = deque(maxlen=SMOOTHED)
-    moments = {round(epochs * i / MOMENTS) for i in range(MOMENTS + 1)}
-    first_epoch = trainer.epoch
-    batches = read_batches(trainer.options, dataset, first_epoch)
-    start = time.monotonic()
-    last_save = start
-
-    if trainer.epoch == 0 and process == 0:
+    """Draw, criticize, generate, record, epoch by epoch."""
+    batches = read_batches(trainer.options, dataset, trainer.epoch)
+    recorder = Recorder(trainer, folder)
+    if trainer.epoch == 0 and is_first_process():
         sample_fixed(trainer)
 
-    while trainer.epoch < epochs:
+    while trainer.epoch < trainer.options.epochs:
         # Draw, criticize, generate.
         row = train_epoch(trainer, batches)
-
         check_finite(row, folder / "log.jsonl")
-        if process > 0:
-            continue
 
-        # Log.
-        lungaug.append_log(folder / "log.jsonl", row)
-        progress.update(trainer.epoch, status(row, estimates))
-        if trainer.epoch == first_epoch + PROBE:
-            seconds_per_epoch = (time.monotonic() - start) / PROBE
-            warn_of_hours(seconds_per_epoch * (epochs - trainer.epoch))
-
-        # Picture the fixed z.
-        if trainer.epoch in moments:
-            sample_fixed(trainer)
-            draw_progression(folder, trainer)
-
-        # Save.
-        minutes = (time.monotonic() - last_save) / 60
-        if minutes > trainer.options.checkpoint_minutes or trainer.epoch == epochs:
-            lungaug.save_checkpoint(trainer, folder)
-            last_save = time.monotonic()
+        # Record.
+        if is_first_process():
+            recorder.record_epoch(row)
 
 
 def summary(path):
-    """A sentence on the Wasserstein estimate: the peak and the last of its means over 20 epochs."""
+    """A sentence on the Wasserstein estimate: the peak and the last of its smoothed values."""
     with lungaug.refuse_on_error(path, "start over with --overwrite"):
         estimates = [row["critic"]["wasserstein"] for row in lungaug.read_log(path)]
-        count = min(20, len(estimates))
+        count = min(SMOOTHED, len(estimates))
         means = np.convolve(estimates, np.full(count, 1 / count), "valid")
     return (f"Wasserstein estimate, mean of {count} epochs: "
             f"peak {max(means):.2f}, now {means[-1]:.2f}.")
@@ -513,22 +542,21 @@ def prepare_first(options):
     run = options.run
     if options.prepared:
         if not preprocessing.uses_prepared_of(run, options.prepared):
-            words = ["--overwrite"] if options.overwrite else []
+            arguments = ["--overwrite"] if options.overwrite else []
             lungaug.run_script("preprocessing.py", "--run", run, "--prepared", options.prepared,
-                               *words)
+                               *arguments)
     elif not lungaug.is_prepared(run):
-        print(f"Preprocessing is not finished for {options.run}; running it now.", flush=True)
-        words = ["--seed", options.seed or 0]
+        print(f"Preprocessing is not finished for {run}; running it now.", flush=True)
+        arguments = ["--seed", options.seed or 0]
         if options.preset:
-            words += ["--preset", options.preset]
-        lungaug.run_script("preprocessing.py", "--run", options.run, *words)
+            arguments += ["--preset", options.preset]
+        lungaug.run_script("preprocessing.py", "--run", run, *arguments)
 
 
 def check_shares(options):
     """Raise Refusal where a batch has fewer micro-batches than there are processes."""
     _, n_processes = process_place()
-    size = options.micro_batch or math.ceil(options.batch_size / n_processes)
-    count = len(micro_batches(options.batch_size, size))
+    count = len(micro_batches(options.batch_size, options.micro_batch, n_processes))
     check(count >= n_processes, "torchrun",
           f"a batch has fewer micro-batches, {count}, than there are processes, {n_processes}",
           "give a smaller --nproc-per-node or --micro-batch, or a larger --batch-size")
@@ -537,8 +565,8 @@ def check_shares(options):
 def train_in(folder, options, dataset, device):
     """Train in a folder that this process, or the first of several, has locked: the Trainer."""
     trainer = start_or_resume(folder, options, dataset, device)
-    process, n_processes = process_place()
-    if process == 0:
+    _, n_processes = process_place()
+    if is_first_process():
         place = f"{n_processes} processes, {device}" if n_processes > 1 else device
         print(f"Preset {options.preset}, cube {dataset.cube}, width {options.width}, on {place}; "
               f"epochs {trainer.epoch} to {options.epochs}.", flush=True)
@@ -546,9 +574,10 @@ def train_in(folder, options, dataset, device):
         if trainer.epoch < options.epochs:
             # Until it has its page again the stage is not finished, for evaluate.py.
             lungaug.remove(folder, "options.json")
+        if trainer.moments:
+            # The picture of an earlier command may be lost, and this one may have nothing to train.
+            draw_progression(folder, trainer)
     train(trainer, dataset, folder)
-    if process == 0:
-        draw_progression(folder, trainer)
     return trainer
 
 
@@ -556,17 +585,16 @@ def main():
     options = lungaug.parse(__doc__, "train_gan")
     run = options.run
     folder = run / "gan"
-    # Without --device it is auto in either preset, and which preset holds is known only later.
+    # The preset is not known yet; --device is auto in both.
     device = join_processes(options.device or "auto")
-    process, _ = process_place()
-    if process == 0:
+    if is_first_process():
         prepare_first(options)
     wait_for_all()
 
     dataset = preprocessing.open_dataset(run)
     lungaug.apply_preset(options, "train_gan", dataset.info["preset"])
     check_shares(options)
-    if process > 0:
+    if not is_first_process():
         train_in(folder, options, dataset, device)
         return
 

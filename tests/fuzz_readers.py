@@ -141,7 +141,7 @@ def make_targets(folder):
     volume = np.random.default_rng(0).integers(-1000, 400, (30, 31, 32)).astype(np.int16)
     lungaug.write(run / "prepared" / "1.2.3.npy", volume)
     lungaug.write(run / "prepared" / "dataset.json", {"parameters": {"cube": 12}, "preset": "demo", "synthetic": True,
-                                                      "table_1": preprocessing.table_1([RECORD]), "skipped": [],
+                                                      "table_1": preprocessing.table_1([RECORD], {}), "skipped": [],
                                                       "scans": [RECORD]})
     lungaug.write(run / "prepared" / "1.2.3.json",
                   RECORD | {"fingerprint": preprocessing.record_fingerprint(RECORD, PARAMETERS)})

@@ -271,7 +271,7 @@ def small_run(run, cube=6, nodules=(3, 2, 2), negatives=(5, 3, 4)):
 
     lungaug.write(run / "prepared" / "dataset.json", {
         "parameters": {"cube": cube}, "preset": "thesis", "synthetic": True, "skipped": [],
-        "table_1": preprocessing.table_1(scans), "scans": scans})
+        "table_1": preprocessing.table_1(scans, {}), "scans": scans})
     return preprocessing.open_dataset(run)
 
 

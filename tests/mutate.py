@@ -90,9 +90,6 @@ MORE = (
 # argument that it is given to, if that has a name.
 EQUIVALENT = {
     ("models.conv", "number", "2"): "kernels are 1 and 3: 0 and 1 either way",
-    ("models.UpBlock", "number", "padding=1"): "UpsampleConv3d's forward has a padding of its own",
-    ("models.DownBlock", "number", "padding=1"):
-        "ConvDownsample3d's forward has a padding of its own",
     ("models.Classifier", "number", "1"):
         "the width does not change how many levels there are",
     ("evaluate.nearest_neighbours", "number", "1"):

@@ -29,7 +29,7 @@ from models import (
     Generator,
     UpBlock,
     UpsampleConv3d,
-    channels,
+    channels_per_level,
     conditional_latent,
     critic_blocks,
     downsample,
@@ -86,8 +86,8 @@ def kinds(kind, cube):
 
 def test_rule_3_1_channels__by_hand():
     """w·min(8, c/s): 8w, 8w, 4w, 2w, w at sides 3, 6, 12, 24, 48 for 48; 8w, 4w, 2w, w for 24."""
-    assert channels(48, 16) == [128, 128, 64, 32, 16]
-    assert channels(24, 2) == [16, 8, 4, 2]
+    assert channels_per_level(48, 16) == [128, 128, 64, 32, 16]
+    assert channels_per_level(24, 2) == [16, 8, 4, 2]
 
 
 @pytest.mark.parametrize("cube, counts", [(48, (8, 8, 4, 2, 1)), (24, (8, 4, 2, 1))])
@@ -101,20 +101,20 @@ def test_rule_3_1_channels__of_every_level_that_runs(cube, counts):
     assert [down[name] for name in names] == rising[::-1]
 
 
-def test_channels__a_level_for_each_doubling_from_three():
+def test_channels_per_level__a_level_for_each_doubling_from_three():
     """3, 6, …, cube: two levels for 6, five for 48; narrower ones only where c/s is below 8."""
-    assert (channels(6, 1), channels(48, 1)) == ([2, 1], [8, 8, 4, 2, 1])
+    assert (channels_per_level(6, 1), channels_per_level(48, 1)) == ([2, 1], [8, 8, 4, 2, 1])
 
 
 @pytest.mark.parametrize("cube", [20, 3, 50, 0, -6, 36])
-def test_channels__refuses_others(cube):
+def test_channels_per_level__refuses_others(cube):
     """A cube that halvings do not bring to 3, or that is 3 itself, is turned away by its number."""
     with pytest.raises(ValueError, match=f"not {cube}$"):
-        channels(cube, 1)
+        channels_per_level(cube, 1)
 
 
 @pytest.mark.parametrize("build", [lambda: Generator(20, 1), lambda: Critic(50, 1), lambda: Classifier(3)])
-def test_channels__guard_the_networks(build):
+def test_channels_per_level__guard_the_networks(build):
     """No network is built for such a cube."""
     with pytest.raises(ValueError):
         build()
@@ -243,14 +243,14 @@ def with_gradients(function, x, layer):
 
 def test_rule_3_1_1_residual_up__transposed_convolution_is_upsample_then_convolution():
     """UpsampleConv3d: values and the gradients in x, kernel and bias are those of conv 3³(upsample(x))."""
-    layer, x = UpsampleConv3d(3, 5, 3, padding=1).double(), random(*SHAPE)
+    layer, x = UpsampleConv3d(3, 5, 3).double(), random(*SHAPE)
     plain = lambda x: F.conv3d(upsample(x), layer.weight, layer.bias, padding=1)
     assert all(map(near, with_gradients(layer, x, layer), with_gradients(plain, x, layer)))
 
 
 def test_rule_3_1_1_residual_down__strided_convolution_is_convolution_then_downsample():
     """ConvDownsample3d: values and the gradients in x, kernel and bias are those of downsample(conv 3³(x))."""
-    layer, x = ConvDownsample3d(3, 5, 3, padding=1).double(), random(*SHAPE)
+    layer, x = ConvDownsample3d(3, 5, 3).double(), random(*SHAPE)
     plain = lambda x: downsample(F.conv3d(x, layer.weight, layer.bias, padding=1))
     assert all(map(near, with_gradients(layer, x, layer), with_gradients(plain, x, layer)))
 

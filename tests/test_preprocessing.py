@@ -29,7 +29,7 @@ import phantom
 import preprocessing
 import scan_files
 import train_gan
-from helpers import refused, run_python
+from helpers import refused, run_python, small_run
 from preprocessing import Scan, Source, Volume
 
 
@@ -320,6 +320,12 @@ def test_rule_2_1_1_exact_grid__a_float_just_below_a_whole_number_loses_no_point
     assert 0.29 * 100 < 29
     _, shape = preprocessing.grid(scan_of(np.zeros((101, 2, 3)), np.eye(3), (1, 1, 0.29)))
     assert list(shape) == [30, 2, 3]
+
+
+def test_reorient__keeps_what_reading_ignored():
+    """The series' own words stay with the scan, whatever its axes."""
+    scan = scan_of(np.zeros(SHAPE), SAGITTAL)._replace(ignored=("scout.dcm: a localizer",))
+    assert preprocessing.reorient(scan).ignored == scan.ignored
 
 
 # 2.1.2 Hounsfield unit normalization
@@ -1158,7 +1164,7 @@ def test_num_table_1__counts_with_flips_and_as_nodules():
     for split, positives, negatives in counts:
         scans.append({"split": split, "positives": [(5, 6, 7)] * positives, "negatives": [(5, 6, 7)] * negatives})
 
-    table = preprocessing.table_1(scans)
+    table = preprocessing.table_1(scans, {})
     columns = ("positive", "nodules", "negative")
     assert [table["train"][column] for column in columns] == [40, 5, 35]
     assert [table["validation"][column] for column in columns] == [0, 0, 11]
@@ -1316,6 +1322,20 @@ def test_prepare_scan__refuses(trunk, change, says, tmp_path):
     assert not list(tmp_path.glob("*.npy"))
 
 
+def test_page__without_a_nodule_shows_the_right_lung(tmp_path):
+    """The caption names what the picture shows: the largest nodule of the scan with most, or a lung."""
+    dataset = small_run(tmp_path)
+    with_nodules, = [item for item in preprocessing.page(dataset) if isinstance(item, lungaug.Figure)]
+    assert "Scan 1.2.train, the one with the most nodules: " in with_nodules.caption
+    assert "plane through its largest nodule, " in with_nodules.caption
+
+    for scan in dataset.info["scans"]:
+        scan["positives"] = []
+    without, = [item for item in preprocessing.page(dataset) if isinstance(item, lungaug.Figure)]
+    assert "Scan 1.2.train; none has a nodule: " in without.caption
+    assert "plane through the right lung, " in without.caption
+
+
 @pytest.mark.parametrize("hu, says", [
     (np.full((30, 40, 40), 40), "litres of lung"),
     (box((40, 60, 60), ((0, 12, 12), (30, 48, 48))), "truncated at the top or bottom"),
@@ -1325,6 +1345,17 @@ def test_prepare_scan__refuses_what_is_no_whole_chest(tmp_path, hu, says):
     source = write_scan(tmp_path, hu)
     with pytest.raises(Refusal, match=says):
         preprocessing.prepare_scan(source, [], tmp_path / "out", PARAMETERS)
+
+
+def test_prepare_scan__fractions_of_hu_are_rounded_not_cut_off(tmp_path):
+    """A MetaImage of floats from -1200 to 600 HU: each is within half a HU of the clipped one, and none is biased."""
+    hu = np.random.default_rng(0).uniform(-1200, 600, (20, 30, 40)).astype(np.float32)
+    header = scan_files.metaimage_header(scan_of(hu, np.eye(3)), "LOCAL").replace(b"MET_SHORT", b"MET_FLOAT")
+    (tmp_path / "1.2.3.mha").write_bytes(header + hu.astype("<f4").tobytes())
+    scan, slice_mm = preprocessing.read_clipped_scan(Source("1.2.3", "", (tmp_path / "1.2.3.mha",)), 2.5)
+    errors = scan.hu - np.clip(hu, -1000, 400)
+    assert scan.hu.dtype == np.int16 and slice_mm == 2.5
+    assert np.abs(errors).max() <= 0.5 and abs(errors.mean()) < 0.02
 
 
 def planes_of(monkeypatch, hu, *others):

@@ -984,6 +984,12 @@ def test_read_annotations__another_header_is_refused(tmp_path, text):
     refused(lambda: read_annotations(table(tmp_path, text)), "annotations.csv", HEAD)
 
 
+@pytest.mark.parametrize("text", ["", "\n \n", " , \n"])
+def test_read_annotations__an_empty_table_is_refused(tmp_path, text):
+    """A file without a cell that holds something lacks every column: it says so, and what is expected."""
+    refused(lambda: read_annotations(table(tmp_path, text)), "annotations.csv: holds no row", HEAD)
+
+
 @pytest.mark.parametrize("data", [bytes(range(256)), f"{HEAD}\n".encode() + b"\xff\xfe,1,2,3,4\n",
                                   f"{HEAD}\n{ROWS}".encode("utf-16")],
                          ids=["bytes", "latin", "UTF-16"])

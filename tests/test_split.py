@@ -75,6 +75,27 @@ def test_split_cube__one_nodule_is_on_two_sides_and_a_line_says_so(scans, run, t
     assert {"kind": "text", "text": line} in page
 
 
+def test_split_cube__the_gan_is_trained_on_the_training_cubes_alone(scans, run, tmp_path, monkeypatch):
+    """2.1.5: of 200 batches every positive is a flip in the training set, none is one in the test set."""
+    prepare(run, scans, tmp_path, "--split", "cube")
+    dataset = preprocessing.open_dataset(tmp_path)
+    drawn = set()
+
+    def keep(dataset, rows, flips):
+        drawn.update((*row, flip) for row, flip in zip(rows.tolist(), flips.tolist()))
+
+    monkeypatch.setattr(preprocessing, "read_cubes", keep)
+    for seed in range(200):
+        train_gan.draw_batch(dataset, 16, np.random.default_rng(seed))
+
+    of_split = {}
+    for split in preprocessing.SPLITS:
+        rows, flips, _ = preprocessing.labelled(dataset, split)
+        of_split[split] = {(*row, flip) for row, flip in zip(rows.tolist(), flips.tolist())}
+    assert drawn == of_split["train"]
+    assert not drawn & of_split["test"]
+
+
 def test_split_cube__a_training_set_of_the_other_split_is_not_its_own(scans, run, tmp_path):
     """The same scans split otherwise are other data: a GAN's checkpoint would be refused."""
     prints = set()

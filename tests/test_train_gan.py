@@ -13,7 +13,6 @@ import signal
 import subprocess
 import sys
 import time
-from collections import deque
 from pathlib import Path
 from types import SimpleNamespace
 from typing import NamedTuple
@@ -149,6 +148,17 @@ def test_rule_4_1_balanced_batch__negatives_are_used_as_they_are(dataset):
     """2.1.6: negatives are not flipped; each is drawn as often as another."""
     found = batch_flips(dataset, 0)
     assert (found[:, 1] == 0).all() and np.abs(np.bincount(found[:, 0], minlength=2) - 200).max() < 5 * np.sqrt(400 / 4)
+
+
+def test_rule_4_1_balanced_batch__of_split_cubes_only_flips_of_the_training_set(dataset):
+    """--split cube: a nodule's flips that are in the test set are never drawn; the others each have their share."""
+    training = {(0, 0), (0, 3), (1, 1), (1, 2), (1, 5), (1, 7)}
+    flips = np.zeros((2, 8), bool)
+    flips[tuple(zip(*training))] = True
+    found = batch_flips(dataset._replace(flips={"train": flips}), 1)
+    drawn, counts = np.unique(found, axis=0, return_counts=True)
+    assert set(map(tuple, drawn.tolist())) == training
+    assert np.abs(counts - 400 / 6).max() < 5 * np.sqrt(400 / 6 * 5 / 6)
 
 
 # 4.1.1 The settings
@@ -443,7 +453,7 @@ def test_rule_4_1_critic_step__micro_batches_make_the_same_gradients(size):
     terms = [critic_iteration(trainer, *batch(dtype=torch.float64), 2) for trainer in (whole, parts)]
     assert torch.allclose(gradients(parts.critic), gradients(whole.critic), rtol=1e-10, atol=1e-10)
     assert terms[1] == pytest.approx(terms[0], rel=1e-12)
-    assert torch.equal(whole.noise.get_state(), parts.noise.get_state())
+    assert torch.equal(whole.rng.get_state(), parts.rng.get_state())
 
 
 class Share(NamedTuple):
@@ -538,7 +548,7 @@ def test_rule_4_1_generator_step__micro_batches_make_the_same_gradients(size):
     terms = [generator_iteration(trainer, 5, 2) for trainer in (whole, parts)]
     assert torch.allclose(gradients(parts.generator), gradients(whole.generator), rtol=1e-10, atol=1e-12)
     assert terms[1] == pytest.approx(terms[0], rel=1e-12)
-    assert torch.equal(whole.noise.get_state(), parts.noise.get_state())
+    assert torch.equal(whole.rng.get_state(), parts.rng.get_state())
 
 
 # Five to one
@@ -658,7 +668,7 @@ def test_trainer__seed_decides_the_weights():
     """Same seed, same weights and z, whatever torch's global randomness was; another seed, others."""
     one, again, other = (torch.manual_seed(i) and small_trainer(seed=seed) for i, seed in enumerate((3, 3, 4)))
     for part in (lambda t: weights(t.generator), lambda t: weights(t.critic), lambda t: t.fixed_latent,
-                 lambda t: t.noise.get_state()):
+                 lambda t: t.rng.get_state()):
         assert torch.equal(part(one), part(again)) and not torch.equal(part(one), part(other))
 
 
@@ -884,16 +894,28 @@ def train_in_one(folder, dataset, **changes):
     train_gan.train(trainer, dataset, folder)
 
 
-def test_status__smooths_the_estimate_and_shows_alpha():
+def test_record_epoch__shows_the_smoothed_estimate_and_alpha(tmp_path):
     """The mean of the estimates so far, then of the last twenty: one epoch's own jumps up and down."""
-    estimates = deque(maxlen=train_gan.SMOOTHED)
+    trainer = small_trainer(epochs=1000, checkpoint_minutes=1e9)
+    recorder = train_gan.Recorder(trainer, tmp_path)
+    lines = []
+    recorder.progress.update = lambda done, text: lines.append(text)
 
-    def line(estimate, alpha):
+    for estimate, alpha in [(4.0, 3.0), (0.0, 10.0), *[(0.0, 1.0)] * 19]:
+        trainer.epoch += 1
         critic = {"wasserstein": estimate, "real_accuracy": 0.5, "fake_accuracy": 1.0}
-        return train_gan.status({"critic": critic, "alpha": alpha}, estimates)
+        recorder.record_epoch({"critic": critic, "alpha": alpha})
 
-    assert line(4.0, 3.0) == "W 4.00, α 3, class accuracy 0.50 on reals, 1.00 on fakes"
-    assert line(0.0, 10.0).startswith("W 2.00, α 10, ")
-    for _ in range(18):
-        last = line(0.0, 1.0)
-    assert last.startswith("W 0.20, ") and line(0.0, 1.0).startswith("W 0.00, ")
+    assert lines[0] == "W 4.00, α 3, class accuracy 0.50 on reals, 1.00 on fakes"
+    assert lines[1].startswith("W 2.00, α 10, ")
+    assert lines[19].startswith("W 0.20, ") and lines[20].startswith("W 0.00, ")
+
+
+def test_train_in__a_lost_picture_of_a_whole_training_is_drawn_again(tmp_path, capsys):
+    """With no epoch left to train, progression.png comes back with its bytes, and the checkpoint stays."""
+    dataset, folder = small_dataset(tmp_path), tmp_path / "gan"
+    train_gan.train_in(folder, options(epochs=2, preset="demo"), dataset, CPU)
+    before = {path.name: path.read_bytes() for path in folder.iterdir()}
+    (folder / "progression.png").unlink()
+    train_gan.train_in(folder, options(epochs=2, preset="demo"), dataset, CPU)
+    assert {path.name: path.read_bytes() for path in folder.iterdir()} == before

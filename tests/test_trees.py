@@ -95,6 +95,53 @@ def test_find_scans__different_scans_of_one_uid_are_a_conflict(tmp_path):
     refused(lambda: preprocessing.read_source(conflict), first, second)
 
 
+def headers_beside_data(tmp_path, suffix, values):
+    """A header of this suffix and x.raw in folder a, the same header beside other voxels in b; the headers.
+
+    values: HU of all voxels in a, and in b.
+    """
+    scan = made()
+    paths = []
+    for name, value in zip("ab", values):
+        folder = tmp_path / name
+        folder.mkdir()
+        paths.append(folder / f"{scan.seriesuid}{suffix}")
+        paths[-1].write_bytes(scan_files.metaimage_header(scan, "x.raw"))
+        (folder / "x.raw").write_bytes(np.full(scan.hu.shape, value, "<i2").tobytes())
+    return paths
+
+
+@pytest.mark.parametrize("suffix", [".mhd", ".mha"])
+def test_find_scans__equal_headers_beside_different_data_are_a_conflict(tmp_path, capsys, suffix):
+    """The bytes of the headers are the same, the voxels are not: neither is dropped as a copy."""
+    first, second = headers_beside_data(tmp_path, suffix, (-700, -100))
+    source, = find_scans(tmp_path)
+    assert source.conflict == second
+    assert "same scan" not in capsys.readouterr().out
+    refused(lambda: preprocessing.read_source(source), first, second)
+
+
+@pytest.mark.parametrize("suffix", [".mhd", ".mha"])
+def test_find_scans__equal_headers_beside_equal_data_are_one_scan(tmp_path, capsys, suffix):
+    """A folder that was copied whole: their voxels are compared, and one is taken."""
+    first, second = headers_beside_data(tmp_path, suffix, (-700, -700))
+    source, = find_scans(tmp_path)
+    assert (source.files, source.conflict) == ((first,), None)
+    assert capsys.readouterr().out == f"ignored: {second} is the same scan as {first}\n"
+
+
+@pytest.mark.parametrize("data", [b"", b"\0\5\x16\7", b"NDims = 3\n"])
+def test_find_scans__copies_of_a_damaged_header_are_one_scan(tmp_path, capsys, data):
+    """A header that cannot be read names no other file: its bytes are all there is. Reading it is refused as ever."""
+    for name in "ab":
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "1.2.3.mha").write_bytes(data)
+    source, = find_scans(tmp_path)
+    assert source.conflict is None
+    assert "is the same scan as" in capsys.readouterr().out
+    refused(lambda: preprocessing.read_source(source), tmp_path / "a")
+
+
 def test_find_scans__the_same_voxels_elsewhere_are_another_scan(tmp_path):
     """Equal HU with another origin would put the nodules elsewhere: a conflict."""
     metaimage(tmp_path / "a")

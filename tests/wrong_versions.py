@@ -49,7 +49,7 @@ from losses import (
     wasserstein_estimate,
 )
 from models import LATENT, Critic, conditional_latent, one_hot
-from preprocessing import cut, far_end, first_flips, reorient, resample, split_patients
+from preprocessing import cut, far_end, first_flips, read_dicom, reorient, resample, split_patients
 from train_gan import accumulate
 
 
@@ -213,15 +213,15 @@ def one_hot_reversed(labels):
 
 # 4.1 The draws
 
-def epsilon_normal(count, noise, device):
+def epsilon_normal(count, rng, device):
     """ε normal, in place of uniform."""
-    return torch.randn(count, generator=noise).to(device)
+    return torch.randn(count, generator=rng).to(device)
 
 
-def two_latents(labels, noise):
+def two_latents(labels, rng):
     """z uniform in training, and normal when samples are generated."""
-    z = torch.rand(len(labels), LATENT, generator=noise)
-    return conditional_latent(z.to(labels.device), labels)
+    noise = torch.rand(len(labels), LATENT, generator=rng)
+    return conditional_latent(noise.to(labels.device), labels)
 
 
 # 4.1 The learning rate
@@ -248,71 +248,71 @@ def next_reals(trainer, batches):
     return torch.from_numpy(cubes).to(trainer.device), torch.from_numpy(labels).to(trainer.device)
 
 
-def end_epoch(trainer, scale, critic_terms, generator_terms):
+def end_epoch(trainer, alpha, critic_terms, generator_terms):
     """Count the epoch; returns its row of the log, from the terms of each critic iteration."""
     trainer.epoch += 1
     means = {name: sum(terms[name] for terms in critic_terms) / len(critic_terms)
              for name in critic_terms[0]}
-    return {"epoch": trainer.epoch, "alpha": scale, "critic": means, "generator": generator_terms}
+    return {"epoch": trainer.epoch, "alpha": alpha, "critic": means, "generator": generator_terms}
 
 
 def one_to_five(trainer, batches):
     """One critic step to five of the generator."""
-    scale = begin_epoch(trainer)
+    alpha = begin_epoch(trainer)
 
     trainer.seed_iteration(0)
     real, labels = next_reals(trainer, batches)
-    critic_terms = [train_gan.critic_iteration(trainer, real, labels, scale)]
+    critic_terms = [train_gan.critic_iteration(trainer, real, labels, alpha)]
 
     for iteration in range(5):
         trainer.seed_iteration(1 + iteration)
-        generator_terms = train_gan.generator_iteration(trainer, trainer.options.batch_size, scale)
-    return end_epoch(trainer, scale, critic_terms, generator_terms)
+        generator_terms = train_gan.generator_iteration(trainer, trainer.options.batch_size, alpha)
+    return end_epoch(trainer, alpha, critic_terms, generator_terms)
 
 
 def short_batches_skipped(trainer, batches):
     """Some of the five critic steps skipped."""
-    scale = begin_epoch(trainer)
+    alpha = begin_epoch(trainer)
 
     critic_terms = []
     for iteration in range(trainer.options.critic_iterations - 1):
         trainer.seed_iteration(iteration)
         real, labels = next_reals(trainer, batches)
-        critic_terms.append(train_gan.critic_iteration(trainer, real, labels, scale))
+        critic_terms.append(train_gan.critic_iteration(trainer, real, labels, alpha))
 
     trainer.seed_iteration(trainer.options.critic_iterations)
-    generator_terms = train_gan.generator_iteration(trainer, trainer.options.batch_size, scale)
-    return end_epoch(trainer, scale, critic_terms, generator_terms)
+    generator_terms = train_gan.generator_iteration(trainer, trainer.options.batch_size, alpha)
+    return end_epoch(trainer, alpha, critic_terms, generator_terms)
 
 
 def reals_used_five_times(trainer, batches):
     """The same reals at each of the five critic steps."""
-    scale = begin_epoch(trainer)
+    alpha = begin_epoch(trainer)
 
     critic_terms = []
     real, labels = next_reals(trainer, batches)
     for iteration in range(trainer.options.critic_iterations):
         trainer.seed_iteration(iteration)
-        critic_terms.append(train_gan.critic_iteration(trainer, real, labels, scale))
+        critic_terms.append(train_gan.critic_iteration(trainer, real, labels, alpha))
 
     trainer.seed_iteration(trainer.options.critic_iterations)
-    generator_terms = train_gan.generator_iteration(trainer, trainer.options.batch_size, scale)
-    return end_epoch(trainer, scale, critic_terms, generator_terms)
+    generator_terms = train_gan.generator_iteration(trainer, trainer.options.batch_size, alpha)
+    return end_epoch(trainer, alpha, critic_terms, generator_terms)
 
 
 def critics_last_z(trainer, batches):
     """The generator given the z of the critic's last step."""
-    scale = begin_epoch(trainer)
+    alpha = begin_epoch(trainer)
 
     critic_terms = []
     for iteration in range(trainer.options.critic_iterations):
         trainer.seed_iteration(iteration)
         real, labels = next_reals(trainer, batches)
-        critic_terms.append(train_gan.critic_iteration(trainer, real, labels, scale))
+        critic_terms.append(train_gan.critic_iteration(trainer, real, labels, alpha))
 
     trainer.seed_iteration(trainer.options.critic_iterations - 1)
-    generator_terms = train_gan.generator_iteration(trainer, trainer.options.batch_size, scale)
-    return end_epoch(trainer, scale, critic_terms, generator_terms)
+    generator_terms = train_gan.generator_iteration(trainer, trainer.options.batch_size, alpha)
+    return end_epoch(trainer, alpha, critic_terms, generator_terms)
 
 
 def batch_drawn_twice(options, dataset, first_epoch):
@@ -341,9 +341,12 @@ def slices_sorted_by_z(headers, normal):
     return sorted(headers, key=lambda header: header.position[2])
 
 
-def thickness_for_spacing(step, headers):
+def thickness_for_spacing(source):
     """SliceThickness taken for the distance between slices."""
-    return float(pydicom.dcmread(headers[0].path).SliceThickness)
+    scan = read_dicom(source)
+    between_columns, between_rows, _ = scan.spacing
+    thickness = float(pydicom.dcmread(source.files[0]).SliceThickness)
+    return scan._replace(spacing=np.array([between_columns, between_rows, thickness]))
 
 
 def localizer_kept(header):
@@ -516,7 +519,7 @@ ROWS = (
     Wrong(one_share_for_all, "train_gan.accumulate", "rule_4_1_critic_step"),
     # 2
     Wrong(slices_sorted_by_z, "preprocessing.sort_slices", "rule_2_dicom_geometry"),
-    Wrong(thickness_for_spacing, "preprocessing.slice_spacing", "rule_2_dicom_geometry"),
+    Wrong(thickness_for_spacing, "preprocessing.read_dicom", "rule_2_dicom_geometry"),
     Wrong(localizer_kept, "preprocessing.plane_of", "rule_2_dicom_geometry"),
     Wrong(no_rescale, "preprocessing.rescale", "rule_2_rescale"),
     Wrong(direction_ignored, "preprocessing.affine", "rule_2_1_1_resample"),
