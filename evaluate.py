@@ -1115,9 +1115,9 @@ MOST_NEGATIVES = 2048
 def seen_by_gan(dataset, label):
     """The training cubes that a generated one may be a copy of: rows (m, 4) and flips (m,).
 
-    Nodules have all eight flips, with --split cube, too: `train_gan.draw_batch` draws any of them.
-    So a cube and its flips are equally far from the nearest. Of the negatives, which the GAN sees
-    as they are, at most MOST_NEGATIVES are taken, evenly chosen.
+    Nodules have all eight flips, with --split cube, too, where the GAN sees only some of them: a
+    mirrored copy is a copy. So a cube and its flips are equally far from the nearest. Of the
+    negatives, which the GAN sees as they are, at most MOST_NEGATIVES are taken, evenly chosen.
     """
     if label == 1:
         return preprocessing.with_flips(dataset.positives["train"])

@@ -734,7 +734,7 @@ def test_rule_beyond_quality_flips__copies_in_any_flip_are_caught(tmp_path):
 
 
 def test_eq_beyond_copy_ratio__all_eight_flips_where_cubes_were_split_too(tmp_path):
-    """The GAN draws any flip of a training nodule: a copy of one that lies in the test set is a copy."""
+    """A copy of a training nodule is one in a flip that lies in the test set, too."""
     dataset = write_cubes(tmp_path, {"train": blobs(30, 1), "validation": blobs(2, 2), "test": blobs(30, 3)})
     is_in_split = np.zeros((30, 8), bool)
     is_in_split[:, 0] = True
