@@ -182,7 +182,10 @@ CLASS_NAMES = {1: "positive", 0: "negative"}
 
 
 class CriticHead(torch.nn.Module):
-    """A critic's auxiliary head, as a classifier: cube (n, 1, c, c, c) → class logits (n, 2)."""
+    """The critic's auxiliary head as a classifier, not trained further   [rule_5_2_critic_head]
+
+    Cube (n, 1, c, c, c) in [-1, 1] → class logits (n, 2).
+    """
 
     def __init__(self, critic):
         super().__init__()

@@ -61,8 +61,10 @@ def decayed_rate(epoch, epochs, rate, start):
 def draw_batch(dataset, count, rng):
     """Half positives, flipped at random; half negatives, as they are   [rule_4_1_balanced_batch]
 
-    All are training cubes; each positive has a flip of its own. Returns cubes (count, 1, c, c, c)
-    in [-1, 1] and labels (count,) int64, positives first.
+    Every cube is of the training set   [rule_2_1_5_training_only]
+
+    Each positive has a flip of its own. Returns cubes (count, 1, c, c, c) in [-1, 1] and labels
+    (count,) int64, positives first.
     """
     n_positives = count // 2
     n_negatives = count - n_positives

@@ -550,14 +550,20 @@ def spoil(path, key, value):
     lungaug.write(path, state)
 
 
-def test_load_networks__the_best_epoch_of_each_arm_and_the_critics_head_as_it_is(tmp_path, capsys):
-    """Each arm is its best epoch's classifier, not its last; the critic's class logits come without training."""
+def test_rule_5_2_best_kept__is_what_each_arm_is_evaluated_by(tmp_path, capsys):
+    """Each arm is its best epoch's classifier, not its last."""
     (saved, dataset), x = trained_run(tmp_path), torch.randn(3, 1, 6, 6, 6)
     found = evaluate.load_networks(tmp_path, dataset, CPU)
     assert list(found) == ["real", "longer", "mixed", "fake", "critic"] and capsys.readouterr().out == ""
     assert all(len(of_arm) == 1 for of_arm in found.values())
     assert all(torch.equal(found[arm][0](x), saved[arm](x)) for arm in evaluate.TRAINED_ARMS)
-    assert torch.equal(found["critic"][0](x), saved["critic"](x)[1])
+
+
+def test_rule_5_2_critic_head__is_that_of_the_gans_checkpoint(tmp_path):
+    """Its class logits are the critic's own, as the GAN's training left it."""
+    (saved, dataset), x = trained_run(tmp_path), torch.randn(3, 1, 6, 6, 6)
+    head, = evaluate.load_networks(tmp_path, dataset, CPU)["critic"]
+    assert torch.equal(head(x), saved["critic"](x)[1])
 
 
 @pytest.mark.parametrize("missing, repeats", [(None, 3), (("mixed", 3), 2), (("real", 2), 1)])

@@ -215,8 +215,8 @@ def test_rule_4_3_generate_score_select__the_best_of_the_rejected_are_kept():
     assert np.array_equal(generated.rejected[:, 0, 0, 0], np.rint(best * 700 - 300))
 
 
-def test_score_reals__positives_with_flips_negatives_as_they_are(tmp_path):
-    """The scores are those of each positive's eight flips, and of each negative once."""
+def test_rule_4_3_select__the_real_scores_are_of_training_cubes(tmp_path):
+    """The quantile is of the scores of each training positive's eight flips, and of each training negative once."""
     dataset = small_run(tmp_path)
     positives = eight(cubes_of(dataset, "positives", "train"))
     negatives = cubes_of(dataset, "negatives", "train")
@@ -556,7 +556,7 @@ class Bright(torch.nn.Module):
         return critic(x)[1]
 
 
-def test_validate__f1_and_loss_by_hand(tmp_path):
+def test_rule_5_2_best_kept__validation_f1_and_loss_by_hand(tmp_path):
     """F1 over each validation nodule's flips and the negatives; the loss weighs classes equally."""
     dataset = small_run(tmp_path, nodules=(1, 2, 1))
     positives = eight(cubes_of(dataset, "positives", "validation"))[:, 0, 0, 0]

@@ -29,7 +29,7 @@ import preprocessing
 import train_classifier
 import train_gan
 import wrong_versions
-from helpers import descendants, early, small_run
+from helpers import cubes_of, descendants, early, eight, small_run
 from losses import critic_loss, generator_loss
 from models import Critic, Generator
 from train_gan import (
@@ -112,6 +112,18 @@ def leaves(value):
 
 
 # 4.1 Batches of reals
+
+def test_rule_2_1_5_training_only__no_other_cube_is_drawn(tmp_path):
+    """Of a data set with cubes in all three sets, 200 draws are of the training set's, and each of those is drawn."""
+    dataset = small_run(tmp_path)
+    cubes, labels = draw_batch(dataset, 200, np.random.default_rng(0))
+    positives = {cube.tobytes() for cube in cubes[labels == 1, 0].round(4)}
+    negatives = {cube.tobytes() for cube in cubes[labels == 0, 0].round(4)}
+    flips = eight(cubes_of(dataset, "positives", "train")).astype(np.float32).round(4)
+    assert positives == {cube.tobytes() for cube in flips}
+    as_they_are = cubes_of(dataset, "negatives", "train").astype(np.float32).round(4)
+    assert negatives == {cube.tobytes() for cube in as_they_are}
+
 
 def test_rule_4_1_balanced_batch__half_and_half(dataset):
     """Half of a batch is positive and comes first; of an odd batch the odd one is negative."""
