@@ -7,6 +7,7 @@ import os
 import re
 import subprocess
 import sys
+from types import SimpleNamespace
 
 import lungaug
 
@@ -18,7 +19,7 @@ import evaluate
 import mutate
 import train_classifier
 import wrong_versions
-from helpers import in_one_line, run_main, run_python, small_run
+from helpers import at_once, early, in_one_line, run_main, run_python, small_run
 
 
 def test_ids__at_least_sixty_each_once():
@@ -296,23 +297,50 @@ def test_wrong_versions__mistyped_is_one_line(module, words, said):
     assert in_one_line(run_main(module, *words), said)
 
 
-@pytest.fixture(scope="module")
-def mistaken(tmp_path_factory):
-    """A small run whose GAN was trained with one ε for the batch: .folder, and .done, what the command said."""
-    folder = tmp_path_factory.mktemp("mistaken")
-    small_run(folder / "e1")
-    words = ["--run", folder / "e1", "--width", 1, "--batch-size", 4, "--epochs", 2]
-    done = run_python(audit.ROOT / "tests" / "wrong_versions.py", "one_epsilon_per_batch", "--", "train_gan.py", *words)
-    assert done.status == 0, done.err
-    return folder / "e1", words, done
+WRONG_STAGE = audit.ROOT / "tests" / "wrong_versions.py"
+
+
+@early
+def mistaken(folder):
+    """A small run whose GAN was trained with one ε for the batch: .run, and .done, what the command said.
+
+    .right: a run of the right stage. .other, .without: resumed with another mistake, and with none. .none: a stage with
+    a mistake in a folder without a run. .workers: the function that a worker has with a mistake, and without.
+    """
+    for name in ("wrong", "right"):
+        small_run(folder / name)
+    small = ["--width", 1, "--batch-size", 4, "--epochs", 2]
+    words = ["train_gan.py", "--run", folder / "wrong", *small]
+    worker = ("import runpy, preprocessing; runpy.run_path('tests/wrong_versions.py', run_name='__mp_main__'); "
+              "print(preprocessing.nearest_voxel.__name__)")
+
+    def start_worker(name):
+        return run_python("-c", worker, cwd=audit.ROOT, env=os.environ | {"LUNGAUG_WRONG": name})
+
+    done, right = at_once(
+        lambda: run_python(WRONG_STAGE, "one_epsilon_per_batch", "--", *words),
+        lambda: run_python(audit.ROOT / "train_gan.py", "--run", folder / "right", *small))
+    assert done.status == 0 and right.status == 0, done.err + right.err
+
+    def resume():
+        # One after the other: two may not train in one folder.
+        yield run_python(WRONG_STAGE, "epsilon_is_one", "--", *words)
+        yield run_python(audit.ROOT / words[0], *words[1:])
+
+    (other, without), none, *workers = at_once(
+        lambda: list(resume()),
+        lambda: run_python(WRONG_STAGE, "flips_as_independent", "--", "evaluate.py", "--run", folder / "none"),
+        lambda: start_worker("axes_transposed"), lambda: start_worker(""))
+    return SimpleNamespace(run=folder / "wrong", done=done, right=folder / "right", other=other, without=without,
+                           none=none, workers=workers)
 
 
 def test_run_stage__says_that_it_was_made_with_the_mistake(mistaken):
     """First and last on the terminal, and on the page that the stage leaves, behind its heading."""
-    folder, _, done = mistaken
     warning = "MADE WITH A MISTAKE, one_epsilon_per_batch: One ε for the whole batch."
-    assert done.out.splitlines()[0] == done.out.splitlines()[-1] == warning
-    page = json.loads((folder / "gan" / "options.json").read_bytes())["page"]
+    lines = mistaken.done.out.splitlines()
+    assert lines[0] == lines[-1] == warning
+    page = json.loads((mistaken.run / "gan" / "options.json").read_bytes())["page"]
     assert [item["kind"] for item in page[:2]] == ["heading", "text"] and page[1]["text"] == warning
 
 
@@ -326,26 +354,19 @@ def test_run_stage__results_of_an_evaluation_name_the_mistake(tmp_path, monkeypa
     assert lungaug.settings_of(options, "results") == {"seed": 3, "mistake": "flips_are_independent"}
 
 
-def test_run_stage__the_mistake_was_in_place(mistaken, tmp_path):
+def test_run_stage__the_mistake_was_in_place(mistaken):
     """The critic's penalty in the first epoch is another than the right stage's, all else being the same."""
-    folder, words, _ = mistaken
-    small_run(tmp_path / "e1")
-    words = [tmp_path / "e1" if word == folder else word for word in words]
-    assert run_python(audit.ROOT / "train_gan.py", *words).status == 0
     wrong, right = (json.loads((run / "gan" / "log.jsonl").read_text().splitlines()[0])["critic"]
-                    for run in (folder, tmp_path / "e1"))
+                    for run in (mistaken.run, mistaken.right))
     assert wrong["penalty"] != right["penalty"]
 
 
 def test_run_stage__its_checkpoint_names_the_mistake(mistaken):
     """So a right training is never resumed with the mistake, nor one mistake with another."""
-    folder, words, _ = mistaken
-    state = torch.load(folder / "gan" / "checkpoint.pt", weights_only=True)
+    state = torch.load(mistaken.run / "gan" / "checkpoint.pt", weights_only=True)
     assert state["settings"]["mistake"] == "one_epsilon_per_batch"
-    done = run_python(audit.ROOT / "tests" / "wrong_versions.py", "epsilon_is_one", "--", "train_gan.py", *words)
-    assert in_one_line(done, "mistake one_epsilon_per_batch, not epsilon_is_one", "--overwrite")
-    done = run_python(audit.ROOT / "train_gan.py", *words)
-    assert in_one_line(done, "mistake one_epsilon_per_batch, not None", "--overwrite")
+    assert in_one_line(mistaken.other, "mistake one_epsilon_per_batch, not epsilon_is_one", "--overwrite")
+    assert in_one_line(mistaken.without, "mistake one_epsilon_per_batch, not None", "--overwrite")
 
 
 def test_run_stage__a_classifier_made_with_a_mistake_is_not_resumed_without_it(tmp_path):
@@ -362,20 +383,15 @@ def test_run_stage__a_classifier_made_with_a_mistake_is_not_resumed_without_it(t
         train_classifier.read_generated(tmp_path, {}, "run it again")
 
 
-def test_run_stage__worker_processes_that_start_anew_have_the_mistake():
+def test_run_stage__worker_processes_that_start_anew_have_the_mistake(mistaken):
     """Where a worker imports everything again, as on Windows, this file puts the mistake in place once more."""
-    code = ("import runpy, preprocessing; runpy.run_path('tests/wrong_versions.py', run_name='__mp_main__'); "
-            "print(preprocessing.nearest_voxel.__name__)")
-    for name, expected in (("axes_transposed", "axes_transposed"), ("", "nearest_voxel")):
-        done = run_python("-c", code, cwd=audit.ROOT, env=os.environ | {"LUNGAUG_WRONG": name})
+    for done, expected in zip(mistaken.workers, ("axes_transposed", "nearest_voxel")):
         assert done.out.split() == [expected], done.err
 
 
-def test_run_stage__errors_are_the_stages_own(tmp_path):
+def test_run_stage__errors_are_the_stages_own(mistaken):
     """One line and status 2, as without the mistake."""
-    done = run_python(audit.ROOT / "tests" / "wrong_versions.py", "flips_as_independent", "--", "evaluate.py",
-                      "--run", tmp_path / "none")
-    assert in_one_line(done, "none", "not found", "python")
+    assert in_one_line(mistaken.none, "none", "not found", "python")
 
 
 def test_wrong_versions__thirty_seven_with_a_guard_each():

@@ -13,7 +13,7 @@ import lungaug
 
 import pytest
 
-from helpers import at_once, descendants
+from helpers import at_once, descendants, early
 
 
 needs_ps = pytest.mark.skipif(os.name == "nt" or not shutil.which("ps"), reason="needs POSIX signals, and ps")
@@ -35,14 +35,12 @@ def wait_until(holds, seconds=60):
     return False
 
 
-@pytest.fixture(scope="module")
-def coarse(tmp_path_factory):
+def write_coarse(folder):
     """A copy of the program whose synthetic scans have voxels four times as large, and take a fraction of a second.
 
     There are many of them, so that it is not done before it is interrupted.
     """
-    folder = tmp_path_factory.mktemp("program")
-    (folder / "tests").mkdir()
+    (folder / "tests").mkdir(parents=True)
     for path in (*lungaug.HERE.glob("*.py"), *(lungaug.HERE / "tests").glob("[ps]*.py")):
         shutil.copy(path, folder / path.relative_to(lungaug.HERE))
 
@@ -72,15 +70,21 @@ def interrupted(program, run, send):
     return SimpleNamespace(status=process.returncode, err=err, started=started)
 
 
-@needs_ps
-def test_interrupt__is_one_line_and_nothing_stays_behind(coarse, tmp_path):
-    """Ctrl-C at a terminal, which reaches every process, and `kill -INT` of lungaug.py alone: exit 130, one line, and
-    all of them end."""
+@early
+def ends(folder):
+    """How lungaug.py ended by Ctrl-C at a terminal, which reaches every process, and by `kill -INT` of it alone."""
+    coarse = write_coarse(folder / "program")
     ends = at_once(
-        lambda: interrupted(coarse, tmp_path / "all", lambda process: os.killpg(process.pid, signal.SIGINT)),
-        lambda: interrupted(coarse, tmp_path / "first", lambda process: process.send_signal(signal.SIGINT)))
+        lambda: interrupted(coarse, folder / "all", lambda process: os.killpg(process.pid, signal.SIGINT)),
+        lambda: interrupted(coarse, folder / "first", lambda process: process.send_signal(signal.SIGINT)))
     # The table comes after the last scan.
-    assert not list(tmp_path.rglob("annotations.csv"))
+    assert not list(folder.rglob("annotations.csv"))
+    return ends
+
+
+@needs_ps
+def test_interrupt__is_one_line_and_nothing_stays_behind(ends):
+    """Exit 130, one line, and all processes end."""
     for done in ends:
         assert len(done.started) >= 4
         assert done.status == 130
