@@ -429,12 +429,12 @@ def test_wrong_versions__stand_in_every_file():
 
 def test_wrong_versions__are_put_in_place_for_the_tests(tmp_path):
     """LUNGAUG_WRONG reaches the names that a test file imports."""
-    for name in ("wrong_versions.py", "conftest.py"):
-        (tmp_path / name).write_bytes((audit.ROOT / "tests" / name).read_bytes())
+    (tmp_path / "conftest.py").write_bytes((audit.ROOT / "tests" / "conftest.py").read_bytes())
     (tmp_path / "test_it.py").write_text(
         "from losses import interpolate\n\n\n"
         "def test_it():\n    assert interpolate.__name__ == 'epsilon_is_one'\n", encoding="utf-8")
-    environment = os.environ | {"LUNGAUG_WRONG": "epsilon_is_one", "PYTHONPATH": str(audit.ROOT)}
+    folders = os.pathsep.join(map(str, (audit.ROOT, audit.ROOT / "tests")))
+    environment = os.environ | {"LUNGAUG_WRONG": "epsilon_is_one", "PYTHONPATH": folders}
     done = subprocess.run([sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider"],
                           cwd=tmp_path, env=environment, capture_output=True, text=True)
     assert done.returncode == 0, done.stdout
