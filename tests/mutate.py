@@ -332,7 +332,7 @@ def survives(mutant):
         (root / mutant.file).write_text(mutant.source, encoding="utf-8")
         paths = [f"tests/{name}" for name in TESTS[mutant.file]]
         names = [name for path in paths for name in audit.test_names(root / path)]
-        tested = [id for id in mutant.ids if any(id in name for name in names)]
+        tested = [one for one in mutant.ids if any(one in name for name in names)]
         runs = [(" or ".join(tested), FIRST_SECONDS)] if tested else []
         for select, seconds in (*runs, (audit.EVERY_ID, SECONDS)):
             results = audit.run_pytest(root, paths, select, stop=True, seconds=seconds)

@@ -123,7 +123,7 @@ def test_split_cube__goes_through_every_stage(scans, run, tmp_path):
 
 @pytest.mark.parametrize("n_unflipped", [0, 1])
 def test_assess_class__of_a_cube_split_that_left_no_nodule_unflipped(scans, run, tmp_path, n_unflipped):
-    """Each nodule is in the training set, but in other flips: one of those is what generated cubes are held against."""
+    """Each nodule is in the training set, but in other flips: generated cubes are held against one of those."""
     prepare(run, scans, tmp_path, "--split", "cube")
     dataset = preprocessing.open_dataset(tmp_path)
     flips = dataset.flips["train"]
