@@ -648,7 +648,7 @@ def roc_curve(labels, scores, rates, weights=None):
         return np.full(len(rates), math.nan)
 
     # From threshold to threshold more is called positive: the last one allowed finds the most.
-    n_allowed = np.searchsorted(counts.fp, rates * counts.negatives, side="right")
+    n_allowed = np.searchsorted(counts.fp / counts.negatives, rates, side="right")
     most = np.append(0, counts.tp)[n_allowed]
     return most / counts.positives
 

@@ -147,6 +147,15 @@ def test_rule_beyond_sensitivity_at__the_most_that_the_rate_allows():
     assert reached == [0.25, 0.25, 0.5, 0.5, 1, 1]
 
 
+@pytest.mark.parametrize("n_false", range(1, 100))
+def test_rule_beyond_sensitivity_at__a_rate_allows_as_many_as_it_says(n_false):
+    """Of 100 negatives a rate of 0.29 allows 29, although 0.29·100 is a little less in floating point."""
+    labels = [1] + 100 * [0]
+    scores = [0.5] + n_false * [0.7] + (100 - n_false) * [0.3]
+    assert evaluate.sensitivity_at(labels, scores, n_false / 100) == 1
+    assert evaluate.sensitivity_at(labels, scores, (n_false - 1) / 100) == 0
+
+
 def test_rule_beyond_sensitivity_at__nothing_is_found_where_the_best_is_a_negative():
     """0 at a rate of 0, and nan without a class."""
     assert evaluate.sensitivity_at([0, 1], [2, 1], 0) == 0
