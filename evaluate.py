@@ -2223,11 +2223,12 @@ def difference_rows(results):
 QUALITY_CAPTION = (
     "The centre's HU; the largest difference of the radial profile from that of training cubes; "
     "the share that the real-trained classifier calls positive; d₁/d₂, nearest over second-nearest "
-    "training distance, 0 for copies; C_T, below −3 for copies; accuracy of the nearest neighbour "
-    "in telling them from training cubes, ½ if they are alike, 1 if apart, 0 for copies; Fréchet "
-    "distance of the classifier's features from those of training cubes. Rows of fewer cubes are "
-    "less sure, and 1-NN rises a little with n: for one fault from .59 of 27 cubes to .61 of 108. "
-    "Real nodules are flipped at random here, like those that the GAN was trained on.")
+    "training distance, 0 for copies; C_T, below −3 for copies, and – where no test nodule is new "
+    "to the GAN; accuracy of the nearest neighbour in telling them from training cubes, ½ if they "
+    "are alike, 1 if apart, 0 for copies; Fréchet distance of the classifier's features from those "
+    "of training cubes. Rows of fewer cubes are less sure, and 1-NN rises a little with n: for one "
+    "fault from .59 of 27 cubes to .61 of 108. Real nodules are flipped at random here, like those "
+    "that the GAN was trained on.")
 
 
 def quality_rows(qualities):
