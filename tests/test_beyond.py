@@ -694,7 +694,7 @@ def write_cubes(run, cubes):
                       "origin": [0.0, 0.0, 0.0], "positives": places[:n], "negatives": places[n:]})
     lungaug.write(run / "prepared" / "dataset.json", {
         "parameters": {"cube": side}, "preset": "demo", "synthetic": True, "skipped": [],
-        "table_1": preprocessing.table_1(scans), "scans": scans})
+        "table_1": preprocessing.table_1(scans, {}), "scans": scans})
     return preprocessing.open_dataset(run)
 
 
