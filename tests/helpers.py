@@ -1,15 +1,17 @@
 """What more than one test file needs: commands, small scans and runs, and how two states or scans are compared."""
 
 import contextlib
+import importlib
 import io
 import itertools
+import multiprocessing
 import re
 import signal
 import subprocess
 import sys
 import tempfile
 import warnings
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import ProcessPoolExecutor, ThreadPoolExecutor
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -65,14 +67,16 @@ def at_once(*calls):
 
 # What takes long in other processes
 
-EARLY = {}          # (module, name) → a function of a new folder
-STARTED = {}        # the same → its Future
+# (module, name) → a function of a new folder; and its Future.
+EARLY = {}
+STARTED = {}
 
 
 def early(make):
-    """A session's fixture whose processes are started before the first test, to run beside the tests before its own.
+    """A session's fixture that is made beside the tests before its own, if a test that uses it was selected.
 
-    make: a function of a new, empty folder; it is called in a thread, once, if a test that uses it was selected.
+    make: a function of a new, empty folder, which starts commands and returns what can be pickled. It is called once,
+    in a process of its own, where the tests' patches do not reach it.
     """
     key = (make.__module__, make.__name__)
     EARLY[key] = make
@@ -84,21 +88,38 @@ def early(make):
     return fixture
 
 
+def make_early(key, folder):
+    """Call an `early` function in this process: its module is imported anew."""
+    importlib.import_module(key[0])
+    return EARLY[key](folder)
+
+
+def leave_interrupts_to_the_tests():
+    """Ctrl-C ends the commands that this process has started, and so its work."""
+    # A handler, and no SIG_IGN, which the commands would inherit.
+    signal.signal(signal.SIGINT, lambda *_: None)
+
+
 @contextlib.contextmanager
 def begin_early(items):
-    """Call in a thread, one after the other, what is `early` for the tests that were selected, until the block ends."""
+    """Make, one after the other, what is `early` for the tests that were selected, until the block ends."""
     keys = []
     for item in items:
         for name in getattr(item, "fixturenames", ()):
             key = (item.module.__name__, name)
             if key in EARLY and key not in keys:
                 keys.append(key)
+    if not keys:
+        yield
+        return
 
-    with tempfile.TemporaryDirectory() as folder, ThreadPoolExecutor(1) as pool:
+    spawn = multiprocessing.get_context("spawn")
+    with (tempfile.TemporaryDirectory() as folder,
+          ProcessPoolExecutor(1, spawn, leave_interrupts_to_the_tests) as pool):
         for number, key in enumerate(keys):
             place = Path(folder) / str(number)
             place.mkdir()
-            STARTED[key] = pool.submit(EARLY[key], place)
+            STARTED[key] = pool.submit(make_early, key, place)
         try:
             yield
         finally:
