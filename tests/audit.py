@@ -15,6 +15,7 @@ mistake is caught, as then a test fails; 0 where it is missed; 2 where tests cou
 
 import argparse
 import ast
+import functools
 import io
 import os
 import re
@@ -135,6 +136,7 @@ def is_beyond(entry):
     return "_beyond_" in entry.id
 
 
+@functools.cache
 def docstring_entries(stem, text):
     """The entries in docstrings: the formula is what leads up to the id in its paragraph."""
     every = []
@@ -159,6 +161,7 @@ def in_one_line(formula):
     return " ".join(formula.split()).strip(" ;,.:")
 
 
+@functools.cache
 def constant_entries(stem, text):
     """The entries in comments behind or above a constant, or a row of a table of constants."""
     units = constant_units(text)
@@ -240,8 +243,13 @@ def test_files():
 
 def test_names(path):
     """The names of a file's tests that belong to an id."""
-    tree = ast.parse(path.read_text(encoding="utf-8"))
-    return [node.name for node in tree.body
+    return names_in(path.read_text(encoding="utf-8"))
+
+
+@functools.cache
+def names_in(text):
+    """The same of the text of a file."""
+    return [node.name for node in ast.parse(text).body
             if isinstance(node, ast.FunctionDef) and re.match(f"test_{ID}$", node.name)]
 
 

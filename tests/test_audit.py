@@ -5,7 +5,6 @@ import inspect
 import json
 import os
 import re
-import subprocess
 import sys
 from types import SimpleNamespace
 
@@ -159,11 +158,18 @@ def test_compared__each_main_equation_has_a_test_that_does():
     assert set(COMPARED) <= ids
 
 
-def test_compared__numbers_come_back_from_a_run_of_the_tests():
-    """Under a mistake, too: the line holds the wrong numbers beside those by hand; each test that ends is told."""
+@early
+def interpolate_by_hand(folder):
+    """The results of a test with a mistake in place, and the names of the tests that ended."""
     seen = []
     results = audit.run_pytest(audit.ROOT, ["tests/test_losses.py"], "eq_1_3_5_interpolate__by_hand",
-                        wrong="one_epsilon_per_batch", seen=seen.append)
+                               wrong="one_epsilon_per_batch", seen=seen.append)
+    return results, seen
+
+
+def test_compared__numbers_come_back_from_a_run_of_the_tests(interpolate_by_hand):
+    """Under a mistake, too: the line holds the wrong numbers beside those by hand; each test that ends is told."""
+    results, seen = interpolate_by_hand
     (name, found), = results.items()
     assert seen == [name] == ["test_eq_1_3_5_interpolate__by_hand"] and not found.passed
     assert found.compared == ("x̂ 7.00 7.00 7.00, by hand 7.00 4.00 8.00",) and "assert" in found.message
@@ -419,25 +425,32 @@ def test_wrong_versions__without_a_right_one_say_what_to_change(monkeypatch):
         wrong_versions.install("batch_norm")
 
 
-def test_wrong_versions__stand_in_every_file():
-    """In the file that defines the right function, and in those that imported it by name."""
+@early
+def installed(folder):
+    """What two processes did with a mistake in place: Python, and pytest with a test file of its own."""
     code = ("import wrong_versions as w; w.install('hinge_loss'); import losses, train_gan; "
             "assert losses.critic_loss is train_gan.critic_loss is w.hinge_loss; "
             "assert w.critic_loss is not w.hinge_loss")
-    subprocess.run([sys.executable, "-c", code], cwd=audit.ROOT / "tests", check=True)
-
-
-def test_wrong_versions__are_put_in_place_for_the_tests(tmp_path):
-    """LUNGAUG_WRONG reaches the names that a test file imports."""
-    (tmp_path / "conftest.py").write_bytes((audit.ROOT / "tests" / "conftest.py").read_bytes())
-    (tmp_path / "test_it.py").write_text(
+    (folder / "conftest.py").write_bytes((audit.ROOT / "tests" / "conftest.py").read_bytes())
+    (folder / "test_it.py").write_text(
         "from losses import interpolate\n\n\n"
         "def test_it():\n    assert interpolate.__name__ == 'epsilon_is_one'\n", encoding="utf-8")
     folders = os.pathsep.join(map(str, (audit.ROOT, audit.ROOT / "tests")))
     environment = os.environ | {"LUNGAUG_WRONG": "epsilon_is_one", "PYTHONPATH": folders}
-    done = subprocess.run([sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider"],
-                          cwd=tmp_path, env=environment, capture_output=True, text=True)
-    assert done.returncode == 0, done.stdout
+    return at_once(lambda: run_python("-c", code, cwd=audit.ROOT / "tests"),
+                   lambda: run_python("-m", "pytest", "-q", "-p", "no:cacheprovider", cwd=folder, env=environment))
+
+
+def test_wrong_versions__stand_in_every_file(installed):
+    """In the file that defines the right function, and in those that imported it by name."""
+    by_python, _ = installed
+    assert by_python.status == 0, by_python.err
+
+
+def test_wrong_versions__are_put_in_place_for_the_tests(installed):
+    """LUNGAUG_WRONG reaches the names that a test file imports."""
+    _, by_pytest = installed
+    assert by_pytest.status == 0, by_pytest.out
 
 
 def test_wrong_versions__are_shown_beside_the_right_one():

@@ -23,7 +23,7 @@ import preprocessing
 import scan_files
 import train_classifier
 import train_gan
-from helpers import in_one_line, run_python, small_chest, small_run
+from helpers import early, in_one_line, run_python, small_chest, small_run
 
 
 VALUES = {
@@ -85,15 +85,21 @@ for name, value in test_faults.VALUES.items():
 """
 
 
-@pytest.mark.skipif(os.name == "nt", reason="Windows limits no file's size")
-def test_write__where_files_may_not_grow(tmp_path):
-    """A limit on the size of files, in a process of its own for each: one line, exit 2, no traceback."""
+@early
+def limited(folder):
+    """A folder in which files may not grow, and what a process said that wrote some there."""
     environment = os.environ | {"PYTHONPATH": os.pathsep.join([str(lungaug.HERE), str(lungaug.HERE / "tests")])}
-    done = run_python("-c", WRITE_UNDER_A_LIMIT, tmp_path, env=environment)
+    return folder, run_python("-c", WRITE_UNDER_A_LIMIT, folder, env=environment)
+
+
+@pytest.mark.skipif(os.name == "nt", reason="Windows limits no file's size")
+def test_write__where_files_may_not_grow(limited):
+    """A limit on the size of files, in a process of its own for each: one line, exit 2, no traceback."""
+    folder, done = limited
     assert done.status == 0 and done.out.split() == ["2"] * len(VALUES), done.err
     for line, name in itertools.zip_longest(done.err.splitlines(), VALUES):
-        assert line.startswith(f"lungaug: {tmp_path / name}: ")
-    assert list(tmp_path.iterdir()) == []
+        assert line.startswith(f"lungaug: {folder / name}: ")
+    assert list(folder.iterdir()) == []
 
 
 def test_append_log__a_fault_names_the_log(tmp_path, capsys):

@@ -13,7 +13,7 @@ import lungaug
 
 import pytest
 
-from helpers import at_once, descendants, early
+from helpers import at_once, descendants, early, run_python
 
 
 needs_ps = pytest.mark.skipif(os.name == "nt" or not shutil.which("ps"), reason="needs POSIX signals, and ps")
@@ -112,17 +112,21 @@ def test_interrupt__while_packages_are_imported(script, package, tmp_path):
     assert line.startswith("lungaug: interrupted — run the same command")
 
 
-@needs_ps
-def test_interrupt__after_the_last_line(tmp_path):
-    """Ctrl-C while Python ends changes neither the exit status nor the last line."""
+@early
+def interrupted_at_its_end(folder):
+    """What evaluate.py did that got Ctrl-C while Python ended."""
     ending = "import atexit, os, signal\natexit.register(os.kill, os.getpid(), signal.SIGINT)\n"
-    (tmp_path / "sitecustomize.py").write_text(ending, encoding="utf-8")
-    environment = dict(os.environ, PYTHONPATH=str(tmp_path))
+    (folder / "sitecustomize.py").write_text(ending, encoding="utf-8")
+    environment = dict(os.environ, PYTHONPATH=str(folder))
+    return run_python(lungaug.HERE / "evaluate.py", "--run", folder / "none", env=environment, timeout=50)
 
-    command = [sys.executable, str(lungaug.HERE / "evaluate.py"), "--run", str(tmp_path / "none")]
-    process = subprocess.run(command, env=environment, capture_output=True, text=True, encoding="utf-8", timeout=50)
-    assert process.returncode == 2
-    assert len(process.stderr.splitlines()) == 1 and "run python preprocessing.py" in process.stderr
+
+@needs_ps
+def test_interrupt__after_the_last_line(interrupted_at_its_end):
+    """Ctrl-C while Python ends changes neither the exit status nor the last line."""
+    done = interrupted_at_its_end
+    assert done.status == 2
+    assert len(done.err.splitlines()) == 1 and "run python preprocessing.py" in done.err
 
 
 @needs_ps
