@@ -6,6 +6,7 @@
 import itertools
 import math
 import re
+import warnings
 
 import lungaug
 
@@ -793,6 +794,21 @@ def test_eq_beyond_selection__sign():
 
     rho = [evaluate.score_selection(critic(sign), classifier, cubes, CPU) for sign in (1, -1, 0)]
     assert rho[:2] == pytest.approx([1, -1]) and math.isnan(rho[2])
+
+
+@pytest.mark.parametrize("constant", ["critic", "classifier"])
+def test_eq_beyond_selection__a_constant_has_none_and_no_warning(constant):
+    """Where the scores, or the probabilities, are all the same, there is no order to compare: nan, without a word."""
+    cubes = np.random.default_rng(0).uniform(-1, 1, (20, 6, 6, 6)).astype(np.float32)
+    torch.manual_seed(0)
+    classifier = Classifier(6).eval()
+    if constant == "classifier":
+        torch.nn.init.zeros_(classifier[-1].weight)
+    scale = 0 if constant == "critic" else 1
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        rho = evaluate.score_selection(lambda x: (scale * x[:, 0, 0, 0, 0], None), classifier, cubes, CPU)
+    assert math.isnan(rho)
 
 
 def test_generate_unselected__is_of_the_class_and_of_the_seed(tmp_path):
