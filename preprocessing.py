@@ -2490,8 +2490,10 @@ def cited_annotations(path):
             lines.append((rows.line_num, uid, nodule))
 
     check(places is not None, path, "holds no row", f"expected {','.join(COLUMNS)}")
+    # Name the rows that repeat others first: whoever corrects the table wants to know them, too.
+    annotations = nodules_of_series(lines, path)
     check_diameters(lines, path)
-    return nodules_of_series(lines, path)
+    return annotations
 
 
 def delimiter_of(text):

@@ -241,6 +241,11 @@ def test_read_annotations__a_row_that_is_there_twice_is_told(tmp_path, capsys):
     assert preprocessing.read_annotations(path) == {"1.2.3": [(1, 2, 3, 4), (5, 6, 7, 8)]}
     assert "line 4 repeats line 2" in capsys.readouterr().out
 
+    # Beside an impossible diameter it is told, too: all that is wrong with a table can be corrected at one go.
+    scan_files.write_annotations(path, [("1.2.3", 1, 2, 3, 4), ("1.2.3", 5, 6, 7, 0), ("1.2.3", 1, 2, 3, 4)])
+    refused(lambda: preprocessing.read_annotations(path), "line 3 of 0 mm")
+    assert "line 4 repeats line 2" in capsys.readouterr().out
+
 
 # Objects of a series that are no slices
 
