@@ -235,7 +235,7 @@ OPTIONS = (
     Option("--score-quantile", CLASSIFIER, float, demo=0.0, thesis=0.5, low=0, high=1,
            fixes=("generated",),
            help="A generated cube needs a score at this quantile of the real cubes' scores, or "
-                "above. In a short training a higher one picks the brightest and most alike.",
+                "above. In a short training a higher one picks cubes that are more alike.",
            source="4.3"),
     Option("--class-probability", CLASSIFIER, float, demo=0.9, thesis=0.9, low=0, high=1,
            fixes=("generated",),
