@@ -541,11 +541,6 @@ def format_count(value):
     return f"{value:,.1f}".removesuffix(".0")
 
 
-def with_minus(text):
-    """A text of numbers with minus signs in place of hyphens, as tables show them."""
-    return text.replace("-", "−")
-
-
 def format_spread(mean, deviation):
     """A mean and its standard deviation, which is nan or None where there is none."""
     text = lungaug.format_number(mean)
@@ -806,7 +801,7 @@ def format_difference(row):
     """A difference with its interval: −0.022 [−0.045, 0.002]."""
     numbers = [lungaug.format_number(row[name], keep_sign=True)
                for name in ("difference", "low", "high")]
-    return with_minus(f"{numbers[0]} [{numbers[1]}, {numbers[2]}]")
+    return lungaug.with_minus(f"{numbers[0]} [{numbers[1]}, {numbers[2]}]")
 
 
 def verdict(differences, n_scans, n_nodules):
@@ -1054,7 +1049,7 @@ class RealCubes(NamedTuple):
 
     references: (n, c, c, c), training cubes, each nodule in one of its flips. reference_features:
     (k, 64), the classifier's, of as many of them as the Fréchet distance takes. held_out_nearest:
-    (j,), from each held-out cube that the GAN has not seen to the nearest training cube.
+    (j,), from each held-out cube that is not in the training set to the nearest training cube.
     """
     references: np.ndarray
     reference_features: np.ndarray
@@ -1064,7 +1059,7 @@ class RealCubes(NamedTuple):
 def assess(cubes, distances, real, classifier, device):
     """The Quality of cubes (n, c, c, c) in [-1, 1], by the real-trained classifier and RealCubes.
 
-    distances: (n, m) to the training cubes of the class, of `seen_by_gan`.
+    distances: (n, m) to the training cubes of the class, of `training_cubes`.
     """
     mean, deviation = radial_profile(cubes)
     probabilities, features = classify(classifier, cubes, device)
@@ -1109,13 +1104,13 @@ def classify(classifier, cubes, device):
     return both[:, 0], both[:, 1:]
 
 
-# So many cubes of a kind are assessed.
+# At most this many cubes of a kind are assessed.
 MOST_CUBES = 256
-# Negatives are compared with so many of the training set, positives with all of theirs.
+# Negatives are compared with at most this many of the training set, positives with all of theirs.
 MOST_NEGATIVES = 2048
 
 
-def seen_by_gan(dataset, label):
+def training_cubes(dataset, label):
     """The training cubes that a generated one may be a copy of: rows (m, 4) and flips (m,).
 
     Nodules have all eight flips, with --split cube, too, where the GAN sees only some of them: a
@@ -1136,7 +1131,7 @@ def one_flip_each(dataset, split, seed):
     --split cube the flips are those that lie in the split. Returns (n,).
     """
     rng = lungaug.stream(seed, "quality flips", split)
-    is_in_split = np.ones((len(dataset.positives[split]), 8), bool)
+    is_in_split = np.ones((len(dataset.positives[split]), len(preprocessing.FLIPS)), bool)
     if dataset.flips is not None:
         is_in_split = dataset.flips[split]
 
@@ -1155,7 +1150,7 @@ def compared_with(dataset, label, split, seed):
         flips = one_flip_each(dataset, split, seed)
     elif split == "train":
         # Of those to which distances are taken, so that a copy of one lies at 0.
-        rows, flips = seen_by_gan(dataset, label)
+        rows, flips = training_cubes(dataset, label)
     else:
         rows = dataset.negatives[split]
         flips = np.zeros(len(rows), int)
@@ -1243,11 +1238,12 @@ def assess_class(label, run, dataset, generator, classifier, seed, device):
     # A mean or a covariance takes two cubes or more.
     kinds = {kind: cubes for kind, cubes in kinds.items() if len(cubes) > 1}
 
-    # A test nodule that the GAN has seen, with --split cube, does not tell how near a new one lies.
-    seen_rows, seen_flips = seen_by_gan(dataset, label)
-    distances = distances_to_training(kinds, dataset, seen_rows, seen_flips)
+    # With --split cube a test nodule may be in the training set, in another flip: then it does not
+    # tell how near a new one lies.
+    training_rows, training_flips = training_cubes(dataset, label)
+    distances = distances_to_training(kinds, dataset, training_rows, training_flips)
     held_out_nearest = distances["held-out real"].min(axis=1)
-    held_out_nearest = held_out_nearest[are_new(held_out_rows, seen_rows)]
+    held_out_nearest = held_out_nearest[are_new(held_out_rows, training_rows)]
 
     # The Fréchet distance of every kind is of as many cubes.
     n_features = min(len(held_out), len(references))
@@ -1673,11 +1669,11 @@ def draw_curves(folder, run):
 
 # 2.1.7, 5.1 Figures 2, 3 and 9–14: cubes
 
-# Figures 2 and 3 show so many cubes each.
+# Cubes that figures 2 and 3 show, each.
 SLICED = 3
 # The grey between the pictures of a sheet is seen on white and on black paper.
 SHEET = 90
-# A slice is drawn about so many pixels wide: in sheets of many, and in those of few.
+# How many pixels wide a slice is drawn, about: in sheets of many, and in those of few.
 SMALL = 48
 LARGE = 96
 
@@ -1882,7 +1878,7 @@ def draw_best(folder, run, dataset, test, classifier, device):
     return best
 
 
-# So many errors of each kind are drawn.
+# At most this many errors of each kind are drawn.
 MOST_ERRORS = 6
 ERROR_KINDS = ("false positive", "false negative")
 
@@ -2154,7 +2150,7 @@ def error_rows(records):
     """The rows of a table of errors, as text."""
     rows = []
     for record in records:
-        centre = with_minus(", ".join(f"{mm:.1f}" for mm in record["centre"]))
+        centre = lungaug.with_minus(", ".join(f"{mm:.1f}" for mm in record["centre"]))
         rows.append((record["kind"], f"{record['probability']:.4f}", str(record["flip"]), centre,
                      record["seriesuid"]))
     return rows
@@ -2178,7 +2174,7 @@ def format_summary(summary, *names):
 def format_interval(entry):
     """A mean with its 95% interval: 0.985 [0.970, 1.000]."""
     numbers = [lungaug.format_number(entry[name]) for name in ("mean", "low", "high")]
-    return with_minus(f"{numbers[0]} [{numbers[1]}, {numbers[2]}]")
+    return lungaug.with_minus(f"{numbers[0]} [{numbers[1]}, {numbers[2]}]")
 
 
 def arm_rows(results):
@@ -2216,7 +2212,7 @@ def difference_rows(results):
         for measure_name in ("f1", "auc"):
             cells.append(format_difference(row[measure_name]))
             cells.append(lungaug.format_number(row[measure_name]["spread"]))
-        rows.append((with_minus(name), *cells))
+        rows.append((lungaug.with_minus(name), *cells))
     return rows
 
 
@@ -2238,7 +2234,7 @@ def quality_rows(qualities):
         rows.append((
             kind,
             str(row["n"]),
-            with_minus(f"{row['centre_hu']:.0f} ± {row['centre_spread']:.0f}"),
+            lungaug.with_minus(f"{row['centre_hu']:.0f} ± {row['centre_spread']:.0f}"),
             f"{row['profile_difference']:.0f} HU",
             lungaug.format_number(row["called_positive"]),
             lungaug.format_number(row["copy_ratio"]),
@@ -2253,7 +2249,7 @@ def format_copying(value):
     """C_T as a table shows it; None, where it is not known, as –."""
     if value is None:
         return "–"
-    return with_minus(f"{value:.1f}")
+    return lungaug.with_minus(f"{value:.1f}")
 
 
 def selection_sentence(rho):
@@ -2760,7 +2756,7 @@ def charts_html(path):
     return "".join(charts)
 
 
-# On paper, so many rows of a figure with a slider are all printed.
+# On paper, a figure with a slider shows all its rows up to this many.
 FEW_ROWS = 12
 
 

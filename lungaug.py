@@ -1064,6 +1064,11 @@ def format_number(value, keep_sign=False):
     return f"{value:.{decimals}f}"
 
 
+def with_minus(text):
+    """A text of numbers with minus signs in place of hyphens, as tables show them."""
+    return text.replace("-", "−")
+
+
 def print_table(title, head, rows):
     """Print a table of text: the first column aligned left, the others right."""
     widths = [max(len(cell) for cell in column) for column in zip(head, *rows)]

@@ -28,11 +28,11 @@ ARMS = ("real", "longer", "mixed", "fake")
 CLASS_NAMES = {1: "positive", 0: "negative"}
 # Adam's two rates of forgetting, of section 4.4.1   [num_4_4_adam]
 BETAS = (0.9, 0.999)
-# So many cubes are generated at a time.
+# Cubes that are generated at a time.
 BATCH = 64
-# So many of the rejected cubes are kept, for the pictures.
+# Rejected cubes that are kept, for the pictures.
 REJECTED = 16
-# A row of samples.png has so many cubes.
+# Cubes in a row of samples.png.
 SAMPLES = 16
 # What to do where a file could not be read for want of memory.
 RUN_AGAIN = "run the same command again"
@@ -682,7 +682,7 @@ def page(classes, dataset):
     rows = []
     for name, row in classes.items():
         numbers = (row["requested"], row["accepted"], row["rate"], row["score_threshold"])
-        cells = [lungaug.format_number(number).replace("-", "−") for number in numbers]
+        cells = [lungaug.with_minus(lungaug.format_number(number)) for number in numbers]
         rows.append((name, *cells))
     head = ("class", "requested", "accepted", "acceptance rate", "score at least")
     return [

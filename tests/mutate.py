@@ -82,7 +82,7 @@ MORE = (
     "evaluate.metrics",
     "evaluate.count_at_thresholds",
     "evaluate.roc_curve",
-    "evaluate.seen_by_gan",
+    "evaluate.training_cubes",
     "evaluate.are_new",
 )
 

@@ -749,7 +749,7 @@ def test_eq_beyond_copy_ratio__all_eight_flips_where_cubes_were_split_too(tmp_pa
     is_in_split = np.zeros((30, 8), bool)
     is_in_split[:, 0] = True
     by_cube = with_split_flips(dataset, "train", is_in_split)
-    rows, flips = evaluate.seen_by_gan(by_cube, 1)
+    rows, flips = evaluate.training_cubes(by_cube, 1)
     assert len(rows) == 8 * 30 and sorted(flips.tolist()) == sorted(30 * list(range(8)))
     copies = assess_positives(tmp_path, by_cube, np.flip(blobs(30, 1), (1, 2)))["generated and accepted"]
     assert copies.copy_ratio < 0.01 and copies.copying < -6
@@ -760,14 +760,14 @@ def test_eq_beyond_copy_ratio__negatives_as_they_are(tmp_path, monkeypatch, most
     """Evenly chosen where there are many; those that others are compared with are among them."""
     monkeypatch.setattr(evaluate, "MOST_NEGATIVES", most)
     dataset = small_run(tmp_path)
-    rows, flips = evaluate.seen_by_gan(dataset, 0)
+    rows, flips = evaluate.training_cubes(dataset, 0)
     assert rows.tolist() == dataset.negatives["train"][lungaug.evenly(5, most)].tolist()
     assert flips.tolist() == [0] * len(rows)
     references, _ = evaluate.compared_with(dataset, 0, "train", 0)
     assert not evaluate.are_new(references, rows).any()
 
 
-def test_eq_beyond_copying_test__nodules_that_the_gan_has_seen_are_no_scale(tmp_path):
+def test_eq_beyond_copying_test__nodules_of_the_training_set_are_no_scale(tmp_path):
     """With --split cube a test nodule may be in the training set, in another flip: C_T is taken from the new ones."""
     training = blobs(30, 1)
     dataset = write_cubes(tmp_path, {"train": training, "validation": blobs(2, 2), "test": blobs(30, 3)})
