@@ -525,6 +525,22 @@ def test_estimate_seconds__proportional_to_what_is_computed(monkeypatch):
     assert lungaug.estimate_seconds(gan_options("--width", 64), 48, 100) == 4 * first
 
 
+def test_time_convolution__the_quickest_call_beside_other_work(monkeypatch):
+    """Seven calls of 20 ms, as where two threads wait for each other, then one of 2 ms: that is 1 ms for a cube."""
+    durations = itertools.chain([0.02] * 7, [0.002], itertools.repeat(0.02))
+    now = 0.0
+    is_start = itertools.cycle([True, False])
+
+    def clock():
+        nonlocal now
+        if not next(is_start):
+            now += next(durations)
+        return now
+
+    monkeypatch.setattr(time, "perf_counter", clock)
+    assert lungaug.time_convolution(6, 1) == pytest.approx(0.001)
+
+
 def test_warn_before_stages__counts_the_epochs_that_are_left(monkeypatch, tmp_path):
     """A GAN that is trained already takes no days."""
     epochs = []
