@@ -627,7 +627,7 @@ CONVOLUTIONS = {"critic": 42, "generator": 21}
 CLASSIFIER_CONVOLUTIONS = {"trained": 0.8, "validated": 0.4}
 CLASSIFIER_WIDTH = 4
 # How long convolutions are timed; three are timed in any case.
-TIMING_SECONDS = 0.3
+TIMING_SECONDS = 0.1
 
 
 def time_convolution(cube, width):

@@ -206,6 +206,15 @@ def join_processes(name):
     return device
 
 
+def leave_processes():
+    """Leave the other processes, once everything is done with them.
+
+    A process that ends without it may be aborted: threads of PyTorch's may still need Python.
+    """
+    if distributed.is_available() and distributed.is_initialized():
+        distributed.destroy_process_group()
+
+
 def process_place():
     """This process' number, from 0 on, and how many there are."""
     if distributed.is_available() and distributed.is_initialized():
@@ -598,6 +607,7 @@ def main():
     check_shares(options)
     if not is_first_process():
         train_in(folder, options, dataset, device)
+        leave_processes()
         return
 
     with lungaug.lock(folder, "training"), preprocessing.keep_prepared(run):
@@ -606,6 +616,7 @@ def main():
     print(f"{summary(folder / 'log.jsonl')} Picture: {folder / 'progression.png'}; "
           f"python evaluate.py --run {run} draws the curves, figure 7.")
     lungaug.save_page(folder, options, page(trainer))
+    leave_processes()
 
 
 if __name__ == "__main__":

@@ -31,6 +31,12 @@ if os.environ.get("LUNGAUG_WRONG"):
     wrong_versions.install(os.environ["LUNGAUG_WRONG"])
 
 
+def pytest_collection_modifyitems(items):
+    """Tests of what takes long in other processes come last: nobody waits for it."""
+    import helpers
+    items.sort(key=lambda item: bool(helpers.early_keys(item)))
+
+
 @pytest.hookimpl(wrapper=True)
 def pytest_runtestloop(session):
     """What takes long in other processes runs beside the tests."""

@@ -100,15 +100,16 @@ def leave_interrupts_to_the_tests():
     signal.signal(signal.SIGINT, lambda *_: None)
 
 
+def early_keys(item):
+    """The keys of the `early` fixtures that a test uses."""
+    keys = [(item.module.__name__, name) for name in getattr(item, "fixturenames", ())]
+    return [key for key in keys if key in EARLY]
+
+
 @contextlib.contextmanager
 def begin_early(items):
     """Make, one after the other, what is `early` for the tests that were selected, until the block ends."""
-    keys = []
-    for item in items:
-        for name in getattr(item, "fixturenames", ()):
-            key = (item.module.__name__, name)
-            if key in EARLY and key not in keys:
-                keys.append(key)
+    keys = list(dict.fromkeys(itertools.chain.from_iterable(map(early_keys, items))))
     if not keys:
         yield
         return

@@ -5,7 +5,6 @@ import inspect
 import json
 import os
 import re
-import sys
 from types import SimpleNamespace
 
 import lungaug
@@ -273,11 +272,16 @@ def test_wrong_versions__a_guard_that_could_not_run_misses_nothing(broken, monke
 
 # Wrong versions
 
-def test_wrong_versions__for_a_lecture(monkeypatch, capsys):
-    """`audit --wrong NAME` shows both functions, runs the guard alone, and says what differs."""
-    monkeypatch.setattr(sys, "argv", ["audit.py", "--wrong", "one_epsilon_per_batch"])
-    assert audit.main() == 1
-    out = capsys.readouterr().out
+@early
+def lecture(folder):
+    """What `audit --wrong` did."""
+    return run_main(audit, "--wrong", "one_epsilon_per_batch")
+
+
+def test_wrong_versions__for_a_lecture(lecture):
+    """`audit --wrong NAME` shows both functions, runs the guard alone, and says what differs; it ends with 1."""
+    out = lecture.out
+    assert lecture.status == 1 and lecture.err == ""
     assert "right: losses.interpolate" in out and "def one_epsilon_per_batch(" in out
     assert "\neq_1_3_5_interpolate: 2 of its 3 tests fail.\n        x̂ 7.00 7.00 7.00, by hand 7.00 4.00 8.00\n" in out
     assert re.search(r"The mistake is caught, after \d+ s\.", out)

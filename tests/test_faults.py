@@ -23,7 +23,7 @@ import preprocessing
 import scan_files
 import train_classifier
 import train_gan
-from helpers import early, in_one_line, run_python, small_chest, small_run
+from helpers import early, in_one_line, run_main, run_python, small_chest, small_run
 
 
 VALUES = {
@@ -206,26 +206,43 @@ def contents(run):
     return {str(path.relative_to(run)): path.read_bytes() for path in files if path.suffix != ".lock"}
 
 
-def test_stages__each_write_that_fails_once_is_one_line_and_nothing_is_lost(tmp_path, monkeypatch, run):
-    """The first write of a stage fails, then, as the same command runs again, the second, and so on: each time it is
-    one line, and in the end the files are those of a run that nothing befell."""
-    quiet, faulty = tmp_path / "quiet", tmp_path / "faulty"
+def fail_each_write(stage, quiet, faulty, *words):
+    """Run a stage in `quiet`, and in `faulty` again and again: first its first write fails, then its second, and so on.
+
+    Returns what the failing commands said, what the whole one said, and whether both hold the same files.
+    """
+    assert run_main(stage, "--run", quiet, "--preset", "demo", *words).status == 0
+    failed = []
+    for count in itertools.count(1):
+        with pytest.MonkeyPatch.context() as patch:
+            left = fail_at(patch, count)
+            done = run_main(stage, "--run", faulty, "--preset", "demo", *words)
+        if left[0] > 0:
+            return failed, done, contents(faulty) == contents(quiet)
+        failed.append(done)
+
+
+@early
+def failed_stages(folder):
+    """Stage → what `fail_each_write` returns."""
+    quiet, faulty = folder / "quiet", folder / "faulty"
     small_run(quiet, nodules=(6, 4, 4))
     shutil.copytree(quiet, faulty)
-    for stage, *words in COMMANDS:
-        assert run(stage, "--run", quiet, "--preset", "demo", *words).status == 0
+    return {stage.__name__: fail_each_write(stage, quiet, faulty, *words) for stage, *words in COMMANDS}
 
-        for count in itertools.count(1):
-            with monkeypatch.context() as patch:
-                left = fail_at(patch, count)
-                done = run(stage, "--run", faulty, "--preset", "demo", *words)
-            if left[0] > 0:
-                break
-            *_, line = done.err.splitlines(keepends=True)
-            done.err = line
-            assert in_one_line(done, "run the same command again"), count
-        assert done.status == 0 and count > 5
-        assert contents(faulty) == contents(quiet)
+
+@pytest.mark.parametrize("stage", ["train_gan", "train_classifier", "evaluate"])
+def test_stages__each_write_that_fails_once_is_one_line_and_nothing_is_lost(failed_stages, stage):
+    """The first write of a stage fails, then, as the same command runs again, the second, and so on: each time it is
+    one line, and in the end the files are those of a run that nothing befell."""
+    failed, done, equal = failed_stages[stage]
+    for count, failing in enumerate(failed, 1):
+        *_, line = failing.err.splitlines(keepends=True)
+        failing.err = line
+        assert in_one_line(failing, "run the same command again"), count
+    assert len(failed) > 5
+    assert done.status == 0, done.err
+    assert equal
 
 
 @pytest.mark.parametrize("stage, words", [(stage, words) for stage, *words in COMMANDS[:2]],

@@ -4,6 +4,7 @@
 """
 
 import ast
+import functools
 import importlib
 import itertools
 import json
@@ -90,17 +91,22 @@ STAGE_OPTIONS = [(option, stage) for option in OPTIONS for stage in option.stage
 OWN_OPTIONS = [(option, stage) for option, stage in STAGE_OPTIONS if option.stages != STAGES]
 
 
+@functools.cache
+def names_in(file):
+    """The attributes and constants of a file."""
+    names = set()
+    for node in ast.walk(ast.parse((HERE / file).read_text(encoding="utf-8"))):
+        if isinstance(node, ast.Attribute):
+            names.add(node.attr)
+        elif isinstance(node, ast.Constant):
+            names.add(node.value)
+    return names
+
+
 @pytest.mark.parametrize("option, stage", OWN_OPTIONS, ids=lambda value: getattr(value, "name", value))
 def test_options__each_is_read_by_its_stage(option, stage):
     """Each option's attribute, or its name as text, is used in its stage's file or in lungaug.py."""
-    names = set()
-    for file in (f"{stage}.py", "lungaug.py"):
-        for node in ast.walk(ast.parse((HERE / file).read_text(encoding="utf-8"))):
-            if isinstance(node, ast.Attribute):
-                names.add(node.attr)
-            elif isinstance(node, ast.Constant):
-                names.add(node.value)
-    assert option.dest in names
+    assert option.dest in names_in(f"{stage}.py") | names_in("lungaug.py")
 
 
 def test_options__each_row_is_complete():
@@ -526,8 +532,8 @@ def test_estimate_seconds__proportional_to_what_is_computed(monkeypatch):
 
 
 def test_time_convolution__the_quickest_call_beside_other_work(monkeypatch):
-    """Seven calls of 20 ms, as where two threads wait for each other, then one of 2 ms: that is 1 ms for a cube."""
-    durations = itertools.chain([0.02] * 7, [0.002], itertools.repeat(0.02))
+    """Seven calls of 12 ms, as where two threads wait for each other, then one of 2 ms: that is 1 ms for a cube."""
+    durations = itertools.chain([0.012] * 7, [0.002], itertools.repeat(0.012))
     now = 0.0
     is_start = itertools.cycle([True, False])
 

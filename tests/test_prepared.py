@@ -7,8 +7,6 @@ import importlib
 import json
 import os
 import shutil
-import subprocess
-import sys
 from pathlib import Path
 
 import lungaug
@@ -19,27 +17,34 @@ import evaluate
 import preprocessing
 import train_classifier
 import train_gan
-from helpers import in_one_line, write_chests
+from helpers import early, in_one_line, run_python, write_chests
 
 
 WORDS = ("--cube", "6", "--negatives", "20", "--workers", "1", "--max-slice-mm", "4", "--preset", "demo")
 SHORT = ("--epochs", "2", "--batch-size", "8")
 
 
+def write_scans(folder):
+    """Write four small scans to subset0, subset1, subset7 and subset8 of a folder."""
+    return write_chests(folder, range(4), ["subset0", "subset1", "subset7", "subset8"])
+
+
+def prepare_demo(folder, scans):
+    """Prepare them in a run, by a command of its own."""
+    done = run_python(preprocessing.__file__, "--scans", scans, "--run", folder, *WORDS)
+    assert done.status == 0, done.err
+    return folder
+
+
 @pytest.fixture(scope="module")
 def scans(tmp_path_factory):
-    """Four small scans in subset0, subset1, subset7 and subset8."""
-    folder = tmp_path_factory.mktemp("scans") / "LUNA16"
-    return write_chests(folder, range(4), ["subset0", "subset1", "subset7", "subset8"])
+    return write_scans(tmp_path_factory.mktemp("scans") / "LUNA16")
 
 
 @pytest.fixture(scope="module")
 def demo(scans, tmp_path_factory):
     """A run in which they are prepared; not to be changed."""
-    folder = tmp_path_factory.mktemp("runs") / "demo"
-    words = [sys.executable, preprocessing.__file__, "--scans", scans, "--run", folder, *WORDS]
-    subprocess.run(list(map(str, words)), check=True, capture_output=True)
-    return folder
+    return prepare_demo(tmp_path_factory.mktemp("runs") / "demo", scans)
 
 
 @pytest.fixture
@@ -179,13 +184,18 @@ def test_prepared__lungaug_passes_it_on_and_each_stage_knows_it(runs, run, monke
     assert "The prepared scans are those of" in (runs / "e1" / "report.html").read_text(encoding="utf-8")
 
 
-def test_prepared__train_gan_begins_a_run_on_it(runs, tmp_path):
+@early
+def begun(folder):
+    """A folder in which train_gan.py began a run, e1, on the scans of another, demo; and what it said."""
+    demo = prepare_demo(folder / "demo", write_scans(folder / "LUNA16"))
+    return folder, run_python(train_gan.__file__, "--run", folder / "e1", "--prepared", demo, *SHORT, "--width", 1)
+
+
+def test_prepared__train_gan_begins_a_run_on_it(begun):
     """On a fresh run it prints and runs the command that names the other run."""
-    words = [sys.executable, train_gan.__file__, "--run", tmp_path / "e1", "--prepared", tmp_path / "demo", *SHORT,
-             "--width", "1"]
-    done = subprocess.run(list(map(str, words)), capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr
-    assert f"$ python preprocessing.py --run {tmp_path}/e1 --prepared {tmp_path}/demo\n" in done.stdout
+    folder, done = begun
+    assert done.status == 0, done.err
+    assert f"$ python preprocessing.py --run {folder}/e1 --prepared {folder}/demo\n" in done.out
 
 
 # What is refused

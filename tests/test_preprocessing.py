@@ -29,7 +29,7 @@ import phantom
 import preprocessing
 import scan_files
 import train_gan
-from helpers import refused, run_python, small_run
+from helpers import early, refused, run_python, small_run
 from preprocessing import Scan, Source, Volume
 
 
@@ -1449,14 +1449,13 @@ BROKEN = ("NDims = 3\nDimSize = 9 9 9\nElementSpacing = 1 1 1\nElementType = MET
           "ElementDataFile = bad.raw\n")
 
 
-@pytest.fixture(scope="module")
-def finished(tmp_path_factory):
+@early
+def finished(folder):
     """Four coarse scans of three patients and a truncated one, prepared.
 
     .folder, .before: its files before the run, .done: the command's result, .info: dataset.json.
     The truncated scan's name, which is its series UID, holds a terminal's code.
     """
-    folder = tmp_path_factory.mktemp("command")
     phantom.write_scans(folder / "scans", 4, scale=3)
     (folder / "scans/bad\x1b[31m.mhd").write_text(BROKEN, encoding="utf-8")
     (folder / "scans/bad.raw").write_bytes(bytes(100))

@@ -6,6 +6,7 @@ How patients, cubes and folders are divided is test_preprocessing.py's subject.
 """
 
 import json
+import shutil
 
 import lungaug
 
@@ -16,7 +17,7 @@ import evaluate
 import preprocessing
 import train_classifier
 import train_gan
-from helpers import CPU, in_one_line, write_chests
+from helpers import CPU, in_one_line, run_main, write_chests
 from models import Classifier, Generator
 
 
@@ -37,6 +38,33 @@ def prepare(run, scans, folder, *words):
     return done.out, json.loads((folder / "prepared" / "dataset.json").read_bytes())
 
 
+@pytest.fixture(scope="module")
+def once(scans, tmp_path_factory):
+    """--split → a run whose scans are divided so, not to be changed, and what the command said."""
+    folder = tmp_path_factory.mktemp("once")
+    words = ("--scans", scans, *WORDS, "--run")
+    runs = {"patient": (folder / "patient", run_main(preprocessing, *words, folder / "patient"))}
+
+    # Another split takes the same volumes.
+    for split in ("cube", "subsets"):
+        place = shutil.copytree(folder / "patient", folder / split)
+        runs[split] = (place, run_main(preprocessing, *words, place, "--split", split, "--overwrite"))
+
+    assert all(done.status == 0 for _, done in runs.values())
+    return runs
+
+
+@pytest.fixture
+def divided(once, tmp_path):
+    """divided(split) makes tmp_path a run whose scans are divided so, to be changed: what the command said, and
+    dataset.json."""
+    def begin(split):
+        place, done = once[split]
+        shutil.copytree(place, tmp_path, dirs_exist_ok=True)
+        return done.out, json.loads((tmp_path / "prepared" / "dataset.json").read_bytes())
+    return begin
+
+
 def volumes(folder):
     """When each volume and picture was written."""
     paths = [*(folder / "prepared").glob("*.npy"), *(folder / "prepared").glob("*.png")]
@@ -47,9 +75,9 @@ def nodules(dataset, split):
     return set(map(tuple, dataset.positives[split].tolist()))
 
 
-def test_split_patient__is_the_default_and_no_nodule_is_on_two_sides(scans, run, tmp_path):
+def test_split_patient__is_the_default_and_no_nodule_is_on_two_sides(divided, tmp_path):
     """dataset.json says so; each nodule is in one split with its eight flips, and nothing warns of a leak."""
-    out, info = prepare(run, scans, tmp_path)
+    out, info = divided("patient")
     dataset = preprocessing.open_dataset(tmp_path)
     assert info["parameters"]["split"] == "patient"
     assert "leak" not in out
@@ -59,9 +87,9 @@ def test_split_patient__is_the_default_and_no_nodule_is_on_two_sides(scans, run,
         assert len(rows) == row["positive"] == 8 * row["nodules"]
 
 
-def test_split_cube__one_nodule_is_on_two_sides_and_a_line_says_so(scans, run, tmp_path):
+def test_split_cube__one_nodule_is_on_two_sides_and_a_line_says_so(divided, tmp_path):
     """16 nodules are 128 cubes: 89, 13 and 26. The command and the page say that the test set leaks."""
-    out, info = prepare(run, scans, tmp_path, "--split", "cube")
+    out, info = divided("cube")
     dataset = preprocessing.open_dataset(tmp_path)
     both = nodules(dataset, "train") & nodules(dataset, "test")
     assert both
@@ -75,9 +103,9 @@ def test_split_cube__one_nodule_is_on_two_sides_and_a_line_says_so(scans, run, t
     assert {"kind": "text", "text": line} in page
 
 
-def test_split_cube__the_gan_is_trained_on_the_training_cubes_alone(scans, run, tmp_path, monkeypatch):
+def test_split_cube__the_gan_is_trained_on_the_training_cubes_alone(divided, tmp_path, monkeypatch):
     """2.1.5: of 200 batches every positive is a flip in the training set, none is one in the test set."""
-    prepare(run, scans, tmp_path, "--split", "cube")
+    divided("cube")
     dataset = preprocessing.open_dataset(tmp_path)
     drawn = set()
 
@@ -96,18 +124,15 @@ def test_split_cube__the_gan_is_trained_on_the_training_cubes_alone(scans, run, 
     assert not drawn & of_split["test"]
 
 
-def test_split_cube__a_training_set_of_the_other_split_is_not_its_own(scans, run, tmp_path):
+def test_split_cube__a_training_set_of_the_other_split_is_not_its_own(once):
     """The same scans split otherwise are other data: a GAN's checkpoint would be refused."""
-    prints = set()
-    for name, words in (("a", ()), ("b", ("--split", "cube")), ("c", ("--split", "subsets"))):
-        prepare(run, scans, tmp_path / name, *words)
-        prints.add(preprocessing.open_dataset(tmp_path / name).fingerprint)
+    prints = {preprocessing.open_dataset(place).fingerprint for place, _ in once.values()}
     assert len(prints) == 3
 
 
-def test_split_cube__goes_through_every_stage(scans, run, tmp_path):
+def test_split_cube__goes_through_every_stage(divided, run, tmp_path):
     """A GAN, three classifiers and the tables: the test set's positives are the flips that lie in it."""
-    _, info = prepare(run, scans, tmp_path, "--split", "cube")
+    _, info = divided("cube")
     words = ("--run", tmp_path, "--epochs", "2", "--batch-size", "8")
     assert run(train_gan, *words, "--width", "1").status == 0
     assert run(train_classifier, *words, "--class-probability", "0", "--score-quantile", "0").status == 0
@@ -122,9 +147,9 @@ def test_split_cube__goes_through_every_stage(scans, run, tmp_path):
 
 
 @pytest.mark.parametrize("n_unflipped", [0, 1])
-def test_assess_class__of_a_cube_split_that_left_no_nodule_unflipped(scans, run, tmp_path, n_unflipped):
+def test_assess_class__of_a_cube_split_that_left_no_nodule_unflipped(divided, tmp_path, n_unflipped):
     """Each nodule is in the training set, but in other flips: generated cubes are held against one of those."""
-    prepare(run, scans, tmp_path, "--split", "cube")
+    divided("cube")
     dataset = preprocessing.open_dataset(tmp_path)
     flips = dataset.flips["train"]
     flips[n_unflipped:, 0] = False
@@ -141,9 +166,9 @@ def test_assess_class__of_a_cube_split_that_left_no_nodule_unflipped(scans, run,
 
 
 @pytest.mark.parametrize("split", preprocessing.SPLITS)
-def test_open_dataset__a_split_without_cubes_is_one_line(scans, run, tmp_path, split):
+def test_open_dataset__a_split_without_cubes_is_one_line(divided, run, tmp_path, split):
     """Told before the GAN is trained, which takes no cubes but those to train on; its scans can be looked at."""
-    _, info = prepare(run, scans, tmp_path)
+    _, info = divided("patient")
     for scan in info["scans"]:
         if scan["split"] == split:
             scan.update(positives=[], negatives=[])
@@ -152,9 +177,9 @@ def test_open_dataset__a_split_without_cubes_is_one_line(scans, run, tmp_path, s
     assert len(preprocessing.open_dataset(tmp_path, to_train=False).info["scans"]) == 4
 
 
-def test_draw_novelty__of_a_cube_split_takes_held_out_cubes_that_are_not_in_training(scans, run, tmp_path):
+def test_draw_novelty__of_a_cube_split_takes_held_out_cubes_that_are_not_in_training(divided, tmp_path):
     """A held-out cube is a flip that lies in the test set: it is not at distance 0 from the training set."""
-    prepare(run, scans, tmp_path, "--split", "cube")
+    divided("cube")
     dataset = preprocessing.open_dataset(tmp_path)
     empty = np.zeros((0, 6, 6, 6), np.int16)
     folder = tmp_path / "classifiers" / "generated"
@@ -165,9 +190,9 @@ def test_draw_novelty__of_a_cube_split_takes_held_out_cubes_that_are_not_in_trai
     assert min(distances) > 0
 
 
-def test_split_subsets__by_folder_at_any_depth(scans, run, tmp_path):
+def test_split_subsets__by_folder_at_any_depth(divided, tmp_path):
     """subset0 and subset1 train, subset7 validates, subset9 within subset9 tests."""
-    _, info = prepare(run, scans, tmp_path, "--split", "subsets")
+    _, info = divided("subsets")
     assert [scan["split"] for scan in info["scans"]] == ["train", "train", "validation", "test"]
     assert info["parameters"]["split"] == "subsets"
 

@@ -10,6 +10,7 @@ import math
 import os
 import shutil
 import signal
+import socket
 import subprocess
 import sys
 import time
@@ -24,6 +25,7 @@ import numpy as np
 import pytest
 import torch
 from scipy import stats
+from torch import distributed
 
 import preprocessing
 import train_classifier
@@ -841,14 +843,6 @@ def same_training(run, other):
 
 
 @early
-def two_processes(folder):
-    """Two processes that train for two epochs: .run, and .out, what they printed."""
-    run = folder / "two"
-    small_dataset(run)
-    return SimpleNamespace(run=run, out=torchrun(run, *SHARED, "--epochs", 2))
-
-
-@early
 def killed(folder):
     """Two processes that are killed (SIGKILL to all of torchrun's) after some of 24 epochs, then resumed by two.
 
@@ -871,25 +865,10 @@ def killed(folder):
 
 
 @needs_rendezvous
-def test_torchrun__two_processes_equal_one_with_two_micro_batches(two_processes, tmp_path):
-    """Two processes for two epochs, then one for two more, end with the bytes of one process all along; one writes."""
-    dataset = small_dataset(tmp_path / "one")
-
-    # Two processes alone, then one, which resumes.
-    assert two_processes.out.count("2 processes, cpu; epochs 0 to 2.") == 1
-    train_in_one(two_processes.run / "gan", dataset, epochs=4, **SHARED_IN_ONE)
-
-    # One process all along, which stops in between, for the sake of the pictures' epochs.
-    train_in_one(tmp_path / "one/gan", dataset, epochs=2, **SHARED_IN_ONE)
-    train_in_one(tmp_path / "one/gan", dataset, epochs=4, **SHARED_IN_ONE)
-    assert same_training(two_processes.run, tmp_path / "one")
-
-
-@needs_rendezvous
 @pytest.mark.skipif(not shutil.which("ps"), reason="needs ps")
 def test_torchrun__killed_it_is_resumed_by_two_processes_or_by_one(killed, tmp_path):
-    """Killed after some of 24 epochs and resumed by torchrun, or by one process with two micro-batches, the training
-    ends with the bytes of one process that nobody disturbed."""
+    """Two processes equal one with two micro-batches: killed after some of 24 epochs and resumed, by two processes or
+    by one, the training ends with the bytes of one process that nobody disturbed."""
     dataset = small_dataset(tmp_path / "one")
     train_in_one(tmp_path / "one/gan", dataset, epochs=24, **SHARED_IN_ONE)
 
@@ -898,6 +877,34 @@ def test_torchrun__killed_it_is_resumed_by_two_processes_or_by_one(killed, tmp_p
     assert same_training(killed.stopped, tmp_path / "one")
     assert killed.out.count(f"2 processes, cpu; epochs {killed.epoch} to 24.") == 1
     assert same_training(killed.run, tmp_path / "one")
+
+
+@needs_rendezvous
+@pytest.mark.parametrize("is_first", [True, False])
+def test_leave_processes__a_training_ends_with_the_processes_left(tmp_path, monkeypatch, run, is_first):
+    """In the process that writes, and in the others: Python, as it ends, would abort a thread of gloo's that needs it,
+    and torchrun would then stop the first process before its page is written."""
+    small_run(tmp_path)
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    place = {"RANK": 0, "LOCAL_RANK": 0, "WORLD_SIZE": 1, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
+    for name, value in place.items():
+        monkeypatch.setenv(name, str(value))
+
+    joined = []
+    train_in = train_gan.train_in
+
+    def train_joined(*arguments):
+        joined.append(distributed.is_initialized())
+        return train_in(*arguments)
+
+    monkeypatch.setattr(train_gan, "train_in", train_joined)
+    monkeypatch.setattr(train_gan, "is_first_process", lambda: is_first)
+    done = run(train_gan, "--run", tmp_path, "--preset", "demo", "--width", 1, "--batch-size", 4, "--epochs", 1,
+               "--device", "cpu")
+    assert done.status == 0, done.err
+    assert joined == [True] and not distributed.is_initialized()
 
 
 def train_in_one(folder, dataset, **changes):
