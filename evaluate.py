@@ -1196,7 +1196,7 @@ def kinds_of_cubes(accepted, unselected, references, held_out, rng):
 def score_selection(critic, classifier, cubes, device):
     """Spearman's ρ between f(x) and ŷ(positive) of generated positives   [eq_beyond_selection]
 
-    Below 0 the critic's score prefers cubes that the real-trained classifier takes for worse.
+    Below 0 the critic's score prefers cubes of which the real-trained classifier is less sure.
     cubes: (n, c, c, c) in [-1, 1]. nan where either is constant.
     """
     scores = lungaug.predict(lambda x: critic(x)[0], reader(cubes), len(cubes), device)
@@ -2071,8 +2071,8 @@ def best_items(results, dataset):
 
 def place_text(place):
     """A scan and a place in it, as a line of text."""
-    x, y, z = place["centre"]
-    return f"Series {place['seriesuid']} at ({x:.1f}, {y:.1f}, {z:.1f}) mm"
+    centre = lungaug.with_minus(", ".join(f"{mm:.1f}" for mm in place["centre"]))
+    return f"Series {place['seriesuid']} at ({centre}) mm"
 
 
 def class_name(label):
@@ -2117,7 +2117,9 @@ def novelty_items(novelty, dataset):
     items.append(lungaug.Table(
         "Distance to the nearest training sample; 0 would be a copy. What surrounds a nodule has "
         "most of the voxels: a small distance may be an empty lung beside an empty lung, and the "
-        "nearest is often a negative.", ("", "l2 distances"), rows))
+        "nearest is often a negative. Generated cubes are smoother than a scan, and may lie nearer "
+        "than any new real one without being copies: compare the pictures.",
+        ("", "l2 distances"), rows))
     return items
 
 
@@ -2216,15 +2218,24 @@ def difference_rows(results):
     return rows
 
 
-QUALITY_CAPTION = (
-    "The centre's HU; the largest difference of the radial profile from that of training cubes; "
-    "the share that the real-trained classifier calls positive; d₁/d₂, nearest over second-nearest "
-    "training distance, 0 for copies; C_T, below −3 for copies, and – where no test nodule is new "
-    "to the GAN; accuracy of the nearest neighbour in telling them from training cubes, ½ if they "
-    "are alike, 1 if apart, 0 for copies; Fréchet distance of the classifier's features from those "
-    "of training cubes. Rows of fewer cubes are less sure, and 1-NN rises a little with n: for one "
-    "fault from .59 of 27 cubes to .61 of 108. Real nodules are flipped at random here, like those "
-    "that the GAN was trained on.")
+QUALITY_WORDS = (
+    ("n", "cubes in the row; rows of fewer are less sure"),
+    ("centre, HU", "the HU at the centre: mean ± standard deviation over the cubes"),
+    ("profile differs by", "the largest difference of the radial profile from that of training "
+                           "cubes"),
+    ("called positive", "the share that the real-trained classifier calls positive; more than of "
+                        "held-out real nodules means easy cases"),
+    ("d₁/d₂", "the distance to the nearest training cube over that to the second nearest; 0 for "
+              "copies"),
+    ("C_T", "near 0 where they lie as far from the training set as new nodules do; −3 or less "
+            "where they lie nearer: copies, or a few typical cubes; – where no test nodule is new "
+            "to the GAN"),
+    ("1-NN", "how often the nearest neighbour tells them from as many training cubes: 1 if they "
+             "are apart, 0 for copies, ½ if they are alike – but noise may have ½, too; it rises "
+             "a little with n: for one fault from .59 of 27 cubes to .61 of 108"),
+    ("Fréchet", "the distance of the classifier's 64 features from those of training cubes, of as "
+                "many cubes as are held out; of fewer than a few hundred it is mostly chance"),
+)
 
 
 def quality_rows(qualities):
@@ -2257,21 +2268,26 @@ def selection_sentence(rho):
     if rho is None or math.isnan(rho):
         return "Whether the critic's score chooses better cubes cannot be said: it is constant."
     if rho < 0:
-        says = "it prefers those that the classifier takes for worse"
+        says = "it prefers those of which the classifier is less sure"
     else:
-        says = "it prefers those that the classifier takes for better"
+        says = ("it prefers those of which the classifier is surer: more typical ones, which need "
+                "not be better")
     return (f"Does the critic's score choose better nodules? Between it and the real-trained "
-            f"classifier's probability of a generated positive Spearman's ρ is {rho:.2f}: {says}.")
+            f"classifier's probability of a generated positive Spearman's ρ is "
+            f"{lungaug.with_minus(f'{rho:.2f}')}: {says}.")
 
 
-def help_items(results):
+def help_items(results, dataset):
     """What the page says first: did it help?"""
+    items = [lungaug.Heading("Did it help?"), lungaug.Text(results["verdict"])]
+    if dataset.info["synthetic"]:
+        items.append(lungaug.Text("The scans are synthetic: the numbers show that the program "
+                                  "works, and say nothing about patients."))
     return [
-        lungaug.Heading("Did it help?"),
-        lungaug.Text(results["verdict"]),
-        lungaug.Table("The arms: F1 with flips and the thesis' beside it; then F1, AUC and average "
-                      "precision with each nodule counted once; in brackets 95% intervals over the "
-                      f"test scans. {repeats_sentence(results)}",
+        *items,
+        lungaug.Table("The arms: F1 with flips, and that of the thesis, on its own scans; then "
+                      "F1, AUC and average precision with each nodule counted once; in brackets "
+                      f"95% intervals over the test scans. {repeats_sentence(results)}",
                       ARMS_HEAD, arm_rows(results)),
         lungaug.Table("Differences, each nodule counted once, with 95% intervals over the test "
                       "scans, for these trainings: what others would give is not in them. It "
@@ -2285,11 +2301,13 @@ def repeats_sentence(results):
     """How often each arm was trained, and on what it was tested."""
     counts = results["counts"]
     repeats = counts["repeats"]
-    times = "once" if repeats == 1 else f"{repeats} times: mean ± standard deviation"
+    trained = "Each is trained once"
+    if repeats > 1:
+        trained = f"Each but critic is trained {repeats} times: mean ± standard deviation"
     scans = preprocessing.counted(counts["scans"], "scan")
     nodules = preprocessing.counted(counts["nodules"], "nodule")
     negatives = preprocessing.counted(counts["negatives"], "negative")
-    return f"Each is trained {times}; tested on {scans} with {nodules} and {negatives}."
+    return f"{trained}; tested on {scans} with {nodules} and {negatives}."
 
 
 def beyond_items(results, thresholds):
@@ -2298,9 +2316,10 @@ def beyond_items(results, thresholds):
         lungaug.Heading("Beyond the thesis: operating points"),
         thresholds,
         lungaug.Figure("ROC curves of the arms, means over the repeats: the whole, and the part "
-                       "where few negatives are called positive. A curve nearer to the top left "
-                       "is better at every threshold. The dots with names are the thesis' Tables "
-                       "2 to 5, each in the colour of its arm.", "roc.svg",
+                       "where few negatives are called positive. At one false positive rate the "
+                       "higher curve is better; of two that cross, neither always is. The dots "
+                       "with names are the thesis' Tables 2 to 5, each in the colour of its arm.",
+                       "roc.svg",
                        code=("evaluate.figure_roc", "evaluate.sensitivity_at",
                              "evaluate.roc_auc")),
         lungaug.Table("F1 at three thresholds: ½, which is argmax; the best one of the validation "
@@ -2312,16 +2331,20 @@ def beyond_items(results, thresholds):
     ]
     for name in CLASS_NAMES.values():
         if name in results["quality"]:
-            caption = f"Generated {name}s beside real ones and three faults. {QUALITY_CAPTION}"
+            caption = f"Generated {name}s beside real ones and three faults."
             rows = quality_rows(results["quality"][name])
             items.append(lungaug.Table(caption, QUALITY_HEAD, rows))
+    items.append(lungaug.Table("What the columns say. Real nodules are flipped at random here, "
+                               "like those that the GAN was trained on.",
+                               ("column", "what it is"), QUALITY_WORDS))
     if "selection" in results["quality"]:
         items.append(lungaug.Text(selection_sentence(results["quality"]["selection"])))
     items.append(lungaug.Figure("Mean HU by distance from the centre, ± a standard deviation over "
                                 "cubes: real training cubes, accepted ones, and those before "
                                 "selection. A nodule is dense in the middle and falls off to "
-                                "lung; a generated curve below the real one is a pale nodule, a "
-                                "narrower band less variety.", "profiles.svg",
+                                "lung. A generated curve above the real one means nodules that are "
+                                "too bright or too large, below it pale or small ones; a narrower "
+                                "band means less variety.", "profiles.svg",
                                 code=("evaluate.figure_profiles", "evaluate.radial_profile")))
     return items
 
@@ -2338,7 +2361,7 @@ def page(results, dataset, folder, thresholds):
         metric_tables.append(lungaug.Table(title, TABLE_HEAD, table_cells(table)))
 
     return [
-        *help_items(results),
+        *help_items(results, dataset),
         *best_items(results, dataset),
         *sample_items(dataset),
         *curve_items(folder),
@@ -2387,6 +2410,7 @@ table{border-collapse:collapse;font-variant-numeric:tabular-nums}
 td,th{padding:.2rem .7rem;text-align:right;border-bottom:1px solid var(--line);vertical-align:top}
 td{white-space:nowrap}
 td.long{white-space:normal;min-width:16rem;text-align:left;overflow-wrap:anywhere}
+table:has(td.long:last-child) th:last-child{text-align:left}
 td:first-child,th:first-child{text-align:left;padding-left:.2rem}
 tr.changed td{font-weight:600}
 figure{margin:1.5rem 0}

@@ -7,6 +7,7 @@ import itertools
 import math
 import re
 import warnings
+from types import SimpleNamespace
 
 import lungaug
 
@@ -954,8 +955,21 @@ def test_quality_rows__a_minus_sign_is_one():
     assert unknown[5] == "–"
 
 
+@pytest.mark.parametrize("synthetic", [True, False])
+def test_help_items__say_that_scans_are_synthetic_where_they_are(monkeypatch, synthetic):
+    """Beside the verdict, where nobody can miss it; never of a user's own scans."""
+    for name in ("arm_rows", "difference_rows"):
+        monkeypatch.setattr(evaluate, name, lambda results: [])
+    results = {"verdict": "Not shown to help.",
+               "counts": {"repeats": 3, "scans": 5, "nodules": 27, "negatives": 3275}}
+    items = evaluate.help_items(results, SimpleNamespace(info={"synthetic": synthetic}))
+    texts = [item.text for item in items if isinstance(item, lungaug.Text)]
+    assert ("The scans are synthetic" in texts[-1]) == synthetic and texts[0] == "Not shown to help."
+
+
 def test_selection_sentence__says_which_it_prefers():
     """A negative ρ is told as what it is; without one, why there is none."""
-    assert "worse" in evaluate.selection_sentence(-0.69) and "-0.69" in evaluate.selection_sentence(-0.69)
-    assert "better" in evaluate.selection_sentence(0.4).split(":")[1]
+    assert "ρ is −0.69: " in evaluate.selection_sentence(-0.69)
+    assert "less sure" in evaluate.selection_sentence(-0.69)
+    assert "surer" in evaluate.selection_sentence(0.4)
     assert "cannot be said" in evaluate.selection_sentence(None)
