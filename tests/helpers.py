@@ -44,12 +44,15 @@ ORIGIN = (-31.4, 17.3, -205.9)
 def run_main(module, *words):
     """Run a stage's main in this process as its command would: .status, .out, .err."""
     out, err = io.StringIO(), io.StringIO()
-    with pytest.MonkeyPatch.context() as patch, pytest.raises(SystemExit) as stopped:
-        patch.setattr(sys, "argv", [f"{module.__name__}.py", *map(str, words)])
-        with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
-            lungaug.command(module.main)
-    # A command that ends ignores Ctrl-C, as Python is about to end, too; here it is not.
-    signal.signal(signal.SIGINT, signal.default_int_handler)
+    on_interrupt = signal.getsignal(signal.SIGINT)
+    try:
+        with pytest.MonkeyPatch.context() as patch, pytest.raises(SystemExit) as stopped:
+            patch.setattr(sys, "argv", [f"{module.__name__}.py", *map(str, words)])
+            with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
+                lungaug.command(module.main)
+    finally:
+        # A command that ends ignores Ctrl-C, as Python is about to end, too; here it is not.
+        signal.signal(signal.SIGINT, on_interrupt)
     return SimpleNamespace(status=stopped.value.code or 0, out=out.getvalue(), err=err.getvalue())
 
 

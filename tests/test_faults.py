@@ -211,7 +211,8 @@ def fail_each_write(stage, quiet, faulty, *words):
 
     Returns what the failing commands said, what the whole one said, and whether both hold the same files.
     """
-    assert run_main(stage, "--run", quiet, "--preset", "demo", *words).status == 0
+    done = run_main(stage, "--run", quiet, "--preset", "demo", *words)
+    assert done.status == 0, f"{stage.__name__}: {done.err}"
     failed = []
     for count in itertools.count(1):
         with pytest.MonkeyPatch.context() as patch:
@@ -231,7 +232,7 @@ def failed_stages(folder):
     return {stage.__name__: fail_each_write(stage, quiet, faulty, *words) for stage, *words in COMMANDS}
 
 
-@pytest.mark.parametrize("stage", ["train_gan", "train_classifier", "evaluate"])
+@pytest.mark.parametrize("stage", [stage.__name__ for stage, *_ in COMMANDS])
 def test_stages__each_write_that_fails_once_is_one_line_and_nothing_is_lost(failed_stages, stage):
     """The first write of a stage fails, then, as the same command runs again, the second, and so on: each time it is
     one line, and in the end the files are those of a run that nothing befell."""

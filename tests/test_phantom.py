@@ -94,7 +94,7 @@ def stopped(folder):
     return {name: SimpleNamespace(run=runs[name], status=status, err=err) for name, (status, err) in zip(names, ends)}
 
 
-@pytest.fixture(scope="module")
+@pytest.fixture(scope="session")
 def whole(tmp_path_factory):
     """The folder of a set that was made undisturbed."""
     return phantom.write_scans(tmp_path_factory.mktemp("whole") / "scans", COUNT, workers=2, scale=SCALE)

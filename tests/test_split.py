@@ -50,7 +50,8 @@ def once(scans, tmp_path_factory):
         place = shutil.copytree(folder / "patient", folder / split)
         runs[split] = (place, run_main(preprocessing, *words, place, "--split", split, "--overwrite"))
 
-    assert all(done.status == 0 for _, done in runs.values())
+    for _, done in runs.values():
+        assert done.status == 0, done.err
     return runs
 
 

@@ -846,7 +846,8 @@ def same_training(run, other):
 def killed(folder):
     """Two processes that are killed (SIGKILL to all of torchrun's) after some of 24 epochs, then resumed by two.
 
-    .stopped, a copy of the run as they left it; .epoch, how far they were; .run and .out of the resumed training.
+    .stopped, a copy of the run as they left it; .epoch, how far they were, and .first, what they said; .run and .out of
+    the resumed training.
     """
     run = folder / "two"
     small_dataset(run)
@@ -856,12 +857,12 @@ def killed(folder):
     # Each of torchrun's processes has a group of its own.
     for pid in (process.pid, *descendants(process.pid)):
         os.kill(pid, signal.SIGKILL)
-    process.communicate()
+    first, _ = process.communicate()
 
     epoch = lungaug.load_checkpoint(run / "gan/checkpoint.pt", "")["epoch"]
     stopped = Path(shutil.copytree(run, folder / "stopped"))
     out = torchrun(run, *SHARED, "--epochs", 24)
-    return SimpleNamespace(run=run, stopped=stopped, epoch=epoch, out=out)
+    return SimpleNamespace(run=run, stopped=stopped, epoch=epoch, first=first, out=out)
 
 
 @needs_rendezvous
@@ -875,6 +876,7 @@ def test_torchrun__killed_it_is_resumed_by_two_processes_or_by_one(killed, tmp_p
     assert 1 <= killed.epoch < 24
     train_in_one(killed.stopped / "gan", dataset, epochs=24, **SHARED_IN_ONE)
     assert same_training(killed.stopped, tmp_path / "one")
+    assert killed.first.count("2 processes, cpu; epochs 0 to 24.") == 1
     assert killed.out.count(f"2 processes, cpu; epochs {killed.epoch} to 24.") == 1
     assert same_training(killed.run, tmp_path / "one")
 
@@ -901,10 +903,14 @@ def test_leave_processes__a_training_ends_with_the_processes_left(tmp_path, monk
 
     monkeypatch.setattr(train_gan, "train_in", train_joined)
     monkeypatch.setattr(train_gan, "is_first_process", lambda: is_first)
-    done = run(train_gan, "--run", tmp_path, "--preset", "demo", "--width", 1, "--batch-size", 4, "--epochs", 1,
-               "--device", "cpu")
+    try:
+        done = run(train_gan, "--run", tmp_path, "--preset", "demo", "--width", 1, "--batch-size", 4, "--epochs", 1,
+                   "--device", "cpu")
+        is_left = not distributed.is_initialized()
+    finally:
+        train_gan.leave_processes()
     assert done.status == 0, done.err
-    assert joined == [True] and not distributed.is_initialized()
+    assert joined == [True] and is_left
 
 
 def train_in_one(folder, dataset, **changes):
