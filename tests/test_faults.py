@@ -118,7 +118,7 @@ ERRORS = (errno.ENOSPC, errno.EIO, errno.EACCES)
 COMMANDS = (
     (train_gan, "--width", 1, "--batch-size", 4, "--epochs", 3, "--checkpoint-minutes", 0),
     (train_classifier, "--batch-size", 8, "--epochs", 2, "--attempts", 3, "--score-quantile", 0,
-     "--class-probability", 0),
+     "--class-probability", 0, "--repeats", 2),
     (evaluate,),
 )
 HOLD_TIMES = ("options.json", "report.html")

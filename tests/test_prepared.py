@@ -80,7 +80,8 @@ def test_prepared__every_stage_follows_and_the_other_run_is_left_alone(runs, run
     done = run(train_gan, *words, "--width", "1", "--prepared", runs / "demo")
     assert done.status == 0, done.err
     assert run(train_gan, *words, "--width", "1", "--epochs", "3").status == 0
-    assert run(train_classifier, *words, "--class-probability", "0", "--score-quantile", "0").status == 0
+    once = ("--class-probability", "0", "--score-quantile", "0", "--repeats", "1")
+    assert run(train_classifier, *words, *once).status == 0
     done = run(evaluate, "--run", runs / "e1")
     assert done.status == 0, done.err
 
@@ -177,7 +178,8 @@ def test_prepared__lungaug_passes_it_on_and_each_stage_knows_it(runs, run, monke
         assert done.status == 0, done.err
 
     monkeypatch.setattr(lungaug, "run_script", run_here)
-    words = ("--run", runs / "e1", *SHORT, "--width", "1", "--class-probability", "0", "--score-quantile", "0")
+    words = ("--run", runs / "e1", *SHORT, "--width", "1", "--class-probability", "0", "--score-quantile", "0",
+             "--repeats", "1")
     for more in (("--prepared", runs / "demo"), ()):
         assert run(lungaug, *words, *more).status == 0
     assert commands == 2 * [f"{stage}.py" for stage in lungaug.STAGES]

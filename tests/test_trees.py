@@ -11,10 +11,9 @@ import lungaug
 import numpy as np
 import pytest
 
-import phantom
 import preprocessing
 import scan_files
-from helpers import change, made, refused, run_main, series
+from helpers import change, made, refused, run_main, series, write_mixed_chests
 from preprocessing import find_annotations, find_scans, read_annotations
 
 
@@ -285,8 +284,13 @@ def test_read_annotations__a_missing_column_is_named(tmp_path):
 
 @pytest.fixture(scope="module")
 def clean(tmp_path_factory):
-    """A tree of four small synthetic scans, as LUNA16 lays them out."""
-    return phantom.write_scans(tmp_path_factory.mktemp("clean") / "LUNA16", 4, scale=3.0)
+    """A tree of four small scans, two of them DICOM, as LUNA16 lays them out."""
+    tree = tmp_path_factory.mktemp("clean") / "LUNA16"
+    subset = tree / "subset0"
+    subset.mkdir(parents=True)
+    write_mixed_chests(subset)
+    (subset / "annotations.csv").rename(tree / "annotations.csv")
+    return tree
 
 
 def prepared(run, scans):
@@ -311,7 +315,6 @@ def test_command__a_tree_with_everything_in_it_is_the_clean_one(clean, even, tmp
     """Masks, files of macOS, a copy of a scan and CSVFILES change no byte of what is prepared."""
     tree = tmp_path / "tree"
     shutil.copytree(clean, tree)
-    shutil.rmtree(tree / "truth")
     (tree / "CSVFILES").mkdir()
     (tree / "annotations.csv").rename(tree / "CSVFILES" / "annotations.csv")
 
