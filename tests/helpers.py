@@ -223,14 +223,14 @@ def ellipse(shape, centre, radii):
 
 
 def small_chest(number):
-    """A chest of a child's size, quick to prepare: two lungs of 0.9 litres in a block, two nodules in each."""
-    rng, shape, origin = np.random.default_rng(number), (46, 40, 70), (10.5 * number, -70.25, -500)
+    """A chest of a child's size, quick to prepare: two lungs of 0.6 litres in a block, two nodules in each."""
+    rng, shape, origin = np.random.default_rng(number), (40, 34, 62), (10.5 * number, -70.25, -500)
     hu = np.full(shape, -1000)
-    hu[:, 3:-3, 3:-3] = 40
+    hu[:, 2:-2, 2:-2] = 40
     nodules = []
-    for x in (20, 49):
-        hu[ellipse(shape, (23, 20, x), (18, 14, 13.5))] = -850
-        for z, y in ((14, 20), (31, 20)):
+    for x in (18, 43):
+        hu[ellipse(shape, (20, 17, x), (16, 12, 12))] = -850
+        for z, y in ((12, 17), (27, 17)):
             hu[ellipse(shape, (z, y, x), (2, 2, 2))] = 30
             nodules.append((*(np.array(origin) + 4 * np.array((x, y, z))).tolist(), 10 + number))
     hu = (hu + rng.normal(0, 15, shape)).clip(-1024, 400).astype(np.int16)
