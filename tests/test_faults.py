@@ -6,11 +6,13 @@
 import contextlib
 import errno
 import itertools
+import multiprocessing
 import os
 import pickle
 import shutil
 from concurrent.futures import Future
 from pathlib import Path
+from types import SimpleNamespace
 
 import lungaug
 
@@ -23,7 +25,7 @@ import preprocessing
 import scan_files
 import train_classifier
 import train_gan
-from helpers import early, in_one_line, run_main, run_python, small_chest, small_run
+from helpers import early, in_one_line, run_main, small_chest, small_run
 
 
 VALUES = {
@@ -71,35 +73,38 @@ def test_write__a_fault_leaves_the_file_as_it_was(tmp_path, monkeypatch, capsys,
     assert path.read_bytes() == before
 
 
-# The packages are imported once; each file is written by a copy of that process, whose status is printed.
-WRITE_UNDER_A_LIMIT = """
-import os, resource, sys
-from pathlib import Path
-import lungaug, test_faults
-resource.setrlimit(resource.RLIMIT_FSIZE, (4096, 4096))
-for name, value in test_faults.VALUES.items():
-    pid = os.fork()
-    if pid == 0:
-        lungaug.command(lambda: lungaug.write(Path(sys.argv[1]) / name, value))
-    print(os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]), flush=True)
-"""
+def write_under_a_limit(path, value, errors):
+    """Write a file as a command does where none may grow; errors: the file of what is said on stderr."""
+    import resource
+    os.dup2(os.open(errors, os.O_CREAT | os.O_APPEND | os.O_WRONLY), 2)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (4096, 4096))
+    lungaug.command(lambda: lungaug.write(path, value))
 
 
 @early
 def limited(folder):
-    """A folder in which files may not grow, and what a process said that wrote some there."""
-    environment = os.environ | {"PYTHONPATH": os.pathsep.join([str(lungaug.HERE), str(lungaug.HERE / "tests")])}
-    return folder, run_python("-c", WRITE_UNDER_A_LIMIT, folder, env=environment)
+    """.folder, in which files could not grow, and .status and .errors of the processes that wrote some there."""
+    errors = folder / "errors.txt"
+    place = folder / "files"
+    place.mkdir()
+    statuses = []
+    for name, value in VALUES.items():
+        # A copy of this process, which has imported the packages.
+        process = multiprocessing.get_context("fork").Process(target=write_under_a_limit,
+                                                              args=(place / name, value, errors))
+        process.start()
+        process.join()
+        statuses.append(process.exitcode)
+    return SimpleNamespace(folder=place, statuses=statuses, errors=errors.read_text(encoding="utf-8"))
 
 
 @pytest.mark.skipif(os.name == "nt", reason="Windows limits no file's size")
 def test_write__where_files_may_not_grow(limited):
     """A limit on the size of files, in a process of its own for each: one line, exit 2, no traceback."""
-    folder, done = limited
-    assert done.status == 0 and done.out.split() == ["2"] * len(VALUES), done.err
-    for line, name in itertools.zip_longest(done.err.splitlines(), VALUES):
-        assert line.startswith(f"lungaug: {folder / name}: ")
-    assert list(folder.iterdir()) == []
+    assert limited.statuses == [2] * len(VALUES), limited.errors
+    for line, name in itertools.zip_longest(limited.errors.splitlines(), VALUES):
+        assert line.startswith(f"lungaug: {limited.folder / name}: ")
+    assert list(limited.folder.iterdir()) == []
 
 
 def test_append_log__a_fault_names_the_log(tmp_path, capsys):

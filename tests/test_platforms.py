@@ -26,17 +26,23 @@ def with_encoding(encoding, *words):
     return subprocess.run([sys.executable, *words], env=environment, cwd=lungaug.HERE, capture_output=True)
 
 
+HELP = [f"{script} --help" for script in SCRIPTS + TESTS]
+MODELS = "models.py --cube 6 --width 1"
+
 # Each script in turn becomes the main program of one process, which imports the packages once.
-HELP_OF_EACH = """
+RUN_EACH = """
 import os, runpy, sys
-for script in sys.argv[1:]:
-    sys.argv = [script, "--help"]
+for command in sys.argv[1:]:
+    sys.argv = command.split()
+    script = sys.argv[0]
     sys.path[0] = os.path.dirname(os.path.abspath(script))
     sys.stdout.flush()
+    status = 0
     try:
         runpy.run_path(script, run_name="__main__")
     except SystemExit as stopped:
-        print("end of", script, stopped.code or 0)
+        status = stopped.code or 0
+    print("end of", command, status)
 """
 
 # A character that the terminal lacks, printed and in an error's line.
@@ -65,28 +71,37 @@ assert lungaug.read_log(folder / "log.jsonl")[0]["text"] == text
 
 @early
 def processes(folder):
-    """What each command of this file did: .help by encoding, .prints, .models, .files, and that one's .folder."""
+    """What each command of this file did: .scripts by encoding, .prints, .files, and that one's .folder."""
     strict = ["-X", "warn_default_encoding", "-W", "error::EncodingWarning:lungaug"]
-    ascii_help, cp1252_help, prints, tables, files = at_once(
-        lambda: with_encoding("ascii", "-c", HELP_OF_EACH, *SCRIPTS, *TESTS),
-        lambda: with_encoding("cp1252", "-c", HELP_OF_EACH, *SCRIPTS, *TESTS),
+    in_ascii, in_cp1252, prints, files = at_once(
+        lambda: with_encoding("ascii", "-c", RUN_EACH, *HELP, MODELS),
+        lambda: with_encoding("cp1252", "-c", RUN_EACH, *HELP, MODELS),
         lambda: with_encoding("ascii", "-c", PRINT_AND_REFUSE),
-        lambda: with_encoding("ascii", "models.py", "--cube", "6", "--width", "1"),
         lambda: with_encoding("ascii", *strict, "-c", WRITE_AND_READ, str(folder)))
-    return SimpleNamespace(help={"ascii": ascii_help, "cp1252": cp1252_help}, prints=prints, models=tables, files=files,
-                           folder=folder)
+    return SimpleNamespace(scripts={"ascii": in_ascii, "cp1252": in_cp1252}, prints=prints, files=files, folder=folder)
+
+
+def printed(done, encoding):
+    """Command → what it printed, of those that a process ran in turn and that ended with status 0."""
+    first, *others = done.stdout.decode(encoding).split("end of ")
+    texts = {}
+    for text in others:
+        end, _, following = text.partition("\n")
+        command, _, status = end.rpartition(" ")
+        if status == "0":
+            texts[command] = first
+        first = following
+    return texts
 
 
 @pytest.mark.parametrize("encoding", ["ascii", "cp1252"])
 @pytest.mark.parametrize("script", SCRIPTS + TESTS)
 def test_help__on_any_terminal(processes, encoding, script):
     """--help of every script prints, whatever characters the terminal has."""
-    done = processes.help[encoding]
-    texts = done.stdout.decode(encoding).split("end of ")
-    printed = dict(zip([text.split()[0] for text in texts[1:]], texts))
-    assert script in printed, done.stderr
-    assert "usage" in printed[script].lower()
-    assert f"end of {script} 0" in done.stdout.decode(encoding), done.stderr
+    done = processes.scripts[encoding]
+    texts = printed(done, encoding)
+    assert f"{script} --help" in texts, done.stderr
+    assert "usage" in texts[f"{script} --help"].lower()
 
 
 def test_command__prints_on_any_terminal(processes):
@@ -116,11 +131,13 @@ def test_command__a_reader_that_has_seen_enough():
         process.stderr.close()
 
 
-def test_models__tables_print_on_any_terminal(processes):
-    """The tables of layers hold ×, which ASCII lacks."""
-    done = processes.models
-    assert done.returncode == 0, done.stderr
-    assert b"parameters" in done.stdout
+@pytest.mark.parametrize("encoding", ["ascii", "cp1252"])
+def test_models__tables_print_on_any_terminal(processes, encoding):
+    """The tables of layers hold ×, which ASCII lacks, and →, which code page 1252 lacks."""
+    done = processes.scripts[encoding]
+    texts = printed(done, encoding)
+    assert MODELS in texts, done.stderr
+    assert "parameters" in texts[MODELS]
 
 
 class FakeMsvcrt(SimpleNamespace):

@@ -17,7 +17,7 @@ import evaluate
 import preprocessing
 import train_classifier
 import train_gan
-from helpers import early, in_one_line, run_python, write_chests
+from helpers import early, in_one_line, run_main, run_python, write_chests
 
 
 WORDS = ("--cube", "6", "--negatives", "20", "--workers", "1", "--max-slice-mm", "4", "--preset", "demo")
@@ -30,8 +30,8 @@ def write_scans(folder):
 
 
 def prepare_demo(folder, scans):
-    """Prepare them in a run, by a command of its own."""
-    done = run_python(preprocessing.__file__, "--scans", scans, "--run", folder, *WORDS)
+    """Prepare them in a run."""
+    done = run_main(preprocessing, "--scans", scans, "--run", folder, *WORDS)
     assert done.status == 0, done.err
     return folder
 
