@@ -315,17 +315,16 @@ def mistaken(folder):
     """A small run whose GAN was trained with one ε for the batch: .run, and .done, what the command said.
 
     .right: a run of the right stage. .other, .without: resumed with another mistake, and with none. .none: a stage with
-    a mistake in a folder without a run. .workers: the function that a worker has with a mistake, and without.
+    a mistake in a folder without a run. .workers: what functions a worker has, without a mistake and with one.
     """
     for name in ("wrong", "right"):
         small_run(folder / name)
     small = ["--width", 1, "--batch-size", 4, "--epochs", 2]
     words = ["train_gan.py", "--run", folder / "wrong", *small]
-    worker = ("import runpy, preprocessing; runpy.run_path('tests/wrong_versions.py', run_name='__mp_main__'); "
-              "print(preprocessing.nearest_voxel.__name__)")
-
-    def start_worker(name):
-        return run_python("-c", worker, cwd=audit.ROOT, env=os.environ | {"LUNGAUG_WRONG": name})
+    worker = ("import os, runpy, preprocessing\n"
+              "for os.environ['LUNGAUG_WRONG'] in ('', 'axes_transposed'):\n"
+              "    runpy.run_path('tests/wrong_versions.py', run_name='__mp_main__')\n"
+              "    print(preprocessing.nearest_voxel.__name__)")
 
     done, right = at_once(
         lambda: run_python(WRONG_STAGE, "one_epsilon_per_batch", "--", *words),
@@ -337,10 +336,10 @@ def mistaken(folder):
         yield run_python(WRONG_STAGE, "epsilon_is_one", "--", *words)
         yield run_python(audit.ROOT / words[0], *words[1:])
 
-    (other, without), none, *workers = at_once(
+    (other, without), none, workers = at_once(
         lambda: list(resume()),
         lambda: run_python(WRONG_STAGE, "flips_as_independent", "--", "evaluate.py", "--run", folder / "none"),
-        lambda: start_worker("axes_transposed"), lambda: start_worker(""))
+        lambda: run_python("-c", worker, cwd=audit.ROOT))
     return SimpleNamespace(run=folder / "wrong", done=done, right=folder / "right", other=other, without=without,
                            none=none, workers=workers)
 
@@ -395,8 +394,7 @@ def test_run_stage__a_classifier_made_with_a_mistake_is_not_resumed_without_it(t
 
 def test_run_stage__worker_processes_that_start_anew_have_the_mistake(mistaken):
     """Where a worker imports everything again, as on Windows, this file puts the mistake in place once more."""
-    for done, expected in zip(mistaken.workers, ("axes_transposed", "nearest_voxel")):
-        assert done.out.split() == [expected], done.err
+    assert mistaken.workers.out.split() == ["nearest_voxel", "axes_transposed"], mistaken.workers.err
 
 
 def test_run_stage__errors_are_the_stages_own(mistaken):
