@@ -2234,7 +2234,7 @@ QUALITY_WORDS = (
              "are apart, 0 for copies, ½ if they are alike – but noise may have ½, too; it rises "
              "a little with n: for one fault from .59 of 27 cubes to .61 of 108"),
     ("Fréchet", "the distance of the classifier's 64 features from those of training cubes, of as "
-                "many cubes as are held out; of fewer than a few hundred it is mostly chance"),
+                "many cubes as are held out; of fewer cubes than features it is mostly chance"),
 )
 
 
@@ -2334,9 +2334,10 @@ def beyond_items(results, thresholds):
             caption = f"Generated {name}s beside real ones and three faults."
             rows = quality_rows(results["quality"][name])
             items.append(lungaug.Table(caption, QUALITY_HEAD, rows))
-    items.append(lungaug.Table("What the columns say. Real nodules are flipped at random here, "
-                               "like those that the GAN was trained on.",
-                               ("column", "what it is"), QUALITY_WORDS))
+    if results["quality"]:
+        items.append(lungaug.Table("What the columns say. Real nodules are flipped at random here, "
+                                   "like those that the GAN was trained on.",
+                                   ("column", "what it is"), QUALITY_WORDS))
     if "selection" in results["quality"]:
         items.append(lungaug.Text(selection_sentence(results["quality"]["selection"])))
     items.append(lungaug.Figure("Mean HU by distance from the centre, ± a standard deviation over "

@@ -688,9 +688,9 @@ def page(classes, dataset):
     return [
         lungaug.Heading("4.3 Generative augmentation"),
         lungaug.Table("Requested and accepted samples. A cube is accepted whose score f(x) is at "
-                      "least a quantile of the real cubes' scores (--score-quantile; 0 is their "
-                      "lowest, ½ their median, as in the thesis), and of whose class the critic is "
-                      "sure (train_classifier.select).", head, rows),
+                      "least a quantile of the real cubes' scores (--score-quantile: 0 is their "
+                      "lowest, 0.5 their median), and of whose class the critic is sure "
+                      "(train_classifier.select).", head, rows),
         lungaug.Figure("Real cubes and generated ones, each the middle axial slice in the lung "
                        "window. Compare a row with the one below it: are the generated ones as "
                        "sharp, as bright and as different from each other as the real ones? Where "

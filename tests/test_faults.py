@@ -75,6 +75,7 @@ def test_write__a_fault_leaves_the_file_as_it_was(tmp_path, monkeypatch, capsys,
 
 def write_under_a_limit(path, value, errors):
     """Write a file as a command does where none may grow; errors: the file of what is said on stderr."""
+    # Windows has no such module.
     import resource
     os.dup2(os.open(errors, os.O_CREAT | os.O_APPEND | os.O_WRONLY), 2)
     resource.setrlimit(resource.RLIMIT_FSIZE, (4096, 4096))
@@ -83,7 +84,7 @@ def write_under_a_limit(path, value, errors):
 
 @early
 def limited(folder):
-    """.folder, in which files could not grow, and .status and .errors of the processes that wrote some there."""
+    """.folder, in which files could not grow, and .statuses and .errors of the processes that wrote some there."""
     errors = folder / "errors.txt"
     place = folder / "files"
     place.mkdir()

@@ -80,8 +80,8 @@ def test_prepared__every_stage_follows_and_the_other_run_is_left_alone(runs, run
     done = run(train_gan, *words, "--width", "1", "--prepared", runs / "demo")
     assert done.status == 0, done.err
     assert run(train_gan, *words, "--width", "1", "--epochs", "3").status == 0
-    once = ("--class-probability", "0", "--score-quantile", "0", "--repeats", "1")
-    assert run(train_classifier, *words, *once).status == 0
+    accept_all = ("--class-probability", "0", "--score-quantile", "0")
+    assert run(train_classifier, *words, *accept_all, "--repeats", "1").status == 0
     done = run(evaluate, "--run", runs / "e1")
     assert done.status == 0, done.err
 

@@ -136,8 +136,8 @@ def test_split_cube__goes_through_every_stage(divided, run, tmp_path):
     _, info = divided("cube")
     words = ("--run", tmp_path, "--epochs", "2", "--batch-size", "8")
     assert run(train_gan, *words, "--width", "1").status == 0
-    once = ("--class-probability", "0", "--score-quantile", "0", "--repeats", "1")
-    assert run(train_classifier, *words, *once).status == 0
+    accept_all = ("--class-probability", "0", "--score-quantile", "0")
+    assert run(train_classifier, *words, *accept_all, "--repeats", "1").status == 0
     done = run(evaluate, "--run", tmp_path)
     assert done.status == 0, done.err
 
@@ -240,20 +240,20 @@ def test_split_subsets__a_folder_without_a_usable_scan_is_refused(run, tmp_path)
     assert "no usable scan in subset7" in line
 
 
-def test_split__another_one_keeps_every_volume(scans, once, run, tmp_path):
+def test_split__another_one_keeps_every_volume(scans, run, tmp_path):
     """It needs --overwrite, as training data change, but no scan is read again; then it is the run of a new folder."""
-    prepare(run, scans, tmp_path / "R")
+    expected = {}
+    for split in ("cube", "subsets"):
+        _, expected[split] = prepare(run, scans, tmp_path / split, "--split", split)
+    _, expected["patient"] = prepare(run, scans, tmp_path / "R")
+
     before = volumes(tmp_path / "R")
     for split in ("cube", "subsets", "patient"):
         done = run(preprocessing, "--scans", scans, "--run", tmp_path / "R", *WORDS, "--split", split)
         assert in_one_line(done, f"not {split}", "--overwrite")
         _, info = prepare(run, scans, tmp_path / "R", "--split", split, "--overwrite")
         assert volumes(tmp_path / "R") == before
-        if split == "patient":
-            expected = lungaug.read_json(once["patient"][0] / "prepared" / "dataset.json", "")
-        else:
-            _, expected = prepare(run, scans, tmp_path / split, "--split", split)
-        assert info == expected
+        assert info == expected[split]
 
 
 def test_split__overwrite_with_the_same_one_prepares_again(scans, run, tmp_path):
