@@ -15,6 +15,7 @@ and the worst errors; and <run>/report.html, one page of all of it.
 
 import argparse
 import base64
+import contextlib
 import csv
 import functools
 import hashlib
@@ -1303,12 +1304,13 @@ BOTTOM = 228
 class Line(NamedTuple):
     """One line of a chart: its name, its points, and the band around it, if it has one.
 
-    x, y: (n,); band: low (n,) and high (n,).
+    x, y: (n,); band: low (n,) and high (n,). A dashed line lets another one show through.
     """
     name: str
     x: list
     y: list
     band: tuple = None
+    dashed: bool = False
 
 
 class Point(NamedTuple):
@@ -1421,7 +1423,8 @@ class Axes:
             parts.append(f'<polygon fill="{colour}" fill-opacity=".2" points="{around}"/>')
         points = self.points(line.x, line.y)
         name = html.escape(line.name)
-        parts.append(f'<polyline fill="none" stroke="{colour}" stroke-width="1.6" '
+        dashes = 'stroke-dasharray="4 4" ' if line.dashed else ""
+        parts.append(f'<polyline fill="none" stroke="{colour}" stroke-width="1.6" {dashes}'
                      f'data-name="{name}" points="{points}"/>')
         return "".join(parts)
 
@@ -1629,17 +1632,33 @@ def figure_roc(test):
 def figure_profiles(profiles):
     """Mean HU by distance from the centre, with ± a standard deviation, a chart a class, one SVG.
 
-    profiles: class → kind → (mean, standard deviation), of `assess_generated`.
+    profiles: class → kind → (mean, standard deviation), of `assess_generated`. Where nearly all
+    cubes are accepted, those before selection are the same ones: they are dashed, without a band.
     """
     charts = []
     for name, kinds in profiles.items():
         lines = []
         for kind, (mean, deviation) in kinds.items():
-            short = kind.removeprefix("generated and ").removeprefix("generated, ")
-            band = (mean - deviation, mean + deviation)
-            lines.append(Line(short, np.arange(len(mean)), mean, band))
+            radii = np.arange(len(mean))
+            if kind == "generated, before selection":
+                lines.append(Line("before selection", radii, mean, dashed=True))
+            else:
+                short = kind.removeprefix("generated and ")
+                band = (mean - deviation, mean + deviation)
+                lines.append(Line(short, radii, mean, band))
         charts.append(curves(f"HU of {name}s by distance", lines, "mm from the centre", "HU"))
     return side_by_side(charts)
+
+
+@contextlib.contextmanager
+def refuse_damaged_log(run, folder, script):
+    """Turn what a damaged log in <run>/<folder> raises, an overflow too, into a Refusal.
+
+    script: the one that writes it anew.
+    """
+    again = f"its log.jsonl is damaged: run python {script} --run {run} --overwrite"
+    with lungaug.refuse_on_error(run / folder, again), np.errstate(over="raise", invalid="raise"):
+        yield
 
 
 def draw_curves(folder, run):
@@ -1647,13 +1666,11 @@ def draw_curves(folder, run):
 
     A figure of a log that is gone is removed.
     """
-    remedy = "its log.jsonl is damaged: train again with --overwrite"
     lungaug.remove(folder, "figure_7.svg", "figure_8.svg")
 
     gan_rows = lungaug.read_log(run / "gan" / "log.jsonl")
     if gan_rows:
-        path = run / "gan"
-        with lungaug.refuse_on_error(path, remedy), np.errstate(over="raise", invalid="raise"):
+        with refuse_damaged_log(run, "gan", "train_gan.py"):
             lungaug.write(folder / "figure_7.svg", figure_7(gan_rows))
 
     logs = {}
@@ -1662,8 +1679,7 @@ def draw_curves(folder, run):
         if rows:
             logs[arm] = rows
     if logs:
-        path = run / "classifiers"
-        with lungaug.refuse_on_error(path, remedy), np.errstate(over="raise", invalid="raise"):
+        with refuse_damaged_log(run, "classifiers", "train_classifier.py"):
             lungaug.write(folder / "figure_8.svg", figure_8(logs))
 
 
@@ -2340,12 +2356,13 @@ def beyond_items(results, thresholds):
                                    ("column", "what it is"), QUALITY_WORDS))
     if "selection" in results["quality"]:
         items.append(lungaug.Text(selection_sentence(results["quality"]["selection"])))
-    items.append(lungaug.Figure("Mean HU by distance from the centre, ± a standard deviation over "
-                                "cubes: real training cubes, accepted ones, and those before "
-                                "selection. A nodule is dense in the middle and falls off to "
-                                "lung. A generated curve above the real one means nodules that are "
-                                "too bright or too large, below it pale or small ones; a narrower "
-                                "band means less variety.", "profiles.svg",
+    items.append(lungaug.Figure("Mean HU by distance from the centre, ± a standard deviation "
+                                "over cubes: real training cubes, accepted ones, and, dashed, "
+                                "those before selection. A nodule is dense in the middle and "
+                                "falls off to lung. A generated curve above the real one means "
+                                "nodules that are too bright or too large, below it pale or "
+                                "small ones; a narrower band means less variety.",
+                                "profiles.svg",
                                 code=("evaluate.figure_profiles", "evaluate.radial_profile")))
     return items
 
@@ -3113,6 +3130,9 @@ def compare_runs(runs):
         path = run / "evaluation" / "results.json"
         log = lungaug.read_log(run / "gan" / "log.jsonl")
         if log:
+            # Draw it alone first: of a damaged one, the message then names the run.
+            with refuse_damaged_log(run, "gan", "train_gan.py"):
+                figure_7_of_runs({str(run): log})
             logs[str(run)] = log
         if path.exists():
             remedy = f"run python evaluate.py --run {run} again"
@@ -3125,9 +3145,7 @@ def compare_runs(runs):
         print_arms_of_runs(runs_results)
     if logs:
         path = runs[0] / "evaluation" / "comparison.svg"
-        remedy = "its log.jsonl is damaged: train again with --overwrite"
-        with lungaug.refuse_on_error("a GAN's log", remedy):
-            figure = figure_7_of_runs(logs)
+        figure = figure_7_of_runs(logs)
         lungaug.write(path, figure)
         print(f"\nFigure 7 of {len(logs)} runs: {path}.")
 

@@ -928,8 +928,8 @@ def misplaced_text(record):
     nodules = record["misplaced"]
     of_all = f"{len(nodules)} of {len(record['positives'])} nodules"
     return lungaug.printable(
-        f"{of_all} do not lie where the scan shows one: {places_text(nodules)} — "
-        f"their coordinates may be {record['cause']}")
+        f"the scan shows no nodule at the place of {of_all}: {places_text(nodules)} — "
+        f"the coordinates may be {record['cause']}")
 
 
 def print_misplaced(records):

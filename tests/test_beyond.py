@@ -873,6 +873,16 @@ def test_compare_runs__one_table_and_one_picture(tmp_path, run):
     assert not (second / "evaluation" / "comparison.svg").exists()
 
 
+@pytest.mark.parametrize("critic", [{}, {"wasserstein": "many"}])
+def test_compare_runs__a_damaged_log_is_told_by_its_run(tmp_path, run, critic):
+    """The line names the run whose log it is, and the whole command that writes it anew."""
+    first, second = evaluated_run(tmp_path / "one", 0.2), evaluated_run(tmp_path / "two", 0.5)
+    lungaug.append_log(second / "gan" / "log.jsonl", {"epoch": 4, "critic": critic, "generator": {}})
+    done = run(evaluate, "--compare", first, second)
+    assert done.status == 2 and done.err.startswith(f"lungaug: {second / 'gan'}: ")
+    assert f"run python train_gan.py --run {second} --overwrite" in done.err and done.err.count("\n") == 1
+
+
 def test_compare_runs__other_test_sets_are_told(tmp_path, run):
     """Runs that were tested on other scans, or another split, are compared, and it is said."""
     done = run(evaluate, "--compare", evaluated_run(tmp_path / "one", 0.2),
@@ -940,11 +950,17 @@ def test_figure_roc__curves_of_the_arms_and_the_thesis_points():
 
 
 def test_figure_profiles__a_chart_a_class_with_bands():
-    """The mean of each kind, and a band of a standard deviation on both sides."""
+    """The mean of each kind, and a band of a standard deviation on both sides, but before selection.
+
+    Those lie on the accepted ones where nearly all are accepted: a dashed line lets them show through.
+    """
     profile = (np.linspace(-200, -800, 12), np.full(12, 50.0))
-    figure = evaluate.figure_profiles({"positive": {"real": profile, "generated and accepted": profile},
+    figure = evaluate.figure_profiles({"positive": {"real": profile, "generated and accepted": profile,
+                                                    "generated, before selection": profile},
                                        "negative": {"real": profile}})
-    assert figure.count("<polyline") == figure.count("<polygon") == 3 and ">accepted<" in figure
+    assert figure.count("<polyline") == 4 and figure.count("<polygon") == 3
+    assert ">accepted<" in figure and ">before selection<" in figure
+    assert re.findall("<polyline[^>]*dasharray[^>]*>", figure) == re.findall('<polyline[^>]*"before[^>]*>', figure)
 
 
 def test_quality_rows__a_minus_sign_is_one():
