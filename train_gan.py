@@ -50,7 +50,8 @@ def auxiliary_scale(epoch, epochs, early, late):
 def decayed_rate(epoch, epochs, rate, start):
     """η·min(1, (1 − e/E)/(1 − s)): linear to 0 from the share s of E epochs on   [rule_4_1_decay]
 
-    epoch e counts from 0; rate: η; start: s, where 1, the thesis', lets η stay as it is.
+    epoch e counts from 0; rate: η, the generator's; start: s, where 1, the thesis', lets η stay as
+    it is.
     """
     elapsed = epoch / epochs
     if elapsed <= start:
@@ -336,13 +337,26 @@ def generator_iteration(trainer, count, alpha):
             fake = trainer.generator(latent[samples])
             return generator_loss(trainer.critic, fake, labels[samples], alpha)
 
+    # As many micro-batches as the critic's: each has --generator-multiple times the samples.
+    size = trainer.options.micro_batch
+    if size is not None:
+        size *= trainer.options.generator_multiple
+
     # Step down the gradient; the critic's own gradients are not needed.
     trainer.generator_optimizer.zero_grad()
     trainer.critic.requires_grad_(False)
-    terms = accumulate(loss_of, count, trainer.options.micro_batch, trainer.generator)
+    terms = accumulate(loss_of, count, size, trainer.generator)
     trainer.critic.requires_grad_(True)
     trainer.generator_optimizer.step()
     return terms
+
+
+def generator_batch(options):
+    """m·n samples of a generator step, n = --batch-size; m = 1   [rule_4_1_generator_batch]
+
+    [9]'s own code has m = 2, and so has the demo.
+    """
+    return options.generator_multiple * options.batch_size
 
 
 def mean_terms(iterations):
@@ -352,12 +366,14 @@ def mean_terms(iterations):
 
 
 def set_learning_rate(trainer):
-    """Give both optimizers this epoch's learning rate."""
+    """Give the generator's optimizer this epoch's learning rate; the critic's stays as it is.
+
+    A critic that slows down, too, no longer follows the generator, and cannot correct it.
+    """
     options = trainer.options
     rate = decayed_rate(trainer.epoch, options.epochs, options.learning_rate, options.decay_start)
-    for optimizer in (trainer.generator_optimizer, trainer.critic_optimizer):
-        for group in optimizer.param_groups:
-            group["lr"] = rate
+    for group in trainer.generator_optimizer.param_groups:
+        group["lr"] = rate
 
 
 def train_epoch(trainer, batches):
@@ -382,7 +398,7 @@ def train_epoch(trainer, batches):
 
     # Generate.
     trainer.seed_iteration(options.critic_iterations)
-    generator_terms = generator_iteration(trainer, options.batch_size, alpha)
+    generator_terms = generator_iteration(trainer, generator_batch(options), alpha)
 
     trainer.epoch += 1
     return {"epoch": trainer.epoch, "alpha": alpha, "critic": mean_terms(iterations),

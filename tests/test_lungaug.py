@@ -529,6 +529,9 @@ def test_estimate_seconds__proportional_to_what_is_computed(monkeypatch):
     assert lungaug.estimate_seconds(gan_options("--width", 1, "--batch-size", 128), 48, 100) == 2 * first
     assert lungaug.estimate_seconds(gan_options("--width", 1), 96, 100) == 8 * first
     assert lungaug.estimate_seconds(gan_options("--width", 64), 48, 100) == 4 * first
+    doubled, tripled = (lungaug.estimate_seconds(gan_options("--width", 1, "--generator-multiple", m), 48, 100)
+                        for m in (2, 3))
+    assert tripled - doubled == pytest.approx(doubled - first) and first < doubled < 2 * first
 
 
 def test_time_convolution__the_quickest_call_beside_other_work(monkeypatch):
@@ -612,16 +615,16 @@ def test_stage_line__has_the_time_left_where_there_is_an_estimate(monkeypatch, t
     assert lines() == [f"Stage {number} of 4." for number in range(1, 5)]
     info = {"preset": "demo", "parameters": {"cube": 24}, "table_1": TABLE_1}
     lungaug.write(tmp_path / "prepared" / "dataset.json", info)
-    # 800 epochs at 6 s, and 20 at 60 s.
-    assert lines() == ["Stage 1 of 4.", "Stage 2 of 4, about 100 minutes left.",
+    # 640 epochs at 6 s, and 20 at 60 s.
+    assert lines() == ["Stage 1 of 4.", "Stage 2 of 4, about 84 minutes left.",
                        "Stage 3 of 4, about 20 minutes left.", "Stage 4 of 4."]
     assert lines("--epochs", "10")[1:3] == ["Stage 2 of 4, about 11 minutes left.",
                                             "Stage 3 of 4, about 10 minutes left."]
 
     # A GAN that is trained already is trained again under --overwrite alone.
-    lungaug.write(tmp_path / "gan" / "log.jsonl", '{"epoch": 1}\n' * 800)
+    lungaug.write(tmp_path / "gan" / "log.jsonl", '{"epoch": 1}\n' * 640)
     assert lines()[1] == "Stage 2 of 4, about 20 minutes left."
-    assert lines("--overwrite")[1] == "Stage 2 of 4, about 100 minutes left."
+    assert lines("--overwrite")[1] == "Stage 2 of 4, about 84 minutes left."
     monkeypatch.setattr(lungaug, "estimate_classifiers", lambda options, info: 0)
     assert lines()[1:3] == ["Stage 2 of 4.", "Stage 3 of 4."]
 

@@ -186,7 +186,7 @@ def test_run_html__marks_what_differs_from_the_preset(tmp_path, monkeypatch):
     lungaug.save_page(tmp_path / "gan", options, [])
     page = lungaug.read_json(tmp_path / "gan" / "options.json", "")
     text = "".join(evaluate.run_html({"train_gan": page}))
-    assert '<tr class="changed"><td>--epochs</td><td>7</td><td>800</td><td>all</td></tr>' in text
+    assert '<tr class="changed"><td>--epochs</td><td>7</td><td>640</td><td>all</td></tr>' in text
     assert text.count('class="changed"') == 1 and "<td>--width</td><td>4</td><td>the same</td>" in text
     for name in ("device", "threads", "Python", "PyTorch", "NumPy", "system", "commit"):
         assert f"<td>{name}</td>" in text

@@ -266,7 +266,7 @@ def one_to_five(trainer, batches):
 
     for iteration in range(5):
         trainer.seed_iteration(1 + iteration)
-        generator_terms = train_gan.generator_iteration(trainer, trainer.options.batch_size, alpha)
+        generator_terms = train_gan.generator_iteration(trainer, train_gan.generator_batch(trainer.options), alpha)
     return end_epoch(trainer, alpha, critic_terms, generator_terms)
 
 
@@ -281,7 +281,7 @@ def short_batches_skipped(trainer, batches):
         critic_terms.append(train_gan.critic_iteration(trainer, real, labels, alpha))
 
     trainer.seed_iteration(trainer.options.critic_iterations)
-    generator_terms = train_gan.generator_iteration(trainer, trainer.options.batch_size, alpha)
+    generator_terms = train_gan.generator_iteration(trainer, train_gan.generator_batch(trainer.options), alpha)
     return end_epoch(trainer, alpha, critic_terms, generator_terms)
 
 
@@ -296,7 +296,7 @@ def reals_used_five_times(trainer, batches):
         critic_terms.append(train_gan.critic_iteration(trainer, real, labels, alpha))
 
     trainer.seed_iteration(trainer.options.critic_iterations)
-    generator_terms = train_gan.generator_iteration(trainer, trainer.options.batch_size, alpha)
+    generator_terms = train_gan.generator_iteration(trainer, train_gan.generator_batch(trainer.options), alpha)
     return end_epoch(trainer, alpha, critic_terms, generator_terms)
 
 
@@ -311,7 +311,7 @@ def critics_last_z(trainer, batches):
         critic_terms.append(train_gan.critic_iteration(trainer, real, labels, alpha))
 
     trainer.seed_iteration(trainer.options.critic_iterations - 1)
-    generator_terms = train_gan.generator_iteration(trainer, trainer.options.batch_size, alpha)
+    generator_terms = train_gan.generator_iteration(trainer, train_gan.generator_batch(trainer.options), alpha)
     return end_epoch(trainer, alpha, critic_terms, generator_terms)
 
 
