@@ -1633,7 +1633,7 @@ def figure_profiles(profiles):
     """Mean HU by distance from the centre, with ± a standard deviation, a chart a class, one SVG.
 
     profiles: class → kind → (mean, standard deviation), of `assess_generated`. Where nearly all
-    cubes are accepted, those before selection are the same ones: they are dashed, without a band.
+    cubes are accepted, those before selection hardly differ: they are dashed, without a band.
     """
     charts = []
     for name, kinds in profiles.items():
@@ -2279,11 +2279,17 @@ def format_copying(value):
     return lungaug.with_minus(f"{value:.1f}")
 
 
+# Of 256 cubes whose scores have nothing to do with it, 95% of the ρ lie within ±2/√256.
+UNRELATED = 0.125
+
+
 def selection_sentence(rho):
     """What Spearman's ρ of `score_selection` says about the selection by score."""
     if rho is None or math.isnan(rho):
         return "Whether the critic's score chooses better cubes cannot be said: it is constant."
-    if rho < 0:
+    if abs(rho) < UNRELATED:
+        says = "it says next to nothing about it"
+    elif rho < 0:
         says = "it prefers those of which the classifier is less sure"
     else:
         says = ("it prefers those of which the classifier is surer: more typical ones, which need "

@@ -228,8 +228,8 @@ OPTIONS = (
            help="tf32 lets a recent GPU round the factors of products to 10 bits, which is faster; "
                 "bfloat16 computes with 7 bits, but keeps weights and losses in float32."),
     Option("--micro-batch", GAN, int, low=1, fixes=(),
-           help="Split each batch into chunks of this many cubes, to save memory "
-                "(default: one chunk per process)."),
+           help="Split each batch into chunks of this many cubes, to save memory (default: one "
+                "chunk per process). A generator step's are --generator-multiple times as large."),
     Option("--checkpoint-minutes", GAN, float, demo=1.0, thesis=1.0, low=0, fixes=(),
            help="Minutes between two checkpoints."),
 

@@ -337,10 +337,12 @@ def generator_iteration(trainer, count, alpha):
             fake = trainer.generator(latent[samples])
             return generator_loss(trainer.critic, fake, labels[samples], alpha)
 
-    # As many micro-batches as the critic's: each has --generator-multiple times the samples.
-    size = trainer.options.micro_batch
-    if size is not None:
-        size *= trainer.options.generator_multiple
+    # Make as many micro-batches as the critic's, each of --generator-multiple times the samples.
+    options = trainer.options
+    _, n_processes = process_place()
+    critic_count = math.ceil(count / options.generator_multiple)
+    critic_size = options.micro_batch or math.ceil(critic_count / n_processes)
+    size = options.generator_multiple * critic_size
 
     # Step down the gradient; the critic's own gradients are not needed.
     trainer.generator_optimizer.zero_grad()

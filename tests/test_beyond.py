@@ -988,4 +988,5 @@ def test_selection_sentence__says_which_it_prefers():
     assert "ρ is −0.69: " in evaluate.selection_sentence(-0.69)
     assert "less sure" in evaluate.selection_sentence(-0.69)
     assert "surer" in evaluate.selection_sentence(0.4)
+    assert all("next to nothing" in evaluate.selection_sentence(rho) for rho in (-0.08, 0.0, 0.12))
     assert "cannot be said" in evaluate.selection_sentence(None)

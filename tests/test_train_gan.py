@@ -589,6 +589,18 @@ def test_rule_4_1_generator_batch__as_many_micro_batches_as_the_critics(tmp_path
     assert [len(z) for z in latents] == [2, 2] * 5 + [6, 6]
 
 
+@pytest.mark.parametrize("process, count", [(0, 4), (1, 3)])
+def test_rule_4_1_generator_batch__is_shared_as_the_critics(tmp_path, monkeypatch, process, count):
+    """Of seven reals the first of two processes takes four, of fourteen generated cubes eight: as one process with
+    --micro-batch 4 splits them, so that the bytes are the same."""
+    monkeypatch.setattr(train_gan, "process_place", lambda: (process, 2))
+    monkeypatch.setattr(train_gan, "sum_over_processes", lambda gradients, terms: terms)
+    trainer = small_trainer(batch_size=7, generator_multiple=2)
+    latents = seen_by_generator(trainer)
+    train_gan.train_epoch(trainer, batches_of(trainer, small_dataset(tmp_path)))
+    assert [len(z) for z in latents] == [count] * 5 + [2 * count]
+
+
 def recorded_epoch(run, monkeypatch, epochs=1):
     """One epoch, or more: its steps as (name, reals or count), and the z of each, in their order."""
     trainer, steps = small_trainer(), []
