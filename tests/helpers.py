@@ -118,7 +118,8 @@ def begin_early(items):
         return
 
     spawn = multiprocessing.get_context("spawn")
-    with (tempfile.TemporaryDirectory() as folder,
+    # A process that outlives a failed test may still write here: the test's own message matters more.
+    with (tempfile.TemporaryDirectory(ignore_cleanup_errors=True) as folder,
           ProcessPoolExecutor(1, spawn, leave_interrupts_to_the_tests) as pool):
         for number, key in enumerate(keys):
             place = Path(folder) / str(number)

@@ -63,7 +63,9 @@ def interrupted(program, run, send):
     process = subprocess.Popen(command, start_new_session=True, **pipes)
 
     # lungaug.py, preprocessing.py, phantom.py, and below it a tracker of resources and two workers.
-    assert wait_until(lambda: len(list(Path(run).rglob("truth/*.npz"))) > 0, seconds=120)
+    # A search of the whole run would meet folders that are renamed while it looks into them.
+    truth = Path(run) / "scans" / "truth"
+    assert wait_until(lambda: any(truth.glob("*.npz")), seconds=120)
     started = descendants(process.pid)
     send(process)
     _, err = process.communicate(timeout=90)
@@ -78,7 +80,8 @@ def ends(folder):
         lambda: interrupted(coarse, folder / "all", lambda process: os.killpg(process.pid, signal.SIGINT)),
         lambda: interrupted(coarse, folder / "first", lambda process: process.send_signal(signal.SIGINT)))
     # The table comes after the last scan.
-    assert not list(folder.rglob("annotations.csv"))
+    for run in ("all", "first"):
+        assert not (folder / run / "scans" / "annotations.csv").exists()
     return ends
 
 
