@@ -2288,7 +2288,7 @@ def selection_sentence(rho):
     if rho is None or math.isnan(rho):
         return "Whether the critic's score chooses better cubes cannot be said: it is constant."
     if abs(rho) < UNRELATED:
-        says = "it says next to nothing about it"
+        says = "the score says next to nothing about the probability"
     elif rho < 0:
         says = "it prefers those of which the classifier is less sure"
     else:

@@ -199,7 +199,7 @@ OPTIONS = (
            source="4.1.1 [num_4_1_batch_size]"),
     Option("--generator-multiple", GAN, int, demo=2, thesis=1, low=1, fixes=("gan",),
            help="Cubes of a generator step, as a multiple of --batch-size. With 2, as in the "
-                "code of WGAN-GP's authors, steps are steadier and nodules rounder.",
+                "code of WGAN-GP's authors, the demo's nodules are nearer to real ones in HU.",
            source="4.1.1"),
     Option("--learning-rate", GAN, float, demo=1e-3, thesis=1e-4, low=0, fixes=("gan",),
            help="Adam's learning rate for the GAN. 0.001 learns in minutes.",

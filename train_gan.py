@@ -337,20 +337,26 @@ def generator_iteration(trainer, count, alpha):
             fake = trainer.generator(latent[samples])
             return generator_loss(trainer.critic, fake, labels[samples], alpha)
 
-    # Make as many micro-batches as the critic's, each of --generator-multiple times the samples.
-    options = trainer.options
-    _, n_processes = process_place()
-    critic_count = math.ceil(count / options.generator_multiple)
-    critic_size = options.micro_batch or math.ceil(critic_count / n_processes)
-    size = options.generator_multiple * critic_size
-
     # Step down the gradient; the critic's own gradients are not needed.
     trainer.generator_optimizer.zero_grad()
     trainer.critic.requires_grad_(False)
+    size = generator_micro_batch(count, trainer.options)
     terms = accumulate(loss_of, count, size, trainer.generator)
     trainer.critic.requires_grad_(True)
     trainer.generator_optimizer.step()
     return terms
+
+
+def generator_micro_batch(count, options):
+    """Samples of a micro-batch where a generator step has `count`.
+
+    A step has as many micro-batches as the critic's, each of --generator-multiple times the
+    samples. Several processes then share it as one with --micro-batch would split it.
+    """
+    _, n_processes = process_place()
+    multiple = options.generator_multiple
+    of_critic = options.micro_batch or math.ceil(count / multiple / n_processes)
+    return multiple * of_critic
 
 
 def generator_batch(options):

@@ -565,7 +565,7 @@ def test_rule_4_1_generator_step__micro_batches_make_the_same_gradients(size):
     assert torch.equal(whole.rng.get_state(), parts.rng.get_state())
 
 
-# Five to one
+# The generator's batch
 
 def test_rule_4_1_generator_batch__of_the_thesis():
     """The thesis names one batch size, so m = 1 there; the demo's is its own choice, with its reason in Choices."""
@@ -600,6 +600,8 @@ def test_rule_4_1_generator_batch__is_shared_as_the_critics(tmp_path, monkeypatc
     train_gan.train_epoch(trainer, batches_of(trainer, small_dataset(tmp_path)))
     assert [len(z) for z in latents] == [count] * 5 + [2 * count]
 
+
+# Five to one
 
 def recorded_epoch(run, monkeypatch, epochs=1):
     """One epoch, or more: its steps as (name, reals or count), and the z of each, in their order."""
