@@ -30,7 +30,13 @@ import time
 import zipfile
 import zlib
 from collections import deque
-from concurrent.futures import BrokenExecutor, ProcessPoolExecutor, ThreadPoolExecutor
+from concurrent.futures import (
+    FIRST_EXCEPTION,
+    BrokenExecutor,
+    ProcessPoolExecutor,
+    ThreadPoolExecutor,
+    wait,
+)
 from contextlib import contextmanager
 from pathlib import Path
 from typing import NamedTuple
@@ -943,6 +949,54 @@ def fingerprint(value):
     return zlib.crc32(json.dumps(value, sort_keys=True).encode())
 
 
+# Several trainings side by side
+
+# Set while `side_by_side` ends early.
+STOPPING = threading.Event()
+
+
+class Stopped(Exception):
+    """Raised in a thread of `side_by_side` after Ctrl-C, or where another thread has failed."""
+
+
+def check_goes_on():
+    """Raise Stopped where the threads of `side_by_side` are to end."""
+    if STOPPING.is_set():
+        raise Stopped
+
+
+def side_by_side(calls, device):
+    """Run every call: on a CPU as many at a time as it has cores, on a GPU one after the other.
+
+    On a CPU each of them computes on one thread. A small network gains next to nothing from a
+    second one, so two cores are done in 0.7 of the time; and the bytes of a result do not depend on
+    the number of cores. Where a call fails, or at Ctrl-C, the others end at their next batch (see
+    `read_ahead`), and what was raised is raised here.
+    """
+    n_threads = torch.get_num_threads()
+    on_cpu = device.type == "cpu"
+    pool = ThreadPoolExecutor(n_threads if on_cpu else 1)
+    if on_cpu:
+        torch.set_num_threads(1)
+    try:
+        await_all([submit(pool, call) for call in calls])
+    finally:
+        STOPPING.set()
+        pool.shutdown(cancel_futures=True)
+        STOPPING.clear()
+        torch.set_num_threads(n_threads)
+
+
+def await_all(jobs):
+    """Wait until all jobs have ended, or one has failed: then raise what it raised."""
+    waiting = jobs
+    while waiting:
+        # Windows lets Ctrl-C through only between two waits.
+        done, waiting = wait(jobs, timeout=0.5, return_when=FIRST_EXCEPTION)
+        for job in done:
+            job.result()
+
+
 # Many cubes: read them ahead, choose some of them, let a network score them
 
 def read_ahead(read, items):
@@ -955,10 +1009,12 @@ def read_ahead(read, items):
     waiting = deque()
     try:
         for item in items:
+            check_goes_on()
             waiting.append(pool.submit(read, item))
             if len(waiting) > READ_THREADS:
                 yield waiting.popleft().result()
         while waiting:
+            check_goes_on()
             yield waiting.popleft().result()
     finally:
         pool.shutdown(cancel_futures=True)
@@ -1004,6 +1060,8 @@ class Progress:
         self.label = label
         self.total = total
         self.every = every
+        self.done = 0
+        self.lock = threading.Lock()
         self.start = time.monotonic()
         self.last_shown = 0.0
         # A resumed run begins with something done, which says nothing about its rate.
@@ -1011,6 +1069,7 @@ class Progress:
 
     def update(self, done, text=""):
         """Say that `done` of the total are done; `text` is shown behind the numbers."""
+        self.done = done
         now = time.monotonic()
         is_terminal = sys.stderr.isatty()
         is_last = done >= self.total
@@ -1023,12 +1082,19 @@ class Progress:
             return
         self.last_shown = now
 
-        line = self.line(done, now) + f"  {printable(text)}"
+        line = self.line(done, now)
+        if text:
+            line += f"  {printable(text)}"
         if is_terminal:
             end = "\n" if is_last else ""
             print(CLEAR_LINE + line, end=end, file=sys.stderr, flush=True)
         else:
             print(line, file=sys.stderr, flush=True)
+
+    def advance(self, text=""):
+        """Say that one more is done: for threads that share what is to be done."""
+        with self.lock:
+            self.update(self.done + 1, text)
 
     def line(self, done, now):
         """`label 3/8  2.0/s, 3 s left`"""

@@ -11,6 +11,8 @@ samples.png; checkpoint.pt and log.jsonl of real, longer, mixed and fake.
 """
 
 import math
+from functools import partial
+from pathlib import Path
 from typing import NamedTuple
 
 import lungaug
@@ -593,19 +595,32 @@ def keep_best(trainer, f1, loss):
         trainer.best = {"f1": f1, "loss": loss, "epoch": trainer.epoch, "classifier": weights}
 
 
-def train(trainer, pools, drawn, dataset, folder):
+class Training(NamedTuple):
+    """One classifier to train: all that its training changes, its data, its folder.
+
+    pools: the positives and the negatives; drawn: how many positives an epoch takes.
+    """
+    trainer: Trainer
+    pools: tuple
+    drawn: int
+    dataset: preprocessing.Dataset
+    folder: Path
+
+
+def train(training, progress):
     """Train, validate, keep the best, log, save.
 
     Every epoch is a checkpoint, so that a stopped run resumes and ends with the same bytes.
+    progress: of all trainings together.
     """
-    epochs = trainer.options.epochs
-    progress = lungaug.Progress(f"{name_of(trainer)} epochs", epochs)
-    while trainer.epoch < epochs:
+    trainer = training.trainer
+    folder = training.folder
+    while trainer.epoch < trainer.options.epochs:
         # Train.
-        train_loss = train_epoch(trainer, pools, drawn)
+        train_loss = train_epoch(trainer, training.pools, training.drawn)
 
         # Validate.
-        f1, loss = validate(trainer.classifier, dataset, trainer.device)
+        f1, loss = validate(trainer.classifier, training.dataset, trainer.device)
         check(math.isfinite(loss), folder / "checkpoint.pt",
               f"the loss is NaN or infinite in epoch {trainer.epoch}",
               "start over with a lower --learning-rate and --overwrite")
@@ -617,10 +632,10 @@ def train(trainer, pools, drawn, dataset, folder):
         row = {"epoch": trainer.epoch, "train_loss": train_loss, "validation_loss": loss,
                "validation_f1": f1}
         lungaug.append_log(folder / "log.jsonl", row)
-        progress.update(trainer.epoch, f"loss {train_loss:.3f}, validation F1 {f1:.3f}")
 
         # Save.
         lungaug.save_checkpoint(trainer, folder)
+        progress.advance(f"{name_of(trainer)}: loss {train_loss:.3f}, validation F1 {f1:.3f}")
 
 
 def name_of(trainer):
@@ -643,8 +658,8 @@ def missing_class(arm, run, dataset):
     return None
 
 
-def train_arm(arm, run, dataset, options, classes, device, repeat=1):
-    """Train one arm's classifier, or skip it where there is nothing to train on.
+def open_training(arm, run, dataset, options, classes, device, repeat=1):
+    """The Training of an arm, at its checkpoint or new; None where there is nothing to train on.
 
     classes: what was generated, as `generate_classes` returns it; None for the arm real.
     """
@@ -655,24 +670,58 @@ def train_arm(arm, run, dataset, options, classes, device, repeat=1):
             print(f"{arm}: no generated {missing} to train on; skipped.", flush=True)
         # Remove the classifier of an earlier GAN, so that it is not taken for this one's.
         lungaug.remove(folder, "checkpoint.pt", "log.jsonl")
-        return
+        return None
 
     trainer = Trainer(arm, options, dataset, classes, device, repeat)
     lungaug.resume(trainer, folder)
     lungaug.rewind_log(folder / "log.jsonl", trainer.epoch)
-    if trainer.epoch < options.epochs:
+    pools = arm_pools(arm, run, dataset)
+    drawn = positives_per_epoch(arm, run, dataset)
+    return Training(trainer, pools, drawn, dataset, folder)
+
+
+def open_trainings(run, dataset, options, classes, device):
+    """The trainings of every arm and repeat that has something to train on.
+
+    Repeat by repeat, so that a stage that is stopped leaves whole ones.
+    """
+    trainings = []
+    for repeat in range(1, options.repeats + 1):
+        for arm in ARMS:
+            generated = None if arm == "real" else classes
+            training = open_training(arm, run, dataset, options, generated, device, repeat)
+            if training:
+                trainings.append(training)
+    return trainings
+
+
+def train_all(trainings, run, device):
+    """Train classifiers side by side, each to its last epoch; say how each has ended."""
+    epochs = sum(training.trainer.options.epochs for training in trainings)
+    done = sum(training.trainer.epoch for training in trainings)
+    if done < epochs:
         # Until the stage has its page again it is not finished, for evaluate.py: before its end
         # some arms have more epochs than others.
         lungaug.remove(run / "classifiers", "options.json")
-    pools = arm_pools(arm, run, dataset)
-    drawn = positives_per_epoch(arm, run, dataset)
-    train(trainer, pools, drawn, dataset, folder)
 
-    positives, negatives = pools
+        progress = lungaug.Progress("classifier epochs", epochs)
+        progress.update(done)
+        calls = [partial(train, training, progress) for training in trainings]
+        lungaug.side_by_side(calls, device)
+
+    for training in trainings:
+        print_training(training)
+
+
+def print_training(training):
+    """Say what a classifier was trained on, and how good its best epoch is."""
+    trainer = training.trainer
+    positives, negatives = training.pools
+    steps = steps_per_epoch(training.drawn, trainer.options)
     best = trainer.best
     print(f"{name_of(trainer)}: {len(positives)} positives, {len(negatives)} negatives, "
-          f"{steps_per_epoch(drawn, options)} steps per epoch; "
-          f"best validation F1 {best['f1']:.3f}, at epoch {best['epoch']}.", flush=True)
+          f"{steps} steps per epoch; best validation F1 {best['f1']:.3f}, at epoch "
+          f"{best['epoch']}.", flush=True)
 
 
 # 4.3 on the page, and the command
@@ -724,11 +773,8 @@ def main():
 
         classes = generate_classes(run, dataset, options, device)
         draw_samples(run, dataset)
-        # Repeat by repeat, so that a training that is stopped leaves whole ones.
-        for repeat in range(1, options.repeats + 1):
-            for arm in ARMS:
-                generated = None if arm == "real" else classes
-                train_arm(arm, run, dataset, options, generated, device, repeat)
+        trainings = open_trainings(run, dataset, options, classes, device)
+        train_all(trainings, run, device)
 
     lungaug.save_page(folder, options, page(classes, dataset))
 

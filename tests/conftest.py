@@ -23,6 +23,8 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")
 # processes that the tests start and interrupt.
 signal.signal(signal.SIGINT, signal.default_int_handler)
 
+import torch
+
 import preprocessing
 
 
@@ -50,6 +52,14 @@ def interruptible():
     """A command that ends ignores Ctrl-C, as Python is about to end, too; here it is not."""
     yield
     signal.signal(signal.SIGINT, signal.default_int_handler)
+
+
+@pytest.fixture
+def threads():
+    """threads(n) lets PyTorch compute on n threads until the test ends."""
+    before = torch.get_num_threads()
+    yield torch.set_num_threads
+    torch.set_num_threads(before)
 
 
 @pytest.fixture

@@ -3,6 +3,7 @@
     python -m pytest tests/test_lungaug.py -v
 """
 
+import _thread
 import ast
 import functools
 import importlib
@@ -1045,6 +1046,94 @@ def test_predict__in_parts_as_at_once(count, size):
     assert max(map(len, asked)) <= size
 
 
+# Several trainings side by side
+
+
+def endless():
+    """Read one thing after another until it is stopped; not for ever, so that a failure shows."""
+    deadline = time.monotonic() + 20
+    for _ in lungaug.read_ahead(lambda item: time.sleep(0.001), iter(int, 1)):
+        assert time.monotonic() < deadline, "it was not stopped"
+
+
+def test_side_by_side__on_a_cpu_as_many_at_a_time_as_there_are_threads(threads):
+    """Three calls that wait for each other all end; each of them computes on one thread."""
+    threads(3)
+    meeting = threading.Barrier(3, timeout=20)
+    seen = []
+
+    def call():
+        meeting.wait()
+        seen.append(torch.get_num_threads())
+
+    lungaug.side_by_side([call] * 3, torch.device("cpu"))
+    assert seen == [1, 1, 1]
+    assert torch.get_num_threads() == 3
+
+
+def test_side_by_side__on_a_gpu_one_after_the_other(threads):
+    """Each call begins when the one before it has ended, in order, with the threads as they are."""
+    threads(3)
+    events = []
+
+    def call(number):
+        events.append((number, "begins", torch.get_num_threads()))
+        time.sleep(0.01)
+        events.append((number, "ends", torch.get_num_threads()))
+
+    lungaug.side_by_side([functools.partial(call, number) for number in range(3)], torch.device("cuda"))
+    assert events == [(number, event, 3) for number in range(3) for event in ("begins", "ends")]
+
+
+def test_side_by_side__where_one_fails_the_others_stop(threads):
+    """Its Refusal is raised; one that runs ends at its next batch, one that waits does not begin; then all is as it
+    was."""
+    threads(2)
+    begun = []
+
+    def fail():
+        raise Refusal("checkpoint.pt", "is damaged", "start over")
+
+    with pytest.raises(Refusal, match="checkpoint.pt"):
+        # The third fills the place of the second; the fourth waits for one.
+        lungaug.side_by_side([endless, fail, endless, lambda: begun.append(True)], torch.device("cpu"))
+    assert not begun
+    assert torch.get_num_threads() == 2
+    assert list(lungaug.read_ahead(str, range(3))) == ["0", "1", "2"]
+
+
+def test_side_by_side__ctrl_c_stops_all(threads):
+    """A KeyboardInterrupt of the main thread ends calls that would never end."""
+    threads(2)
+    before = threading.active_count()
+
+    def interrupt():
+        _thread.interrupt_main()
+        endless()
+
+    with pytest.raises(KeyboardInterrupt):
+        lungaug.side_by_side([endless, interrupt], torch.device("cpu"))
+    assert threading.active_count() == before
+    assert torch.get_num_threads() == 2
+
+
+def test_progress__threads_that_share_it_count_every_one(capsys):
+    """Four threads that advance it 250 times each: 1,000, and the last line once."""
+    progress = lungaug.Progress("epochs", 1000, every=0)
+
+    def advance():
+        for _ in range(250):
+            progress.advance()
+
+    workers = [threading.Thread(target=advance) for _ in range(4)]
+    for worker in workers:
+        worker.start()
+    for worker in workers:
+        worker.join()
+    lines = capsys.readouterr().err.splitlines()
+    assert [line.split()[1] for line in lines] == [f"{done}/1000" for done in range(1, 1001)]
+
+
 # What is shown
 
 
@@ -1083,7 +1172,7 @@ def test_progress__elsewhere_than_on_a_terminal_the_last_line_is_whole(capsys):
 
 
 @pytest.mark.parametrize("seconds, line",
-                         [(5, "x 20/40  2.0/s, 10 s left  "), (50, "x 20/40  12.0/min, 100 s left  "), (0, "x 20/40")])
+                         [(5, "x 20/40  2.0/s, 10 s left"), (50, "x 20/40  12.0/min, 100 s left"), (0, "x 20/40")])
 def test_progress__rate_and_time_left(monkeypatch, capsys, seconds, line):
     """From 10 to 20 of 40 in 5 s: 2 a second, 10 s left; what a resumed run found done does not count as its speed."""
     now = [1000.0]

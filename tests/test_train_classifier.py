@@ -6,6 +6,7 @@ A run's prepared data are noise here, one scan per split; generator and critic a
 answer is known.
 """
 
+import itertools
 import shutil
 from pathlib import Path
 
@@ -32,11 +33,18 @@ def options(*words):
 
 def train(run, arm="real", *words, classes=None):
     """Train one arm on the small run. Returns its checkpoint, or None where the arm is skipped."""
+    training = open_training(run, arm, *words, classes=classes)
+    if training is None:
+        return None
+    train_classifier.train_all([training], run, CPU)
+    return lungaug.load_checkpoint(training.folder / "checkpoint.pt", "")
+
+
+def open_training(run, arm="real", *words, classes=None, repeat=1):
+    """The Training of an arm on the small run, in batches of 8; None where the arm is skipped."""
     dataset = preprocessing.open_dataset(run)
     typed = options("--batch-size", "8", *words)
-    train_classifier.train_arm(arm, run, dataset, typed, classes, CPU)
-    path = run / "classifiers" / arm / "checkpoint.pt"
-    return lungaug.load_checkpoint(path, "") if path.exists() else None
+    return train_classifier.open_training(arm, run, dataset, typed, classes, CPU, repeat)
 
 
 def preset(name):
@@ -612,7 +620,7 @@ def test_rule_5_2_best_kept__highest_f1_then_lowest_loss_then_first(
     assert not same_state(weights[0], weights[1])
 
 
-def test_train_arm__a_loss_that_is_not_finite_is_refused(tmp_path, monkeypatch):
+def test_train__a_loss_that_is_not_finite_is_refused(tmp_path, monkeypatch):
     """NaN stops the training in one line, and leaves no checkpoint."""
     small_run(tmp_path)
     monkeypatch.setattr(train_classifier, "validate", lambda *_: (0.0, float("nan")))
@@ -623,7 +631,7 @@ def test_train_arm__a_loss_that_is_not_finite_is_refused(tmp_path, monkeypatch):
 
 @pytest.mark.parametrize("steady", [False, True])
 @pytest.mark.parametrize("function, call", [("write", 3), ("write", 4), ("append_log", 3)])
-def test_train_arm__stopped_and_resumed_it_ends_with_the_same_bytes(
+def test_train__stopped_and_resumed_it_ends_with_the_same_bytes(
         tmp_path, monkeypatch, function, call, steady):
     """Stopped before, or between, log and checkpoint, then resumed: the same files.
 
@@ -661,7 +669,7 @@ def test_train_arm__stopped_and_resumed_it_ends_with_the_same_bytes(
     assert [row["epoch"] for row in rows] == [1, 2, 3, 4]
 
 
-def test_train_arm__the_log_holds_the_mean_loss_of_the_epochs_batches(tmp_path, monkeypatch):
+def test_train__the_log_holds_the_mean_loss_of_the_epochs_batches(tmp_path, monkeypatch):
     """train_loss is the mean over an epoch's batches; validation_f1 and _loss are validate's."""
     small_run(tmp_path)
     classifier_loss = train_classifier.classifier_loss
@@ -684,7 +692,7 @@ def test_train_arm__the_log_holds_the_mean_loss_of_the_epochs_batches(tmp_path, 
         assert row["validation_f1"] == 0.25 and row["validation_loss"] == 0.75
 
 
-def test_train_arm__the_arms_start_from_the_same_weights(tmp_path):
+def test_trainer__the_arms_start_from_the_same_weights(tmp_path):
     """The arms differ in their data alone: before the first step all have the same weights."""
     dataset = small_run(tmp_path)
     starts = []
@@ -694,7 +702,7 @@ def test_train_arm__the_arms_start_from_the_same_weights(tmp_path):
     assert all(same_state(starts[0], start) for start in starts[1:])
 
 
-def test_train_arm__the_arms_of_a_repeat_start_from_the_same_weights(tmp_path):
+def test_trainer__the_arms_of_a_repeat_start_from_the_same_weights(tmp_path):
     """Arms are paired: of one repeat they start alike, and another repeat starts from others."""
     dataset = small_run(tmp_path)
     starts = {}
@@ -707,17 +715,15 @@ def test_train_arm__the_arms_of_a_repeat_start_from_the_same_weights(tmp_path):
     assert not same_state(starts["real", 2], starts["real", 3])
 
 
-def test_train_arm__a_repeat_lies_in_a_folder_of_its_own(tmp_path):
+def test_open_training__a_repeat_lies_in_a_folder_of_its_own(tmp_path):
     """The first repeat keeps its path and its bytes, whatever follows; no two repeats are alike."""
     small_run(tmp_path)
-    dataset = preprocessing.open_dataset(tmp_path)
     folder = tmp_path / "classifiers" / "real"
-    typed = options("--batch-size", "8", "--epochs", "1")
-    train_classifier.train_arm("real", tmp_path, dataset, typed, None, CPU)
+    train(tmp_path, "real", "--epochs", "1")
     first = (folder / "checkpoint.pt").read_bytes()
 
-    for repeat in (2, 3):
-        train_classifier.train_arm("real", tmp_path, dataset, typed, None, CPU, repeat)
+    others = [open_training(tmp_path, "real", "--epochs", "1", repeat=repeat) for repeat in (2, 3)]
+    train_classifier.train_all(others, tmp_path, CPU)
     checkpoints = [folder / "checkpoint.pt", folder / "repeat_2" / "checkpoint.pt",
                    folder / "repeat_3" / "checkpoint.pt"]
     assert checkpoints[0].read_bytes() == first
@@ -725,7 +731,7 @@ def test_train_arm__a_repeat_lies_in_a_folder_of_its_own(tmp_path):
 
 
 @pytest.mark.parametrize("epochs, is_finished", [("2", True), ("3", False)])
-def test_train_arm__a_stage_with_epochs_left_is_not_finished(tmp_path, epochs, is_finished):
+def test_train_all__a_stage_with_epochs_left_is_not_finished(tmp_path, epochs, is_finished):
     """Before more epochs are trained the stage's page goes: until its end the arms are unequal."""
     small_run(tmp_path)
     train(tmp_path, "real", "--epochs", "2")
@@ -735,6 +741,82 @@ def test_train_arm__a_stage_with_epochs_left_is_not_finished(tmp_path, epochs, i
     train(tmp_path, "real", "--epochs", epochs)
     assert path.exists() == is_finished
     assert not is_finished or path.read_bytes() == before
+
+
+# Several at a time
+
+
+def train_every_arm(run, *words):
+    """Train every arm on the small run, twice, for two epochs."""
+    dataset = preprocessing.open_dataset(run)
+    typed = options("--batch-size", "8", "--epochs", "2", "--repeats", "2", *words)
+    trainings = train_classifier.open_trainings(run, dataset, typed, {}, CPU)
+    train_classifier.train_all(trainings, run, CPU)
+
+
+def trained_files(run):
+    """The bytes of each checkpoint and log of a run's classifiers, by path."""
+    folder = run / "classifiers"
+    paths = [*folder.rglob("checkpoint.pt"), *folder.rglob("log.jsonl")]
+    return {path.relative_to(run): path.read_bytes() for path in paths}
+
+
+def small_runs(folder, *names):
+    """Small runs of these names in the folder, with generated cubes: their paths."""
+    for name in names:
+        small_run(folder / name)
+        write_generated(folder / name)
+    return [folder / name for name in names]
+
+
+def test_train_all__side_by_side_as_one_after_the_other(tmp_path, threads):
+    """The number of threads, and so of trainings at a time, changes no byte."""
+    runs = small_runs(tmp_path, "one", "four")
+    for run, count in zip(runs, (1, 4)):
+        threads(count)
+        train_every_arm(run)
+    files = [trained_files(run) for run in runs]
+    # Four arms, each twice, leave a checkpoint and a log each.
+    assert len(files[0]) == 16
+    assert files[0] == files[1]
+
+
+def test_train_all__stopped_by_a_failure_and_resumed_it_ends_with_the_same_bytes(
+        tmp_path, monkeypatch, threads):
+    """Where one training fails the others stop half-way, and the same command makes up for it."""
+    threads(3)
+    whole, stopped = small_runs(tmp_path, "whole", "stopped")
+    train_every_arm(whole)
+
+    # The fifth loss, whichever training it is of, is not finite.
+    validate = train_classifier.validate
+    numbers = itertools.count(1)
+
+    def fail_late(*arguments):
+        f1, loss = validate(*arguments)
+        return f1, float("nan") if next(numbers) == 5 else loss
+
+    monkeypatch.setattr(train_classifier, "validate", fail_late)
+    with pytest.raises(Refusal, match="NaN or infinite"):
+        train_every_arm(stopped)
+    assert trained_files(stopped) != trained_files(whole)
+
+    monkeypatch.setattr(train_classifier, "validate", validate)
+    train_every_arm(stopped)
+    assert trained_files(stopped) == trained_files(whole)
+
+
+def test_open_trainings__repeat_by_repeat(tmp_path):
+    """All arms of a repeat come before the next one; real does not depend on what was generated."""
+    [run] = small_runs(tmp_path, "run")
+    dataset = preprocessing.open_dataset(run)
+    classes = {"positive": {"accepted": 5}}
+    trainings = train_classifier.open_trainings(run, dataset, options("--repeats", "2"), classes, CPU)
+    order = [(training.trainer.repeat, training.trainer.arm) for training in trainings]
+    assert order == [(repeat, arm) for repeat in (1, 2) for arm in train_classifier.ARMS]
+    for training in trainings:
+        expected = None if training.trainer.arm == "real" else classes
+        assert training.trainer.settings["generated"] == expected
 
 
 # The control of the mixed arm
@@ -804,7 +886,7 @@ def test_rule_beyond_equal_steps__the_other_arms_draw_each_positive_once(tmp_pat
 @pytest.mark.parametrize("word, value", [
     ("--seed", "1"), ("--batch-size", "10"), ("--learning-rate", "0.1"),
     ("--late-learning-rate", "0.1"), ("--decay-epoch", "9")])
-def test_train_arm__other_options_than_the_checkpoints_are_refused(tmp_path, word, value):
+def test_open_training__other_options_than_the_checkpoints_are_refused(tmp_path, word, value):
     """A checkpoint made with other options is not resumed; the message names the option."""
     small_run(tmp_path)
     train(tmp_path, "real", "--epochs", "1")
@@ -812,7 +894,7 @@ def test_train_arm__other_options_than_the_checkpoints_are_refused(tmp_path, wor
         train(tmp_path, "real", "--epochs", "2", word, value)
 
 
-def test_train_arm__other_generated_samples_than_the_checkpoints_are_refused(tmp_path):
+def test_open_training__other_generated_samples_than_the_checkpoints_are_refused(tmp_path):
     """A classifier trained on other generated samples is not resumed."""
     small_run(tmp_path)
     write_generated(tmp_path)
@@ -821,7 +903,7 @@ def test_train_arm__other_generated_samples_than_the_checkpoints_are_refused(tmp
         train(tmp_path, "mixed", "--epochs", "2", classes={"positive": {"accepted": 6}})
 
 
-def test_train_arm__other_prepared_data_than_the_checkpoints_are_refused(tmp_path):
+def test_open_training__other_prepared_data_than_the_checkpoints_are_refused(tmp_path):
     """A finished classifier is refused for scans that were prepared since."""
     small_run(tmp_path)
     train(tmp_path, "real", "--epochs", "1")
@@ -834,7 +916,7 @@ def test_train_arm__other_prepared_data_than_the_checkpoints_are_refused(tmp_pat
 @pytest.mark.parametrize("arm, counts, missing", [
     ("mixed", (0, 4), "positives"), ("longer", (0, 4), "positives"),
     ("fake", (0, 4), "positives"), ("fake", (5, 0), "negatives")])
-def test_train_arm__a_skipped_arm_leaves_no_older_classifier(
+def test_open_training__a_skipped_arm_leaves_no_older_classifier(
         tmp_path, capsys, arm, counts, missing):
     """Where nothing of a new GAN passes, an arm is skipped, and its older checkpoint is removed."""
     small_run(tmp_path)
