@@ -31,6 +31,7 @@ import lungaug
 
 import numpy as np
 from scipy import ndimage
+from scipy.spatial import KDTree
 
 from scan_files import make_uid, write_annotations, write_dicom, write_metaimage, write_truth
 
@@ -683,11 +684,8 @@ def distance_to_vessels(places, vessels):
     for tree in vessels:
         wires.append(tree.nodes)
         wires.append(0.5 * tree.nodes + 0.5 * tree.nodes[tree.parents])
-    wires = np.concatenate(wires)
-
-    # |p − w|² = |p|² + |w|² − 2·p·w, which needs no array (n, m, 3).
-    squares = (places ** 2).sum(1)[:, None] + (wires ** 2).sum(1) - 2 * places @ wires.T
-    return np.sqrt(np.maximum(squares.min(1), 0))
+    distances, _ = KDTree(np.concatenate(wires)).query(places)
+    return distances
 
 
 def misfit(site, radius, depths, from_vessels):
