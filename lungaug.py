@@ -554,7 +554,8 @@ def command(main):
         status = 2
         if is_out_of_memory(error):
             first_line = str(error).partition("\n")[0] or "no more to be had"
-            remedy = "give a smaller --micro-batch, or else --batch-size or --width"
+            remedy = ("give a smaller --micro-batch, or else --batch-size or --width; classifiers "
+                      "are trained one at a time with OMP_NUM_THREADS=1 before the command")
             print(Refusal("out of memory", first_line, remedy), file=sys.stderr)
         elif "closed by peer" not in str(error).lower():
             raise
@@ -951,6 +952,8 @@ def fingerprint(value):
 
 # Several trainings side by side
 
+# More at a time would take much memory.
+MOST_AT_A_TIME = 8
 # Set while `side_by_side` ends early.
 STOPPING = threading.Event()
 
@@ -966,33 +969,40 @@ def check_goes_on():
 
 
 def side_by_side(calls, device):
-    """Run every call: on a CPU as many at a time as it has cores, on a GPU one after the other.
+    """Run every call: on a CPU as many at a time as it has cores, up to 8; on a GPU one by one.
 
     On a CPU each of them computes on one thread. A small network gains next to nothing from a
     second one, so two cores are done in 0.7 of the time; and the bytes of a result do not depend on
     the number of cores. Where a call fails, or at Ctrl-C, the others end at their next batch (see
-    `read_ahead`), and what was raised is raised here.
+    `read_ahead`), and what was raised is raised here, once all have ended.
     """
     n_threads = torch.get_num_threads()
-    on_cpu = device.type == "cpu"
-    pool = ThreadPoolExecutor(n_threads if on_cpu else 1)
-    if on_cpu:
-        torch.set_num_threads(1)
-    try:
-        await_all([submit(pool, call) for call in calls])
-    finally:
-        STOPPING.set()
-        pool.shutdown(cancel_futures=True)
-        STOPPING.clear()
-        torch.set_num_threads(n_threads)
+    n_workers, threads_each = 1, n_threads
+    if device.type == "cpu":
+        n_workers, threads_each = min(n_threads, MOST_AT_A_TIME), 1
+
+    # The number of threads is set in each of the pool's own: oneDNN asks the thread it runs in.
+    pool = ThreadPoolExecutor(n_workers, initializer=torch.set_num_threads,
+                              initargs=(threads_each,))
+    interrupts = []
+    with delay_interrupt(interrupts):
+        try:
+            await_all([pool.submit(call) for call in calls], interrupts)
+        finally:
+            STOPPING.set()
+            pool.shutdown(cancel_futures=True)
+            STOPPING.clear()
+            torch.set_num_threads(n_threads)
 
 
-def await_all(jobs):
-    """Wait until all jobs have ended, or one has failed: then raise what it raised."""
+def await_all(jobs, interrupts):
+    """Wait until all jobs have ended, or one has failed: then raise what it raised.
+
+    interrupts: a list that is no longer empty after Ctrl-C, at which there is no more to wait for.
+    """
     waiting = jobs
-    while waiting:
-        # Windows lets Ctrl-C through only between two waits.
-        done, waiting = wait(jobs, timeout=0.5, return_when=FIRST_EXCEPTION)
+    while waiting and not interrupts:
+        done, waiting = wait(jobs, timeout=0.2, return_when=FIRST_EXCEPTION)
         for job in done:
             job.result()
 
@@ -1399,14 +1409,19 @@ def tie_to_parent():
 
 
 @contextmanager
-def delay_interrupt():
-    """Let Ctrl-C have its effect after the block: what is half done there could never end."""
-    # A command that a script runs in the background ignores Ctrl-C, and so do its processes.
-    if signal.getsignal(signal.SIGINT) == signal.SIG_IGN:
+def delay_interrupt(interrupts=None):
+    """Let Ctrl-C have its effect after the block: what is half done there could never end.
+
+    interrupts: a list that gets one more item at each, for a block that can end sooner.
+    """
+    # A command that a script runs in the background ignores Ctrl-C, and so do its processes. Only
+    # the main thread can be interrupted.
+    is_main = threading.current_thread() is threading.main_thread()
+    if not is_main or signal.getsignal(signal.SIGINT) == signal.SIG_IGN:
         yield
         return
 
-    interrupts = []
+    interrupts = [] if interrupts is None else interrupts
     handler = signal.signal(signal.SIGINT, lambda *_: interrupts.append(True))
     try:
         yield

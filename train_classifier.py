@@ -635,7 +635,10 @@ def train(training, progress):
 
         # Save.
         lungaug.save_checkpoint(trainer, folder)
-        progress.advance(f"{name_of(trainer)}: loss {train_loss:.3f}, validation F1 {f1:.3f}")
+
+        # As short as this, the line of progress fits on a terminal of 80 columns.
+        numbers = f"loss {train_loss:.3f}, F1 {f1:.3f}"
+        progress.advance(f"{trainer.arm}, repeat {trainer.repeat}: {numbers}")
 
 
 def name_of(trainer):
@@ -683,7 +686,7 @@ def open_training(arm, run, dataset, options, classes, device, repeat=1):
 def open_trainings(run, dataset, options, classes, device):
     """The trainings of every arm and repeat that has something to train on.
 
-    Repeat by repeat, so that a stage that is stopped leaves whole ones.
+    They begin in this order, repeat by repeat: all arms of one, then of the next.
     """
     trainings = []
     for repeat in range(1, options.repeats + 1):
@@ -704,7 +707,7 @@ def train_all(trainings, run, device):
         # some arms have more epochs than others.
         lungaug.remove(run / "classifiers", "options.json")
 
-        progress = lungaug.Progress("classifier epochs", epochs)
+        progress = lungaug.Progress("epochs", epochs)
         progress.update(done)
         calls = [partial(train, training, progress) for training in trainings]
         lungaug.side_by_side(calls, device)

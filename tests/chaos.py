@@ -66,7 +66,8 @@ def stage_commands(run, short):
 def start(command, folder):
     """Start a stage in a process group of its own; its output goes to the file output.txt."""
     environment = dict(os.environ)
-    environment["OMP_NUM_THREADS"] = "1"
+    # Two classifiers are trained at a time.
+    environment["OMP_NUM_THREADS"] = "2"
     environment["PYTHONDONTWRITEBYTECODE"] = "1"
     with open(folder / "output.txt", "wb") as output:
         return subprocess.Popen(command, cwd=folder, stdout=output, stderr=output,

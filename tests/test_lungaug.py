@@ -1102,19 +1102,86 @@ def test_side_by_side__where_one_fails_the_others_stop(threads):
     assert list(lungaug.read_ahead(str, range(3))) == ["0", "1", "2"]
 
 
-def test_side_by_side__ctrl_c_stops_all(threads):
-    """A KeyboardInterrupt of the main thread ends calls that would never end."""
+@pytest.mark.parametrize("times", [1, 3])
+def test_side_by_side__ctrl_c_stops_all(threads, times):
+    """It ends calls that would never end, and is raised once all have ended, however often it comes."""
     threads(2)
     before = threading.active_count()
+    ended = []
+
+    def end_slowly():
+        try:
+            endless()
+        finally:
+            time.sleep(0.5)
+            ended.append(True)
 
     def interrupt():
-        _thread.interrupt_main()
-        endless()
+        for _ in range(times):
+            _thread.interrupt_main()
+            time.sleep(0.3)
+        end_slowly()
 
     with pytest.raises(KeyboardInterrupt):
-        lungaug.side_by_side([endless, interrupt], torch.device("cpu"))
+        lungaug.side_by_side([end_slowly, interrupt], torch.device("cpu"))
+    assert len(ended) == 2
     assert threading.active_count() == before
     assert torch.get_num_threads() == 2
+    assert list(lungaug.read_ahead(str, range(3))) == ["0", "1", "2"]
+
+
+def test_side_by_side__works_outside_the_main_thread(threads):
+    """Ctrl-C is the main thread's; nothing else needs it."""
+    threads(2)
+    results = []
+
+    def work():
+        lungaug.side_by_side([lambda: results.append(True)] * 3, torch.device("cpu"))
+
+    worker = threading.Thread(target=work)
+    worker.start()
+    worker.join()
+    assert results == [True] * 3
+
+
+def test_side_by_side__no_more_than_a_memory_holds(threads, monkeypatch):
+    """However many cores there are, MOST_AT_A_TIME calls run at a time."""
+    threads(8)
+    monkeypatch.setattr(lungaug, "MOST_AT_A_TIME", 2)
+    running = []
+    most = []
+
+    def call():
+        running.append(True)
+        most.append(len(running))
+        time.sleep(0.02)
+        running.pop()
+
+    lungaug.side_by_side([call] * 8, torch.device("cpu"))
+    assert max(most) == 2
+
+
+CONVOLVE = """
+import os, torch, lungaug
+from models import Classifier
+counts = []
+def call():
+    Classifier(24)(torch.zeros(2, 1, 24, 24, 24)).sum().backward()
+    counts.append(len(os.listdir("/proc/self/task")))
+before = len(os.listdir("/proc/self/task"))
+lungaug.side_by_side([call] * 4, torch.device("cpu"))
+print(max(counts) - before)
+"""
+
+
+def test_side_by_side__a_convolution_starts_no_threads_of_its_own(tmp_path):
+    """With four cores there are four threads more, not four times four: oneDNN computes on one, too."""
+    if not Path("/proc/self/task").exists():
+        pytest.skip("only Linux counts a process' threads in /proc")
+    result = subprocess.run([sys.executable, "-c", CONVOLVE], cwd=HERE, capture_output=True, text=True,
+                            env=os.environ | {"OMP_NUM_THREADS": "4"})
+    assert result.returncode == 0, result.stderr
+    assert int(result.stdout) <= 4
 
 
 def test_progress__threads_that_share_it_count_every_one(capsys):
