@@ -111,7 +111,7 @@ EQUIVALENT = {
         "a component of one voxel is no quarter of a lung",
     ("preprocessing.interpolate_axes", "number", "2"):
         "what is kept in memory changes no result",
-    ("preprocessing.cut", "operator", "< → <="): "where they are equal the slice is empty",
+    ("preprocessing.cut", "operator", ">= → >"): "where they are equal the slice is empty",
     ("preprocessing.draw_negatives", "operator", "+ → -"): "a uniform draw about 0 has no sign",
     ("preprocessing.read_dicom", "number", "0"): "the slices of one volume share their plane",
     ("preprocessing.draw_negatives", "number", "100"): "a round more, where 100 find none",
