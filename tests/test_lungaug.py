@@ -584,21 +584,32 @@ def test_main__the_thesis_on_a_cpu_is_told_of_before_anything_slow(monkeypatch, 
 TABLE_1 = {"train": {"positive": 16, "negative": 900}, "validation": {"positive": 2, "negative": 8}}
 
 
-def test_estimate_classifiers__counts_what_is_trained_and_what_is_validated(monkeypatch, tmp_path):
-    """By hand, in convolutions of a second. An epoch trains on 16 positives (real), 24 (longer, mixed) and 8 (fake),
-    and on as many negatives: 2 · 72 cubes at 0.8. Each validates 10 at 0.4. Two repeats of three epochs."""
-    monkeypatch.setattr(lungaug, "time_convolution", lambda cube, width: {(24, 4): 1}[cube, width])
+def test_estimate_classifiers__counts_what_is_trained_and_what_is_validated(monkeypatch, tmp_path, threads):
+    """By hand, in convolutions of a second on one thread. An epoch trains on 16 positives (real), 24 (longer, mixed)
+    and 8 (fake), and on as many negatives: 2 · 72 cubes. Each validates 10. Two repeats of three epochs."""
+    monkeypatch.setattr(lungaug, "CLASSIFIER_CONVOLUTIONS", {"trained": 0.8, "validated": 0.4})
+    monkeypatch.setattr(lungaug, "time_convolution",
+                        lambda cube, width: {(24, 4, 1): 1}[cube, width, torch.get_num_threads()])
     words = ["--run", str(tmp_path), "--generated", "0.5", "--repeats", "2", "--epochs", "3"]
     options = lungaug.apply_preset(lungaug.parse("", "train_classifier", words=words), "train_classifier", "demo")
     info = {"parameters": {"cube": 24}, "table_1": TABLE_1}
-    assert lungaug.estimate_classifiers(options, info) == pytest.approx(2 * 3 * (2 * 72 * 0.8 + 4 * 10 * 0.4))
+    whole = 2 * 3 * (2 * 72 * 0.8 + 4 * 10 * 0.4)
+    threads(1)
+    assert lungaug.estimate_classifiers(options, info) == pytest.approx(whole)
 
     # Two epochs of one arm, of the second repeat, are done; under --overwrite they are done again.
     lungaug.write(lungaug.arm_folder(tmp_path, "real", 2) / "log.jsonl", '{"epoch": 1}\n' * 2)
-    left = 2 * 3 * (2 * 72 * 0.8 + 4 * 10 * 0.4) - 2 * (2 * 16 * 0.8 + 10 * 0.4)
+    left = whole - 2 * (2 * 16 * 0.8 + 10 * 0.4)
     assert lungaug.estimate_classifiers(options, info) == pytest.approx(left)
     options.overwrite = True
-    assert lungaug.estimate_classifiers(options, info) == pytest.approx(2 * 3 * (2 * 72 * 0.8 + 4 * 10 * 0.4))
+    assert lungaug.estimate_classifiers(options, info) == pytest.approx(whole)
+
+    # As many are trained at a time as there are threads, up to a limit; it leaves the threads as they are.
+    for count in (3, lungaug.MOST_AT_A_TIME + 1):
+        threads(count)
+        at_a_time = min(count, lungaug.MOST_AT_A_TIME)
+        assert lungaug.estimate_classifiers(options, info) == pytest.approx(whole / at_a_time)
+        assert torch.get_num_threads() == count
 
 
 def test_stage_line__has_the_time_left_where_there_is_an_estimate(monkeypatch, tmp_path):
