@@ -456,6 +456,12 @@ class Refusal(Exception):
 START_OVER = "start over with --overwrite"
 
 
+def print_refusal(refusal):
+    """Print a Refusal on stderr; on a terminal, in the place of a line of progress."""
+    start = CLEAR_LINE if sys.stderr.isatty() else ""
+    print(f"{start}{refusal}", file=sys.stderr)
+
+
 def check(holds, path, problem, remedy):
     """Raise Refusal(path, problem, remedy) unless it holds."""
     if not holds:
@@ -539,7 +545,7 @@ def command(main):
         sys.stdout.flush()
     except Refusal as refusal:
         status = 2
-        print(refusal, file=sys.stderr)
+        print_refusal(refusal)
     except BrokenPipeError:
         status = 1
         # Whoever read the output, such as head, has seen enough. What is still in a buffer would
@@ -549,14 +555,14 @@ def command(main):
         status = 2
         path = error.filename or "the file system"
         problem = error.strerror or error
-        print(Refusal(path, problem, "fix this and run the same command again"), file=sys.stderr)
+        print_refusal(Refusal(path, problem, "fix this and run the same command again"))
     except (MemoryError, RuntimeError) as error:
         status = 2
         if is_out_of_memory(error):
             first_line = str(error).partition("\n")[0] or "no more to be had"
             remedy = ("give a smaller --micro-batch, or else --batch-size or --width; classifiers "
                       "are trained one at a time with OMP_NUM_THREADS=1 before the command")
-            print(Refusal("out of memory", first_line, remedy), file=sys.stderr)
+            print_refusal(Refusal("out of memory", first_line, remedy))
         elif "closed by peer" not in str(error).lower():
             raise
         # Where a peer has closed the connection, that process of torchrun has said why.
@@ -1388,8 +1394,8 @@ def run_script(script, *words):
     if status == 0:
         return
     if status == -KILLED:
-        print(Refusal(script, "was killed, probably out of memory",
-                      "free memory; the same command resumes"), file=sys.stderr)
+        print_refusal(Refusal(script, "was killed, probably out of memory",
+                              "free memory; the same command resumes"))
     # A child that a signal ended has a negative status; a shell says 128 + its number.
     sys.exit(status if status > 0 else 128 - status)
 

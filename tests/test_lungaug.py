@@ -7,6 +7,7 @@ import _thread
 import ast
 import functools
 import importlib
+import io
 import itertools
 import json
 import os
@@ -337,6 +338,27 @@ def test_command__one_line_and_status_2(main, names, capsys):
     out, err = capsys.readouterr()
     assert stopped.value.code == 2 and out == "" and names in err
     assert re.fullmatch("lungaug: [^\n]+: [^\n]+ — [^\n]+\n", err)
+
+
+@pytest.mark.parametrize("is_terminal", [True, False])
+def test_command__on_a_terminal_the_line_takes_the_place_of_the_progress(monkeypatch, is_terminal):
+    """It does not stand behind what is shown of the progress; in a file every line stays."""
+    class Stream(io.StringIO):
+        def isatty(self):
+            return is_terminal
+
+    def main():
+        progress = lungaug.Progress("epochs", 9)
+        progress.update(1, "loss 0.5")
+        raise Refusal("checkpoint.pt", "is damaged", "start over")
+
+    monkeypatch.setattr(sys, "stderr", Stream())
+    with pytest.raises(SystemExit):
+        lungaug.command(main)
+    line = "lungaug: checkpoint.pt: is damaged — start over\n"
+    before = sys.stderr.getvalue().removesuffix(line)
+    # \r goes to the start of the line, and what follows clears it.
+    assert before.endswith("loss 0.5\r\x1b[K" if is_terminal else "loss 0.5\n")
 
 
 def test_command__a_bug_of_ours_is_not_hidden():
