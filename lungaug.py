@@ -7,8 +7,9 @@
 
 Every option of a stage (`python train_gan.py --help`) is accepted here and passed to the stages
 that use it. In this file: options, errors, randomness, the device, safe files, folders,
-checkpoints and logs, many cubes, progress, pictures, a stage's page, other processes, the command.
-It imports no other file of ours: each stage is run as the command that a student would type.
+checkpoints and logs, trainings side by side, many cubes, progress, pictures, a stage's page, other
+processes, the command. It imports no other file of ours: each stage is run as the command that a
+student would type.
 """
 
 import argparse
