@@ -975,6 +975,11 @@ def check_goes_on():
         raise Stopped
 
 
+def calls_at_a_time():
+    """How many calls `side_by_side` runs at a time on this CPU."""
+    return min(torch.get_num_threads(), MOST_AT_A_TIME)
+
+
 def side_by_side(calls, device):
     """Run every call: on a CPU as many at a time as it has cores, up to 8; on a GPU one by one.
 
@@ -984,20 +989,24 @@ def side_by_side(calls, device):
     `read_ahead`), and what was raised is raised here, once all have ended.
     """
     n_threads = torch.get_num_threads()
-    n_workers, threads_each = 1, n_threads
-    if device.type == "cpu":
-        n_workers, threads_each = min(n_threads, MOST_AT_A_TIME), 1
+    on_cpu = device.type == "cpu"
+    n_workers = calls_at_a_time() if on_cpu else 1
+    threads_each = 1 if on_cpu else n_threads
 
-    # The number of threads is set in each of the pool's own: oneDNN asks the thread it runs in.
+    # Set the number of threads in each of the pool's own: oneDNN asks the thread it runs in.
     pool = ThreadPoolExecutor(n_workers, initializer=torch.set_num_threads,
                               initargs=(threads_each,))
+
+    # Run them. Ctrl-C is only noted: an exception of its own could come while a lock is held.
     interrupts = []
     with delay_interrupt(interrupts):
         try:
             await_all([pool.submit(call) for call in calls], interrupts)
         finally:
+            # Cancel those that wait first: where one ends early, the next must not begin.
+            pool.shutdown(wait=False, cancel_futures=True)
             STOPPING.set()
-            pool.shutdown(cancel_futures=True)
+            pool.shutdown()
             STOPPING.clear()
             torch.set_num_threads(n_threads)
 
@@ -1516,12 +1525,13 @@ def estimate_classifiers(options, info):
             folder = arm_folder(options.run, arm, repeat)
             convolutions += per_epoch * epochs_left(options, folder)
 
-    # They are trained side by side, each on one thread.
+    # Time one on one thread, as each of those that are trained side by side has.
+    at_a_time = calls_at_a_time()
     n_threads = torch.get_num_threads()
     torch.set_num_threads(1)
     seconds = time_convolution(info["parameters"]["cube"], CLASSIFIER_WIDTH)
     torch.set_num_threads(n_threads)
-    return convolutions * seconds / min(n_threads, MOST_AT_A_TIME)
+    return convolutions * seconds / at_a_time
 
 
 def estimate_left(stage, options):

@@ -1177,7 +1177,7 @@ def test_side_by_side__works_outside_the_main_thread(threads):
     assert results == [True] * 3
 
 
-def test_side_by_side__no_more_than_a_memory_holds(threads, monkeypatch):
+def test_side_by_side__on_many_cores_at_most_so_many_at_a_time(threads, monkeypatch):
     """However many cores there are, MOST_AT_A_TIME calls run at a time."""
     threads(8)
     monkeypatch.setattr(lungaug, "MOST_AT_A_TIME", 2)
